@@ -1,0 +1,66 @@
+"""What every script here does at its edge: whole files or none, and one clear sentence when something is wrong."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+class BadInput(Exception):
+    """The user's files or arguments are wrong. The message says what, where, and what to do."""
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary neighbour of `path` and rename it over `path` once the block ends without an exception.
+
+    A reader, or the same command run again after a kill, sees the old file or the whole new one.
+    Text is UTF-8 with `\\n` line ends, whatever the platform.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    handle = tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False, **text)
+    try:
+        with handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(handle.name, 0o644)  # NamedTemporaryFile makes it 0600; a lab shares its data folder
+        os.replace(handle.name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(handle.name)
+        raise
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and leave with its status; expected failures become one line on stderr.
+
+    Status 1: bad input or a failed read or write. 130: interrupted. A defect of ours keeps its traceback.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        sys.exit(main() or 0)
+    except BadInput as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; nothing half-written was left, run the same command again", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(f"{name}: the disk is full ({error.filename or 'while writing'}); free some space and run the same command again")
+        if error.errno is None:
+            raise
+        sys.exit(f"{name}: {error.strerror}: {error.filename}")
