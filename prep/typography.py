@@ -1,0 +1,88 @@
+"""One typographic convention for all French text that a model reads here.
+
+The convention: apostrophe ' (U+0027); « x » with plain spaces inside; a plain space before ; : ! ? and none
+before , and . ; ellipsis ...; a line of dialogue begins with "— " and a dash inside a line is " — "; NFC; œ kept;
+no entity, ligature, no-break or invisible character. Scans, transcriptions and PDFs each have their own habits in
+all of this: a model shown them all spends its weight on typography.
+
+What a dash becomes depends on its place. At the start of a line every dash opens dialogue, a hyphen too unless it
+holds on to a small letter or a digit ("-même", "-5"). Inside a line an em dash, "--", and any dash or hyphen with
+spaces on both sides is a dash. What stands between two letters or digits without spaces is a hyphen when it is an
+en dash ("Paris–Lyon", "1860–1870") or comes before a pronoun ("dit—il", which scans often have).
+"""
+
+import html
+import re
+import unicodedata
+
+_APOSTROPHES = "’‘ʼ‛′´`＇ˈ"
+_SPACES = "\t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+_INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060\u0000"
+_CHARACTERS = {
+    **dict.fromkeys(_APOSTROPHES, "'"),
+    **dict.fromkeys(_SPACES, " "),
+    **dict.fromkeys(_INVISIBLE, ""),
+    **dict.fromkeys("‐‑−", "-"),
+    **dict.fromkeys("―‒─⸺", "—"),
+    **dict.fromkeys("“„‟‹", "«"),
+    **dict.fromkeys("”›", "»"),
+    **{"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st", "ſ": "s", "…": "...", "¬": "-"},
+}
+_LETTER = r"[^\W\d_]"
+_PRONOUN = "(?:je|tu|il|elle|on|nous|vous|ils|elles|ce|t-il|t-elle|t-on|moi|toi|lui|leur|là|ci|mêmes?)\\b"
+
+# (a string without which there is nothing to do, a pattern or a string, its replacement). Patterns begin with a plain
+# character, and what stands before it is looked at afterwards: the search then runs at the speed of a plain one.
+_RULES: list[tuple[str, re.Pattern[str] | str, str]] = [
+    ("<<", "<<", "«"),
+    (">>", ">>", "»"),
+    ('"', re.compile(r"""\"(?<![^\s(«'—-]")(?=\S)"""), "«"),
+    ('"', re.compile(r'"(?<=\S")(?=[\s).,;:!?»-])'), "»"),
+    (". .", re.compile(r"\. \. \.(?: \.)*"), "..."),
+    ("–", re.compile(rf"–(?:(?<=\d–)(?=\d)|(?<={_LETTER}–)(?={_LETTER}))"), "-"),
+    ("—", re.compile(rf"—(?:(?<=\d—)(?=\d)|(?<={_LETTER}—)(?={_PRONOUN}))"), "-"),
+    ("–", "–", "—"),
+    ("--", re.compile("--+"), "—"),
+    ("—", "—", " — "),
+    ("«", "«", " « "),
+    ("»", "»", " » "),
+    (";", re.compile(rf";(?={_LETTER})"), "; "),
+    ("!", re.compile(rf"!(?={_LETTER})"), "! "),
+    ("?", re.compile(rf"\?(?={_LETTER})"), "? "),
+    ("", re.compile(r"[;:!?](?<![\s;:!?(].)(?!(?<=:)//|(?<=\d:)\d)"), r" \g<0>"),
+    ("  ", re.compile("  +"), " "),
+    *((f" {mark}", f" {mark}", mark) for mark in ",)]\n"),
+    *((f"{mark} ", f"{mark} ", mark) for mark in "([\n"),
+    (" -", re.compile(r" -(?=[ ,])(?!(?<=\d -) *\d)"), " —"),
+    ("\n-", re.compile(r"\n- ?(?=\n|[^\w\s-]|[A-ZÀ-ÖØ-ÞŒ]|(?<= ))"), "\n— "),
+    ("— —", re.compile("—(?: —)+"), "—"),
+    ("' «", "' «", "'«"),
+    (" .", re.compile(r" \.(?!\.)"), "."),
+    ("....", re.compile(r"\.\.\.\.+"), "..."),
+]
+_RARE = re.compile("[" + re.escape("".join(_CHARACTERS)) + "]")
+
+
+def clean_characters(text: str) -> str:
+    """Bring single characters to the convention: entities, NFC, apostrophes, spaces, ligatures, ellipses.
+
+    A soft hyphen at a line's end becomes a hyphen (it broke a word there) and vanishes elsewhere. Line ends become
+    `\\n`; a form feed stays. Dashes are left as they are, since what they become depends on their place.
+    """
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if "&" in text:
+        text = html.unescape(text)
+    if "\u00ad" in text:
+        text = re.sub("\u00ad(?= *$)", "-", text, flags=re.M).replace("\u00ad", "")
+    text = unicodedata.normalize("NFC", text)
+    return _RARE.sub(lambda match: _CHARACTERS[match[0]], text)
+
+
+def to_convention(text: str) -> str:
+    """Bring text to the convention; each line of it is a paragraph, and lines stay lines."""
+    text = f"\n{clean_characters(text)}\n"  # every line has a line end on both sides for the rules to see
+    for needle, pattern, replacement in _RULES:
+        if needle in text:
+            text = text.replace(pattern, replacement) if isinstance(pattern, str) else pattern.sub(replacement, text)
+    return text[1:-1]
