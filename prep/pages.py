@@ -7,6 +7,7 @@ page, its running headers the lines that come back at the edges of pages, its li
 sentences keep to, and its hyphens are judged by the words it uses elsewhere.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -32,8 +33,8 @@ def clean_pages(text: str) -> Cleaned:
     """
     counts: Counter[str] = Counter()
     lines = [line.strip() for line in clean_characters(text).replace("\f", "\n\n").split("\n")]
-    lines, breaks = _drop_furniture(lines, counts)
-    paragraphs = _paragraphs(lines, breaks, counts)
+    lines, gaps = _drop_furniture(lines, counts)
+    paragraphs = _paragraphs(lines, gaps, counts)
     return Cleaned(to_convention("\n".join(paragraphs)).split("\n") if paragraphs else [], dict(sorted(counts.items())))
 
 
@@ -117,8 +118,11 @@ def _key(line: str) -> str:
     return "".join(filter(str.isalpha, line)).upper()
 
 
-def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], list[bool]]:
-    """The lines of the work, and for each whether a page or a block ended before it (blank line, furniture)."""
+_PAGE, _BLANK = 1, 2  # what stood between a line and the one before it; 0: nothing
+
+
+def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], list[int]]:
+    """The lines of the work, and for each what stood before it: a page's end, a blank line, or nothing."""
     text = "\n".join(lines)
     drop = [False] * len(lines)
     chained = _chain(_numbers(lines, text))
@@ -148,23 +152,23 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
             drop[i] = True
             counts["page_numbers"] += 1
     kept: list[str] = []
-    breaks: list[bool] = []
-    pending = False
+    gaps: list[int] = []
+    gap = 0
     for i, line in enumerate(lines):
-        if not line or drop[i]:
-            pending = True
-        elif "[" in line and _MISSING.search(line):
+        if drop[i]:
+            gap = _PAGE
+            continue
+        if "[" in line and _MISSING.search(line):
             counts["missing_text"] += 1
-            line = _MISSING.sub(" ", line).strip()
-            if line:
-                kept.append(line)
-                breaks.append(pending)
-                pending = False
-        else:
+            if not (line := _MISSING.sub(" ", line).strip()):
+                continue
+        if line:
             kept.append(line)
-            breaks.append(pending)
-            pending = False
-    return kept, breaks
+            gaps.append(gap)
+            gap = 0
+        else:
+            gap = gap or _BLANK
+    return kept, gaps
 
 
 def _neighbours(lines: list[str], index: int) -> Iterable[int]:
@@ -198,37 +202,119 @@ def _headers(edges: list[str], lines: list[str]) -> set[str]:
 
 # --- paragraphs -----------------------------------------------------------------------------------------------------
 
-_TERMINAL = '.!?»")]:'
+
+class _Unit(NamedTuple):
+    """Lines that surely belong to one paragraph, and what they say of the width their paragraph was set in."""
+
+    first: int
+    last: int
+    longest: int  # the width is at least this: the longest line
+    refused: int  # and less than this: the shortest line together with the word that no longer went into it
 
 
-def _paragraphs(lines: list[str], breaks: list[bool], counts: Counter[str]) -> list[str]:
-    widths = sorted(map(len, lines))
-    width = widths[int(len(widths) * 0.9)] if widths else 0
-    vocabulary: Counter[str] = Counter()
-    for line in lines:
-        vocabulary.update(_WORD.findall(line.lower()))
-    paragraphs: list[str] = []
-    for i, line in enumerate(lines):
-        previous = lines[i - 1] if i else ""
-        if i and not _starts_paragraph(previous, line, breaks[i], width):
-            counts["page_breaks_joined"] += breaks[i]
-            paragraphs[-1] = _join(paragraphs[-1], line, vocabulary, counts)
+_UNKNOWN = 10_000  # no line was refused a word yet
+
+
+def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[str]:
+    """Join lines to paragraphs.
+
+    A line is followed by one of the same paragraph if it is full, that is if the next line's first word would not
+    have gone into it. How wide a full line is differs between books and, in some, between paragraphs, so the width is
+    taken from the sure cases around it: a line that ends in mid-word, or before a small letter. What width leaves
+    open is decided by how often lines that end and begin like these two ended a paragraph where width was clear.
+    """
+    if not lines:
+        return []
+    words = [line.find(" ") if " " in line else len(line) for line in lines]
+    refused = [len(a) + 1 + w - 2 * (a[-1] == "-") for a, w in zip(lines, words[1:], strict=False)]
+    blank_lines_divide = gaps.count(_BLANK) * 20 > len(lines)
+    units = _units(lines, gaps, refused, blank_lines_divide)
+    narrowest, tolerance = _widths(units)
+    pairs = [(_ending(lines[u.last]), _opening(lines[v.first])) for u, v in itertools.pairwise(units)]
+    whole_lines = len(units) > 0.95 * len(lines)  # hardly a line is continued: every line is a paragraph
+
+    def ends(u: _Unit, v: _Unit) -> bool:
+        """Whether width alone shows that `u` ends a paragraph."""
+        gap = gaps[v.first]
+        if whole_lines or (gap == _BLANK and blank_lines_divide):
+            return True
+        fit = refused[u.last]
+        longest = max(u.longest, v.longest)
+        return fit <= narrowest - tolerance or longest - min(u.refused, v.refused, fit) + 1 > tolerance
+
+    clear: Counter[tuple[str, str]] = Counter()
+    unclear: Counter[tuple[str, str]] = Counter()
+    for u, v, pair in zip(units, units[1:], pairs, strict=False):
+        (clear if ends(u, v) else unclear)[pair] += 1
+    openings = [pair for pair in clear if pair[1] == "—A" and pair[0] != ","]
+    dialogue, full = sum(clear[p] for p in openings), sum(unclear[p] for p in openings)
+    # Of the lines that end a paragraph, this share happens to be full.
+    share = (full + 5) / (dialogue + full + 50)
+
+    paragraphs = [[lines[i] for i in range(units[0].first, units[0].last + 1)]]
+    current = units[0]
+    for v, pair in zip(units[1:], pairs, strict=True):
+        expected = clear[pair] * share / (1 - share)
+        if ends(current, v) or expected > 0.5 * unclear[pair]:
+            paragraphs.append([])
+            current = v
         else:
-            paragraphs.append(line)
-    return paragraphs
+            shortest = min(current.refused, v.refused, refused[current.last])
+            current = _Unit(current.first, v.last, max(current.longest, v.longest), shortest)
+        paragraphs[-1] += lines[v.first : v.last + 1]
+    counts["page_breaks_joined"] = sum(map(bool, gaps)) - sum(bool(gaps[i]) for i in _firsts(paragraphs))
+    return _join(paragraphs, lines, counts)
 
 
-def _starts_paragraph(previous: str, line: str, gap: bool, width: int) -> bool:
-    end, start = previous[-1], line[0]
-    if end == "-" and start.islower():
-        return False
-    if start in "—–" and end in _TERMINAL + ".":
-        return True
-    if start.islower():
-        return False
-    word = line.find(" ")
-    fits = len(previous) + 1 + (word if word > 0 else len(line)) <= width * 0.85
-    return fits
+def _firsts(paragraphs: list[list[str]]) -> Iterable[int]:
+    at = 0
+    for paragraph in paragraphs:
+        yield at
+        at += len(paragraph)
+
+
+def _units(lines: list[str], gaps: list[int], refused: list[int], blank_lines_divide: bool) -> list[_Unit]:
+    units = []
+    first, longest, shortest = 0, len(lines[0]), _UNKNOWN
+    for i in range(1, len(lines)):
+        line, previous = lines[i], lines[i - 1]
+        if line[0].islower() or (previous[-1] == "-" and line[0].isalpha() and previous[-2:-1].isalpha()):
+            if refused[i - 1] < shortest:
+                shortest = refused[i - 1]
+            if len(line) > longest:
+                longest = len(line)
+        else:
+            units.append(_Unit(first, i - 1, longest, shortest))
+            first, longest, shortest = i, len(line), _UNKNOWN
+    units.append(_Unit(first, len(lines) - 1, longest, shortest))
+    return units
+
+
+def _widths(units: list[_Unit]) -> tuple[int, int]:
+    """The narrowest width that paragraphs of this book are set in, and by how much its lines miss their width."""
+    long = [unit for unit in units if unit.last - unit.first >= 3]
+    if not long:
+        return 0, 0
+    narrow = sorted(unit.refused - 1 for unit in long)
+    misses = sorted(max(0, unit.longest - unit.refused + 1) for unit in long)
+    return narrow[len(narrow) // 50], misses[len(misses) * 9 // 10]
+
+
+def _ending(line: str) -> str:
+    """How a line ends, as far as that tells whether a paragraph may end there."""
+    mark = line[-1]
+    if mark in '»")]' and len(line) > 1:
+        mark = line[:-1].rstrip()[-1:] or mark
+        return f"{mark if mark in '.!?' else 'a'}»"
+    return "," if mark in ",;" else "a" if mark.isalnum() else mark
+
+
+def _opening(line: str) -> str:
+    """How a line begins."""
+    mark = line[0]
+    if mark in "—–-―":
+        return "—a" if line[1:].lstrip()[:1].islower() else "—A"
+    return "A" if mark.isupper() else "1" if mark.isdigit() else mark
 
 
 # --- hyphens --------------------------------------------------------------------------------------------------------
@@ -236,8 +322,11 @@ def _starts_paragraph(previous: str, line: str, gap: bool, width: int) -> bool:
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 
 
-def _join(head: str, tail: str, vocabulary: Counter[str], counts: Counter[str]) -> str:
-    if head.endswith("-") and len(head) > 1 and head[-2].isalpha() and tail[0].isalpha():
-        counts["hyphens_joined"] += 1
-        return head[:-1] + tail
-    return f"{head} {tail}"
+def _join(paragraphs: list[list[str]], lines: list[str], counts: Counter[str]) -> list[str]:
+    joined = []
+    for paragraph in paragraphs:
+        text = " ".join(paragraph)
+        if "- " in text:
+            text = re.sub(r"(?<=[^\W\d_])- (?=[^\W\d_])", "", text)
+        joined.append(text)
+    return joined
