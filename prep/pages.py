@@ -32,7 +32,8 @@ def clean_pages(text: str) -> Cleaned:
     (words cut at a line's end), `page_breaks_joined` (paragraphs that ran across a page break).
     """
     counts: Counter[str] = Counter()
-    lines = [line.strip() for line in clean_characters(text).replace("\f", "\n\n").split("\n")]
+    text = clean_characters(text).replace("\f", f"\n{_PAGE_END}\n")
+    lines = [line.strip() for line in text.split("\n")]
     lines, gaps = _drop_furniture(lines, counts)
     paragraphs = _paragraphs(lines, gaps, counts)
     return Cleaned(to_convention("\n".join(paragraphs)).split("\n") if paragraphs else [], dict(sorted(counts.items())))
@@ -118,20 +119,21 @@ def _key(line: str) -> str:
     return "".join(filter(str.isalpha, line)).upper()
 
 
+_PAGE_END = "\x00"  # stands for a form feed, which is a space to Python; clean_characters leaves no such character
 _PAGE, _BLANK = 1, 2  # what stood between a line and the one before it; 0: nothing
 
 
 def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], list[int]]:
     """The lines of the work, and for each what stood before it: a page's end, a blank line, or nothing."""
     text = "\n".join(lines)
-    drop = [False] * len(lines)
+    drop = [line == _PAGE_END for line in lines]
     chained = _chain(_numbers(lines, text))
     for number in chained:
         drop[number.line] = True
     edges: list[int] = []  # first and last lines of pages
     for number in chained:
         edges += [number.line, *_neighbours(lines, number.line)]
-    blank = [i for i, line in enumerate(lines) if not line]
+    blank = [i for i, line in enumerate(lines) if not line or line == _PAGE_END]
     for i in blank:
         edges += _neighbours(lines, i)
     headers = _headers([lines[i] for i in sorted(set(edges))], lines)
@@ -174,7 +176,7 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
 def _neighbours(lines: list[str], index: int) -> Iterable[int]:
     for step in (-1, 1):
         i = index + step
-        while 0 <= i < len(lines) and not lines[i]:
+        while 0 <= i < len(lines) and (not lines[i] or lines[i] == _PAGE_END):
             i += step
         if 0 <= i < len(lines):
             yield i
@@ -228,7 +230,7 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
     words = [line.find(" ") if " " in line else len(line) for line in lines]
     refused = [len(a) + 1 + w - 2 * (a[-1] == "-") for a, w in zip(lines, words[1:], strict=False)]
     blank_lines_divide = gaps.count(_BLANK) * 20 > len(lines)
-    units = _units(lines, gaps, refused, blank_lines_divide)
+    units = _units(lines, refused)
     narrowest, tolerance = _widths(units)
     pairs = [(_ending(lines[u.last]), _opening(lines[v.first])) for u, v in itertools.pairwise(units)]
     whole_lines = len(units) > 0.95 * len(lines)  # hardly a line is continued: every line is a paragraph
@@ -273,19 +275,25 @@ def _firsts(paragraphs: list[list[str]]) -> Iterable[int]:
         at += len(paragraph)
 
 
-def _units(lines: list[str], gaps: list[int], refused: list[int], blank_lines_divide: bool) -> list[_Unit]:
+_CONTINUING = ";:!?,.)"  # no paragraph begins with these; a wrap before them is a scan's or a careless printer's
+
+
+def _units(lines: list[str], refused: list[int]) -> list[_Unit]:
+    """Group the lines; a line that ends in mid-word is not measured, since some printers let it hang over."""
     units = []
-    first, longest, shortest = 0, len(lines[0]), _UNKNOWN
-    for i in range(1, len(lines)):
-        line, previous = lines[i], lines[i - 1]
-        if line[0].islower() or (previous[-1] == "-" and line[0].isalpha() and previous[-2:-1].isalpha()):
-            if refused[i - 1] < shortest:
-                shortest = refused[i - 1]
-            if len(line) > longest:
-                longest = len(line)
-        else:
+    # A line of verse or a hole in the scan may be shorter by far than its page is wide: it says nothing of the width.
+    floor = 0.7 * sorted(map(len, lines))[len(lines) * 9 // 10]
+    first, longest, shortest = 0, 0, _UNKNOWN
+    cut = False
+    for i, line in enumerate(lines):
+        if i and not (line[0].islower() or line[0] in _CONTINUING or (cut and line[0].isalpha())):
             units.append(_Unit(first, i - 1, longest, shortest))
-            first, longest, shortest = i, len(line), _UNKNOWN
+            first, longest, shortest = i, 0, _UNKNOWN
+        elif i and floor < refused[i - 1] < shortest:
+            shortest = refused[i - 1]
+        cut = line[-1] == "-" and line[-2:-1].isalpha()
+        if not cut and len(line) > longest:
+            longest = len(line)
     units.append(_Unit(first, len(lines) - 1, longest, shortest))
     return units
 
@@ -297,7 +305,7 @@ def _widths(units: list[_Unit]) -> tuple[int, int]:
         return 0, 0
     narrow = sorted(unit.refused - 1 for unit in long)
     misses = sorted(max(0, unit.longest - unit.refused + 1) for unit in long)
-    return narrow[len(narrow) // 50], misses[len(misses) * 9 // 10]
+    return narrow[len(narrow) // 50], misses[len(misses) * 3 // 4]
 
 
 def _ending(line: str) -> str:

@@ -26,7 +26,7 @@ _CHARACTERS = {
     **dict.fromkeys("―‒─⸺", "—"),
     **dict.fromkeys("“„‟‹", "«"),
     **dict.fromkeys("”›", "»"),
-    **{"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st", "ſ": "s", "…": "...", "¬": "-"},
+    **{"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "st", "ﬆ": "st", "ſ": "s", "¬": "-"},
 }
 _LETTER = r"[^\W\d_]"
 _PRONOUN = "(?:je|tu|il|elle|on|nous|vous|ils|elles|ce|t-il|t-elle|t-on|moi|toi|lui|leur|là|ci|mêmes?)\\b"
@@ -38,6 +38,7 @@ _RULES: list[tuple[str, re.Pattern[str] | str, str]] = [
     (">>", ">>", "»"),
     ('"', re.compile(r"""\"(?<![^\s(«'—-]")(?=\S)"""), "«"),
     ('"', re.compile(r'"(?<=\S")(?=[\s).,;:!?»-])'), "»"),
+    ("…", "…", "..."),
     (". .", re.compile(r"\. \. \.(?: \.)*"), "..."),
     ("–", re.compile(rf"–(?:(?<=\d–)(?=\d)|(?<={_LETTER}–)(?={_LETTER}))"), "-"),
     ("—", re.compile(rf"—(?:(?<=\d—)(?=\d)|(?<={_LETTER}—)(?={_PRONOUN}))"), "-"),
@@ -64,7 +65,7 @@ _RARE = re.compile("[" + re.escape("".join(_CHARACTERS)) + "]")
 
 
 def clean_characters(text: str) -> str:
-    """Bring single characters to the convention: entities, NFC, apostrophes, spaces, ligatures, ellipses.
+    """Bring single characters to the convention: entities, NFC, apostrophes, spaces, ligatures.
 
     A soft hyphen at a line's end becomes a hyphen (it broke a word there) and vanishes elsewhere. Line ends become
     `\\n`; a form feed stays. Dashes are left as they are, since what they become depends on their place.

@@ -1,0 +1,210 @@
+"""The novel to be continued, as training rows: every token four times, at four positions of a window.
+
+    python prep/castle.py --book data/raw/book/book.pdf --tokenizer models/base --sequence-len 2048 --stride 512 \\
+        --holdout 0.05 --seed 42 --out data/2c.jsonl
+
+Reads a PDF (its text layer) or a text file, takes out what belongs to the page (footers, line ends, hyphens, orphan
+note calls), and writes beside --out: the rows, `2c.heldout.jsonl`, `2c.manifest.json`, and `2c.txt`, the cleaned book,
+a paragraph a block. Read that one before training on it.
+
+Windows that overlap make every random split a leak, so one block is held out before any window is cut. It lies in
+the middle: the opening says who the people are, the end is where the continuation starts, and training needs both.
+It begins and ends with a paragraph, holds whole windows, and is the same for every seed, so that runs compare. The text
+before it and the text after it are cut separately; each is written once for each start (0, 512, 1024, 1536 tokens in,
+at the nearest word), and Axolotl's slices of 2048 of these are the windows of stride 512. With --holdout 0, for the
+last run on the whole book, `2c.heldout.jsonl` has no row: any text in it would be text the model was trained on.
+"""
+
+import argparse
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pypdfium2 as pdfium
+
+from prep.files import BadInput, atomic_write, run, sha256
+from prep.pages import clean_pages
+from prep.rows import Cutter, Row, Tokens, load_tokenizer, source_files, write_prepared
+
+
+def read_book(path: Path) -> str:
+    """The text of a PDF, pages separated by form feeds, or of a text file in UTF-8, UTF-16 with its mark, or CP1252."""
+    if not path.is_file():
+        raise BadInput(f"no such book: {path}")
+    data = path.read_bytes()
+    if not data.strip():
+        raise BadInput(f"{path} is empty")
+    if b"%PDF-" in data[:1024]:
+        return _read_pdf(path)
+    for encoding in ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252"]:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if sum(text.count(chr(code)) for code in (*range(9), *range(14, 32))) <= len(text) // 1000:
+            return text
+    raise BadInput(f"{path} is neither a PDF nor a text in UTF-8 or CP1252; convert it to one of these")
+
+
+def _read_pdf(path: Path) -> str:
+    try:
+        document = pdfium.PdfDocument(path)
+    except pdfium.PdfiumError as error:
+        raise BadInput(f"{path} cannot be read as a PDF ({error}); fetch it again, without a password") from error
+    with document:
+        pages = [page.get_textpage().get_text_bounded() for page in document]
+    if sum(map(str.isalpha, "".join(pages))) < 20 * len(pages):
+        raise BadInput(f"{path} has no text layer (its {len(pages)} pages are pictures): run OCR on it, or give a text")
+    # The library marks a hyphen at a line's end with one of these.
+    return "\f".join(pages).replace("\x02", "-").replace("\ufffe", "-")
+
+
+# A figure glued to a word or to the mark after it; "1,5", "10.30" and "n°2" are none.
+_CALL = re.compile(r"(?:(?<=[a-zà-öø-ÿœ]{2})|(?<=[.!?»,;:)])(?<!\d[.,:]))(?:\d{1,3}|[¹²³⁰⁴-⁹]{1,3})(?![\w°]|[.,:]\d)")
+
+
+def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
+    """Take out the calls of notes that are not there ("fatigue1", "faites !28"); also returns how many.
+
+    Figures that merely happen to be glued to a word stay: calls count 1, 2, 3 ... through the book (a few may be
+    missing) or through each chapter, so they are the figures on the longest such counts.
+    """
+    calls = [(n, match) for n, text in enumerate(paragraphs) for match in _CALL.finditer(text)]
+    values = [int(match[0]) for _, match in calls]
+    best = [1 if value <= 3 else 0 for value in values]  # length of the longest count that ends here; 0: not of any
+    link = [-1] * len(values)
+    for j, value in enumerate(values):
+        for i in range(max(0, j - 20), j):
+            if best[i] and 1 <= value - values[i] <= 3 and best[i] >= best[j]:
+                best[j], link[j] = best[i] + 1, i
+    dropped: set[int] = set()
+    for end in sorted(range(len(values)), key=lambda j: -best[j]):
+        path = []
+        while end >= 0 and end not in dropped and best[end]:
+            path.append(end)
+            end = link[end]
+        if end < 0:
+            dropped.update(path)
+    cleaned = list(paragraphs)
+    for k in sorted(dropped, reverse=True):
+        n, match = calls[k]
+        cleaned[n] = cleaned[n][: match.start()] + cleaned[n][match.end() :]
+    return cleaned, len(dropped)
+
+
+class Split(NamedTuple):
+    """Indices of paragraphs: training text is those before `start` and from `end` on; `windows` are held out."""
+
+    start: int
+    end: int
+    windows: int
+
+
+def split(paragraphs: list[str], cutter: Cutter, holdout: float) -> Split | None:
+    """The block held out of training: about `holdout` of the tokens, whole windows, in the middle; None if 0."""
+    if not holdout:
+        return None
+    tokens = [len(encoded.ends) + 1 for encoded in cutter.encode(paragraphs)]  # + 1: about what "\n\n" takes
+    total = sum(tokens)
+    windows = max(1, round(holdout * total / cutter.sequence_len))
+    before, start = 0, 0
+    while before < (total - windows * cutter.sequence_len) / 2:
+        before += tokens[start]
+        start += 1
+    end = start
+    while end < len(paragraphs):
+        end += 1
+        if sum(tokens[start:end]) >= windows * cutter.sequence_len:
+            (block,) = cutter.encode(["\n\n".join(paragraphs[start:end])])
+            if sum(passage.windows for passage in cutter.cut(block)) >= windows:
+                return Split(start, end, windows)
+    raise BadInput(
+        f"the book has about {total:,} tokens: too few to hold out {windows} window(s) of {cutter.sequence_len}; "
+        "give a longer book, a shorter --sequence-len or --holdout 0"
+    )
+
+
+def rows(tokens: Tokens, cutter: Cutter, name: str, starts: range, title: str) -> Iterator[Row]:
+    """Rows of one contiguous text, from each of the starts (in tokens, moved to the nearest word)."""
+    for start in starts:
+        if start >= len(tokens.ends):
+            return
+        at = cutter.word_start(tokens, start) if start else 0
+        for number, passage in enumerate(cutter.cut(tokens, at), 1):
+            part = f"{name} phase {start:04} row {number:03}"
+            text = tokens.text[passage.start : passage.end]
+            yield Row(text, title, title, "", "", part, passage.windows, passage.tail)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--book", type=Path, required=True, help="the novel: a PDF with a text layer, or a text file")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--sequence-len", type=int, default=2048, help="tokens a window (the recipe's sequence_len)")
+    parser.add_argument("--stride", type=int, default=512, help="tokens between the starts of windows")
+    parser.add_argument("--holdout", type=float, default=0.05, help="share of the book held out; 0: none")
+    parser.add_argument("--seed", type=int, default=42, help="of the shuffle")
+    parser.add_argument("--out", type=Path, required=True, help="the rows, such as data/2c.jsonl")
+    args = parser.parse_args()
+    length = args.sequence_len
+    if not 0 < args.stride <= length or length % args.stride:
+        raise BadInput(f"--stride {args.stride} must divide --sequence-len {length}")
+    if not 0 <= args.holdout <= 0.5:
+        raise BadInput(f"--holdout {args.holdout} must be a share between 0 and 0.5")
+    cutter = Cutter(load_tokenizer(args.tokenizer), length)
+
+    paragraphs, counts = clean_pages(read_book(args.book))
+    paragraphs, counts["note_calls"] = drop_note_calls(paragraphs)
+    block = split(paragraphs, cutter, args.holdout)
+    parts = [paragraphs] if block is None else [paragraphs[: block.start], paragraphs[block.end :]]
+    texts = cutter.encode(["\n\n".join(part) for part in parts])
+    title = args.book.stem
+    starts = range(0, length, args.stride)
+    train = [
+        row
+        for number, part in enumerate(texts, 1)
+        for row in rows(part, cutter, f"train {number}/{len(texts)}", starts, title)
+    ]
+    if not train:
+        tokens = sum(len(text.ends) for text in texts)
+        raise BadInput(f"{args.book} has {tokens:,} tokens to train on: too few for one window of {length}")
+    random.Random(args.seed).shuffle(train)
+    heldout: list[Row] = []
+    if block:
+        (held_tokens,) = cutter.encode(["\n\n".join(paragraphs[block.start : block.end])])
+        heldout = list(rows(held_tokens, cutter, "heldout 1/1", range(1), title))
+
+    text_path = args.out.with_suffix(".txt")
+    with atomic_write(text_path) as handle:
+        handle.write("\n\n".join(paragraphs) + "\n")
+    manifest = write_prepared(
+        args.out,
+        train,
+        heldout,
+        tokenizer=args.tokenizer,
+        sequence_len=length,
+        source={"path": str(args.book), "repo": None, "revision": None, "files": source_files([args.book])},
+        arguments={"stride": args.stride, "holdout": args.holdout},
+        seed=args.seed,
+        documents={
+            "read": 1,
+            "kept": 1,
+            "heldout": 0,  # no whole document: a block of this one, below
+            "rejected": {},
+            "paragraphs": len(paragraphs),
+            "heldout_paragraphs": [block.start, block.end] if block else None,  # from, up to but without
+            "cleaning": counts,
+            "text": {"path": text_path.name, "sha256": sha256(text_path)},
+        },
+        packages=["pypdfium2", "rapidfuzz"],
+    )
+    print(f"{args.book}: {len(paragraphs):,} paragraphs; {', '.join(f'{v:,} {k}' for k, v in counts.items())}")
+    if block:
+        print(f"held out: paragraphs {block.start + 1:,} to {block.end:,}, {manifest['heldout']['windows']} windows")
+    print(f"{args.out}: {manifest['train']['rows']:,} rows, {manifest['train']['windows']:,} windows of {length}")
+
+
+if __name__ == "__main__":
+    run(main)
