@@ -229,6 +229,10 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
         return []
     words = [line.find(" ") if " " in line else len(line) for line in lines]
     refused = [len(a) + 1 + w - 2 * (a[-1] == "-") for a, w in zip(lines, words[1:], strict=False)]
+    for i, gap in enumerate(gaps):
+        if gap and i and lines[i - 1][-1] == "-" and i < len(refused):
+            # The rest of a word cut by the page's end may be there only since then: its line was set for the whole.
+            refused[i] += len(lines[i - 1]) - lines[i - 1].rfind(" ") - 2
     blank_lines_divide = gaps.count(_BLANK) * 20 > len(lines)
     units = _units(lines, refused)
     narrowest, tolerance = _widths(units)
