@@ -24,8 +24,10 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    handle = tempfile.NamedTemporaryFile(mode, dir=path.parent, prefix=f".{path.name}.", delete=False, **text)
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    handle = tempfile.NamedTemporaryFile(  # noqa: SIM115 (closed below, renamed after)
+        mode, encoding=encoding, newline=newline, dir=path.parent, prefix=f".{path.name}.", delete=False
+    )
     try:
         with handle:
             yield handle
@@ -60,7 +62,9 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(f"{name}: the disk is full ({error.filename or 'while writing'}); free some space and run the same command again")
+            sys.exit(
+                f"{name}: the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
+            )
         if error.errno is None:
             raise
         sys.exit(f"{name}: {error.strerror}: {error.filename}")
