@@ -234,8 +234,8 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
             # The rest of a word cut by the page's end may be there only since then: its line was set for the whole.
             refused[i] += len(lines[i - 1]) - lines[i - 1].rfind(" ") - 2
     blank_lines_divide = gaps.count(_BLANK) * 20 > len(lines)
-    units = _units(lines, refused)
-    narrowest, tolerance = _widths(units)
+    wider, tolerance = _widths(_units(lines, refused, _UNKNOWN), max(map(len, lines)))
+    units = _units(lines, refused, wider[0] - tolerance)
     pairs = [(_ending(lines[u.last]), _opening(lines[v.first])) for u, v in itertools.pairwise(units)]
     whole_lines = len(units) > 0.95 * len(lines)  # hardly a line is continued: every line is a paragraph
 
@@ -244,9 +244,9 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
         gap = gaps[v.first]
         if whole_lines or (gap == _BLANK and blank_lines_divide):
             return True
-        fit = refused[u.last]
-        longest = max(u.longest, v.longest)
-        return fit <= narrowest - tolerance or longest - min(u.refused, v.refused, fit) + 1 > tolerance
+        least = max(u.longest, v.longest) - tolerance
+        most = min(u.refused, v.refused, refused[u.last]) - 1 + tolerance
+        return wider[max(0, least)] > most
 
     clear: Counter[tuple[str, str]] = Counter()
     unclear: Counter[tuple[str, str]] = Counter()
@@ -254,8 +254,9 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
         (clear if ends(u, v) else unclear)[pair] += 1
     openings = [pair for pair in clear if pair[1] == "—A" and pair[0] != ","]
     dialogue, full = sum(clear[p] for p in openings), sum(unclear[p] for p in openings)
-    # Of the lines that end a paragraph, this share happens to be full.
-    share = (full + 5) / (dialogue + full + 50)
+    # Of the lines that end a paragraph, this share happens to be full. More than a tenth is impossible (words have
+    # five letters, lines fifty): there dashes stand inside paragraphs, too.
+    share = min(0.1, (full + 3) / (dialogue + full + 60))
 
     paragraphs = [[lines[i] for i in range(units[0].first, units[0].last + 1)]]
     current = units[0]
@@ -279,18 +280,28 @@ def _firsts(paragraphs: list[list[str]]) -> Iterable[int]:
         at += len(paragraph)
 
 
+_DASHES = "—–-"
+_BREAKING = ",—–"
 _CONTINUING = ";:!?,.)"  # no paragraph begins with these; a wrap before them is a scan's or a careless printer's
 
 
-def _units(lines: list[str], refused: list[int]) -> list[_Unit]:
-    """Group the lines; a line that ends in mid-word is not measured, since some printers let it hang over."""
+def _units(lines: list[str], refused: list[int], narrowest: int) -> list[_Unit]:
+    """Join what surely belongs together: what stands before a small letter, or breaks off in a line of full width.
+
+    A line that ends in mid-word is not measured, since some printers let it hang over.
+    """
     units = []
     # A line of verse or a hole in the scan may be shorter by far than its page is wide: it says nothing of the width.
     floor = 0.7 * sorted(map(len, lines))[len(lines) * 9 // 10]
     first, longest, shortest = 0, 0, _UNKNOWN
     cut = False
     for i, line in enumerate(lines):
-        if i and not (line[0].islower() or line[0] in _CONTINUING or (cut and line[0].isalpha())):
+        if i and not (
+            line[0].islower()
+            or line[0] in _CONTINUING
+            or (cut and line[0].isalpha())
+            or (refused[i - 1] > narrowest and line[0] not in _DASHES and _breaks_off(lines[i - 1]))
+        ):
             units.append(_Unit(first, i - 1, longest, shortest))
             first, longest, shortest = i, 0, _UNKNOWN
         elif i and floor < refused[i - 1] < shortest:
@@ -302,14 +313,28 @@ def _units(lines: list[str], refused: list[int]) -> list[_Unit]:
     return units
 
 
-def _widths(units: list[_Unit]) -> tuple[int, int]:
-    """The narrowest width that paragraphs of this book are set in, and by how much its lines miss their width."""
+def _widths(units: list[_Unit], longest: int) -> tuple[list[int], int]:
+    """The widths that paragraphs of this book are set in, and by how much its lines miss their width.
+
+    The widths come as a table: at `n` stands the narrowest of them that is at least `n`. A scan has nearly as many as
+    there are lines, a text wrapped by a program a few, and then little else fits.
+    """
     long = [unit for unit in units if unit.last - unit.first >= 3]
-    if not long:
-        return 0, 0
-    narrow = sorted(unit.refused - 1 for unit in long)
     misses = sorted(max(0, unit.longest - unit.refused + 1) for unit in long)
-    return narrow[len(narrow) // 50], misses[len(misses) * 3 // 4]
+    exact = Counter(unit.longest for unit in long if unit.longest >= unit.refused - 1)  # no other width is possible
+    if exact.total() < 10:
+        return list(range(longest + 2)), 0
+    widths = {width for width, times in exact.items() if times >= 0.02 * exact.total()}
+    table = [_UNKNOWN] * (longest + 2)
+    for n in range(longest, -1, -1):
+        table[n] = n if n in widths else table[n + 1]
+    return table, misses[len(misses) * 3 // 4]
+
+
+def _breaks_off(line: str) -> bool:
+    """Whether a line ends without any mark that ends a sentence: in a word, a comma, a dash, an initial ("M.")."""
+    last = line[-1]
+    return last.isalnum() or last in _BREAKING or (last == "." and line[-2:-1].isupper() and not line[-3:-2].isalnum())
 
 
 def _ending(line: str) -> str:
@@ -324,7 +349,7 @@ def _ending(line: str) -> str:
 def _opening(line: str) -> str:
     """How a line begins."""
     mark = line[0]
-    if mark in "—–-―":
+    if mark in _DASHES:
         return "—a" if line[1:].lstrip()[:1].islower() else "—A"
     return "A" if mark.isupper() else "1" if mark.isdigit() else mark
 
