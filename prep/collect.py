@@ -261,8 +261,6 @@ def collect_book(arguments: argparse.Namespace) -> None:
     """data/raw/book/book.pdf or book.txt."""
     out, source = arguments.out, arguments.source
     remote = "://" in source
-    if remote and not source.lower().startswith(("http://", "https://")):
-        raise BadInput(f"{source}: only http:// and https:// addresses, or a local file")
     expected = (arguments.sha256 or "").lower()
     if not remote and not Path(source).is_file():
         raise BadInput(f"{source} is not a file; --source takes a PDF, a text, or an http(s) address")

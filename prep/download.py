@@ -140,14 +140,20 @@ def url_fetch(url: str, folder: Path) -> Path:
     By the hub client's `http_get`, which resumes (Range) and shows progress; pooch and fsspec start again from zero.
     The partial file is named after the server's ETag, so that a file which has changed since is not continued.
     """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise BadInput(f"{url} is not an address: {reason(error)}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise BadInput(f"{url}: only addresses that begin with http:// or https:// and a host, or a local file")
     if constants.HF_HUB_OFFLINE:
         raise BadInput(f"{url} is to be downloaded, but HF_HUB_OFFLINE is set; a local copy: --source FILE")
     folder.mkdir(parents=True, exist_ok=True)
     headers = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file, not of a compressed stream
     try:
-        head = persist(lambda: httpx.head(url, headers=headers, follow_redirects=True, timeout=30), url)
-    except httpx.InvalidURL as error:
-        raise BadInput(f"{url} is not an address: {reason(error)}") from error
+        head = httpx.head(url, headers=headers, follow_redirects=True, timeout=30)
+    except httpx.HTTPError as error:
+        raise BadInput(f"cannot reach {url} ({reason(error)}): check the network and the address") from error
     tag = head.headers.get("ETag") or head.headers.get("Last-Modified") if head.is_success else None
     stated = head.headers.get("Content-Length") if head.is_success else None
     partial = folder / hashlib.sha256(f"{url} {tag}".encode()).hexdigest()[:16]
