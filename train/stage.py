@@ -165,10 +165,9 @@ def main() -> int:
         "--recipes", type=Path, default=Path("recipes"), help="folder of the recipes (default: recipes)"
     )
     parser.add_argument("--profile", default="gpu", help="a section of train/overrides.yml (default: gpu)")
-    parser.add_argument(
-        "more", nargs="*", metavar="--key=value", help="after --: overrides handed to Axolotl as they are"
-    )
-    args = parser.parse_args()
+    parser.usage = "%(prog)s [-h] [--recipes RECIPES] [--profile PROFILE] stage [-- --key=value ...]"
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, more = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
 
     chain = load_chain(args.recipes)
     line = line_of(args.stage, chain)
@@ -194,7 +193,7 @@ def main() -> int:
 
     plan = {
         "recipe": config_hash(stage.config),
-        "overrides": [*as_arguments(overrides), *args.more],
+        "overrides": [*as_arguments(overrides), *more],
         "data": data,
         "inputs": inputs,
     }
@@ -202,7 +201,7 @@ def main() -> int:
     # Axolotl's cache of tokenised rows does not notice new rows under an old name; this folder's name does.
     digest = "-".join(data[str(path)][:12] for path in stage.datasets)
     overrides["dataset_prepared_path"] = f"{stage.config['dataset_prepared_path']}-{digest}"
-    arguments = command(stage, launch, overrides, args.more)
+    arguments = command(stage, launch, overrides, more)
     print(" ".join(arguments), flush=True)
     status = launch_and_wait(arguments)
     if status:
