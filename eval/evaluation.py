@@ -1,0 +1,301 @@
+"""Score the base and every stage of a curriculum, let each write, and report.
+
+The chain is read from the recipes; a stage that has no weights yet is left out, and stands as null in the report.
+Every row is scored on the texts of eval/tasks through lm-eval, in windows of 2048 tokens, and continues the prompts of
+eval/prompts.yml with one seed and one decoding. Adapters are applied to their base as it is stored, unquantised, in the
+precision of --dtype, so a stage trained in 4 bits is judged without the noise of those 4 bits.
+
+Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its pictures from it.
+A stage whose weights, texts and settings are those of the report already there is not measured again.
+Paths are relative to the working directory, as in the recipes.
+
+    python eval/evaluation.py --recipes recipes --run full --out eval/reports
+    cd demo/run && python ../../eval/evaluation.py --recipes ../../recipes --run demo --max-new-tokens 80
+"""
+
+import argparse
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything evaluated is a local file
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+from eval import curves, intervals, report, samples, scoring, weights
+from prep.files import BadInput, atomic_write, run, sha256
+from train.chain import load_chain
+
+HERE = Path(__file__).resolve().parent
+LIBRARIES = ("lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib")
+MEASURING = ("scoring.py", "intervals.py", "samples.py", "weights.py")  # a report made by other code is not reused
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-able value, or of a text."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def describe_tasks(tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
+    """What each task scores: the file, if it is one, and the hash of the texts."""
+    described = {}
+    for name, task in tasks.items():
+        texts = [document["text"] for document in task.eval_docs][:limit]
+        path = (task.config.dataset_kwargs or {}).get("path")
+        described[name] = {
+            "path": path,
+            "file_sha256": sha256(path) if path else None,
+            "documents": len(texts),
+            "text_sha256": digest(texts),
+        }
+    return described
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux knows the model's name
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library] = importlib.metadata.version(library)
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "dtype": dtype,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "git": git_state(),
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of this repository, and whether tracked files differ from it; None outside git."""
+    try:
+        commit, status = (
+            subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.strip(), "modified": bool(status.strip())}
+
+
+def gate(row: weights.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
+    """What training said of itself; None when it said nothing.
+
+    `passed` is true when the gate's verdict is there (it is written only then) and speaks of the weights measured here,
+    the stage's own and those below it: a verdict outlives the weights that somebody exchanges.
+    """
+    if row.stage is None or not row.stage.verdict.is_file():
+        return None
+    try:
+        verdict = json.loads(row.stage.verdict.read_text(encoding="utf-8"))
+        recorded = {str(row.stage.output_dir / file["name"]): file["sha256"] for file in verdict["files"]}
+        for folder, files in verdict["inputs"].items():
+            recorded |= {str(Path(folder) / name): value for name, value in files.items()}
+        passed = all(recorded.get(path) == value for path, value in hashes.items() if path.endswith(".safetensors"))
+        return {"passed": passed, **{key: verdict[key] for key in ("steps", "data", "versions")}}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{row.stage.verdict} is damaged ({error!r}); run the gate again: make check") from error
+
+
+def measure(
+    row: weights.Candidate,
+    model: Any,
+    tokenizer: Any,
+    tasks: dict[str, Any],
+    prompts: list[dict[str, str]],
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Everything that needs the model in memory."""
+    started = time.perf_counter()
+    scorer = scoring.TokenScorer(model, tokenizer, args.batch_size, row.name)
+    scores = scoring.score(scorer, tasks, args.limit)
+    for result in scores.values():
+        result["interval"] = intervals.interval(result["documents"])
+    scored = time.perf_counter()
+    written = []
+    decoding = samples.decoding(args.max_new_tokens)
+    for number, prompt in enumerate(prompts):
+        print(f"{row.name}: writing after prompt {number + 1} of {len(prompts)}, {prompt['name']}", file=sys.stderr)
+        drawn = samples.continuations(model, tokenizer, prompt["text"], args.samples, args.seed, decoding)
+        written += [
+            {"prompt": prompt["name"], "seed": args.seed, "index": index, **sample}
+            for index, sample in enumerate(drawn)
+        ]
+    finished = time.perf_counter()
+    return {
+        "scores": scores,
+        "samples": written,
+        "seconds": {"scoring": round(scored - started, 1), "sampling": round(finished - scored, 1)},
+    }
+
+
+def differences(stages: dict[str, Any]) -> dict[str, Any]:
+    """Each measured stage against what it builds on, text by text."""
+    result = {}
+    for name, stage in stages.items():
+        parent = stages.get(stage["parent"]) if stage and stage["parent"] else None
+        if parent:
+            result[name] = {
+                "against": stage["parent"],
+                "scores": {
+                    task: intervals.difference(parent["scores"][task]["documents"], score["documents"])
+                    for task, score in stage["scores"].items()
+                },
+            }
+    return result
+
+
+def previous(path: Path) -> dict[str, Any]:
+    """The stages of the report that is there, for those that need not be measured again."""
+    if not path.is_file():
+        return {}
+    try:
+        return {name: stage for name, stage in report.load(path)["stages"].items() if stage}
+    except BadInput as error:
+        print(f"not reused: {error}", file=sys.stderr)
+        return {}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
+    parser.add_argument("--run", required=True, help="name of the report")
+    parser.add_argument("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
+    parser.add_argument("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
+    parser.add_argument("--tasks", nargs="+", default=["gallica_heldout", "novel_heldout", "english", "code"])
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.yml")
+    parser.add_argument("--samples", type=int, default=2, help="continuations of each prompt (default 2)")
+    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each continuation (default 500)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--limit", type=int, help="score only the first N documents of each task")
+    parser.add_argument("--batch-size", type=int, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
+    parser.add_argument("--device", help="default: cuda when there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.batch_size = args.batch_size or (4 if on_gpu else 1)
+    for name in ("samples", "max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    started = time.perf_counter()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done here on purpose
+    target = args.out / f"{args.run}.json"
+
+    rows = weights.candidates(load_chain(args.recipes))
+    chosen = weights.present(rows, args.stages)
+    prompts = samples.load_prompts(args.prompts)
+    tasks = scoring.load_tasks(args.tasks)
+    described = describe_tasks(tasks, args.limit)
+    settings = {
+        "tasks": args.tasks,
+        "limit": args.limit,
+        "max_length": scoring.MAX_LENGTH,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+        "device": args.device,
+        "seed": args.seed,
+        "samples": args.samples,
+        "decoding": samples.decoding(args.max_new_tokens),
+    }
+    where = environment(args.device, args.dtype)
+    code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
+    hashes = {row.name: {str(path): sha256(path) for path in files_of(row)} for row in chosen}
+    inputs = {
+        row.name: digest([settings, described, prompts, where["versions"], code, sorted(hashes[row.name].values())])
+        for row in chosen
+    }
+
+    known = {} if args.fresh else previous(target)
+    measured = {name: known[name] for name in inputs if name in known and known[name]["inputs"] == inputs[name]}
+    if measured:
+        print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
+
+    def write() -> dict[str, Any]:
+        stages: dict[str, Any] = {row.name: None for row in rows}
+        for row in chosen:
+            if row.name in measured:
+                stages[row.name] = {
+                    **measured[row.name],
+                    "inputs": inputs[row.name],
+                    "parent": row.parent,
+                    "recipe": str(row.stage.recipe) if row.stage else None,
+                    "model": str(row.model),
+                    "adapter": str(row.adapter) if row.adapter else None,
+                    "weights": hashes[row.name],
+                    "gate": gate(row, hashes[row.name]),
+                    "training": curves.training_log(row.stage.output_dir) if row.stage else None,
+                }
+        result = {
+            "format": 1,
+            "run": args.run,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - started, 1),
+            "arguments": settings,
+            "environment": where,
+            "tasks": described,
+            "prompts": prompts,
+            "stages": stages,
+            "differences": differences(stages),
+        }
+        report.check(result, target)
+        with atomic_write(target) as file:
+            json.dump(result, file, ensure_ascii=False, indent=1, allow_nan=False)
+            file.write("\n")
+        return result
+
+    waiting = [row for row in chosen if row.name not in measured]
+    for row, model, tokenizer in weights.loaded(waiting, args.device, DTYPES[args.dtype]):
+        measured[row.name] = measure(row, model, tokenizer, tasks, prompts, args)
+        write()  # after each, so that an interrupted run goes on where it was
+    result = write()
+    page = report.write(result, args.out)
+    print(report.overview(result))
+    print(f"report: {page}")
+
+
+def files_of(row: weights.Candidate) -> list[Path]:
+    """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
+    files = [*row.weights, *sorted(row.model.glob("model*.safetensors"))]
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    files += [row.model / name for name in names if (row.model / name).is_file()]
+    if row.adapter:
+        files.append(row.adapter / "adapter_config.json")
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise BadInput(f"stage {row.name} is not whole: {missing[0]} is missing")
+    return list(dict.fromkeys(files))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,162 @@
+"""Perplexity through lm-eval: the tasks of eval/tasks, scored once, with each token's log-probability kept.
+
+lm-eval reads the tasks, cuts the windows and sums up. The one thing done here in its place is the forward pass, since
+lm-eval's own returns a sum a window: intervals, and whatever else looks inside a document, would need a second pass.
+The formulas are in eval/README.md.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager, get_task_dict
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prep.files import BadInput
+
+TASKS = Path(__file__).parent / "tasks"
+MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model's config allows
+BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
+
+
+class TokenScorer(HFLM):
+    """lm-eval's Hugging Face model, keeping log p(token | window so far) of every token it scores.
+
+    `add_bos_token=False`, because lm-eval puts the BOS in front of the first window itself: a tokenizer that adds its
+    own would have the model predict a BOS after a BOS, and be charged for it.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, label: str):
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=MAX_LENGTH,
+            batch_size=batch_size,
+            add_bos_token=False,
+            backend="causal",
+        )
+        self.label = label  # of the progress bar
+        self.logprobs: dict[tuple[str, int], np.ndarray] = {}  # (task, document) -> float32 of shape (tokens,)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each request's text, in nats. Windows go through the model longest first, so that the
+        windows of one batch are nearly equal in length; padding is on the right, where a causal model does not look.
+        """
+        windows = []
+        for index, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0])
+            for number, pair in enumerate(get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)):
+                context, target = make_disjoint_window(pair)
+                windows.append(((index, number), context + target[:-1], target))
+        windows.sort(key=lambda window: (-len(window[1]), window[0]))
+
+        scored: list[dict[int, np.ndarray]] = [{} for _ in requests]
+        total = sum(len(target) for _, _, target in windows)
+        with tqdm(total=total, unit="tok", desc=f"{self.label}: scoring", disable=disable_tqdm) as bar:
+            for start in range(0, len(windows), self.batch_size):
+                batch = windows[start : start + self.batch_size]
+                values = self.batch_logprobs([inputs for _, inputs, _ in batch], [target for _, _, target in batch])
+                for ((index, number), _, target), logprobs in zip(batch, values, strict=True):
+                    scored[index][number] = logprobs
+                    bar.update(len(target))
+
+        answers = []
+        for request, parts in zip(requests, scored, strict=True):
+            logprobs = np.concatenate([parts[number] for number in sorted(parts)])
+            self.logprobs[request.task_name, request.doc_id] = logprobs
+            answers.append(float(logprobs.sum(dtype=np.float64)))
+        return answers
+
+    def batch_logprobs(self, inputs: list[list[int]], targets: list[list[int]]) -> list[np.ndarray]:
+        """Natural log-probabilities of `targets`, the tokens that stand after the last len(target) of each input.
+
+        Inputs may have different lengths; each target is at most as long as its input.
+        """
+        width = max(map(len, inputs))
+        padded = torch.zeros((len(inputs), width), dtype=torch.long)
+        for row, tokens in enumerate(inputs):
+            padded[row, : len(tokens)] = torch.tensor(tokens)
+        logits = self._model_call(padded.to(self.device))
+        result = []
+        for row, (tokens, target) in enumerate(zip(inputs, targets, strict=True)):
+            wanted = torch.tensor(target, device=self.device)
+            seen = logits[row, len(tokens) - len(target) : len(tokens)].float()
+            result.append(-torch.nn.functional.cross_entropy(seen, wanted, reduction="none").cpu().numpy())
+        return result
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """lm-eval's task objects, with their documents read. Raises BadInput when a text is missing or damaged."""
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise BadInput(f"no task {', '.join(unknown)} in {TASKS}; there are: {', '.join(manager.all_tasks)}")
+    tasks = get_task_dict(list(names), manager)
+    return {name: tasks[name] for name in names}
+
+
+def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
+    """Run the tasks, on the first `limit` documents of each if given; one `summary` a task."""
+    results = lm_eval.evaluate(scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    return {
+        name: summary(
+            [measured(sample, scorer.logprobs[name, sample["doc_id"]], scorer.tokenizer) for sample in samples]
+        )
+        for name, samples in results["samples"].items()
+    }
+
+
+def measured(sample: dict[str, Any], logprobs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """One document of lm-eval's log as it stands in the report: its sums, and the same by blocks of BLOCK tokens."""
+    loglikelihood, size = sample["bits_per_byte"]
+    _, words = sample["word_perplexity"]
+    block_bytes = bytes_by_block(sample["doc"]["text"], tokenizer)
+    block_nll = [-float(logprobs[i : i + BLOCK].sum(dtype=np.float64)) for i in range(0, len(logprobs), BLOCK)]
+    return {
+        "source": sample["doc"]["source"],
+        "part": sample["doc"]["part"],
+        "nll": -loglikelihood,
+        "tokens": len(logprobs),
+        "bytes": size,
+        "words": words,
+        "blocks": [{"nll": round(nll, 4), "bytes": size} for nll, size in zip(block_nll, block_bytes, strict=True)],
+    }
+
+
+def bytes_by_block(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """UTF-8 bytes that each successive BLOCK of tokens stands for; they add up to the text's own."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    ends = [offsets[min(i + BLOCK, len(offsets)) - 1][1] for i in range(0, len(offsets), BLOCK)]
+    ends[-1] = len(text)
+    return [len(text[start:end].encode()) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def summary(documents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums over documents (nll in nats), the four figures that follow from them, and the documents themselves."""
+    sums = {key: sum(document[key] for document in documents) for key in ("nll", "tokens", "bytes", "words")}
+    return {**sums, **figures(**sums), "documents": documents}
+
+
+def figures(nll: float, tokens: int, bytes: int, words: int) -> dict[str, float | None]:
+    """The total negative log-likelihood (nats) in the units people read; None where exp overflows.
+
+    bits_per_byte = nll / ln 2 / bytes; x_perplexity = exp(nll / x).
+    """
+
+    def exp(value: float) -> float | None:
+        return math.exp(value) if value < 700 else None
+
+    return {
+        "bits_per_byte": nll / math.log(2) / bytes,
+        "byte_perplexity": exp(nll / bytes),
+        "word_perplexity": exp(nll / words),
+        "token_perplexity": exp(nll / tokens),
+    }

@@ -1,0 +1,156 @@
+"""From the chain of recipes to models in memory: what is there, what it is made of, and that it fits together."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prep.files import BadInput
+from train.chain import Stage
+
+BASE = "base"  # the report's name for what the first stage starts from
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row of the report: a full model, or an adapter on one."""
+
+    name: str
+    model: Path  # folder of the full model
+    adapter: Path | None
+    parent: str | None  # the row it is to be better than
+    stage: Stage | None  # None for the base
+
+    @property
+    def weights(self) -> list[Path]:
+        """The safetensors files that make this row, adapter or model."""
+        if self.adapter:
+            return sorted(self.adapter.glob("adapter_model.safetensors"))
+        return sorted(self.model.glob("model*.safetensors"))
+
+
+def candidates(chain: list[Stage]) -> list[Candidate]:
+    """The base and every stage, in the chain's order. Raises BadInput when the recipes start from several bases."""
+    bases = sorted({str(stage.base_model) for stage in chain if stage.parent is None})
+    if len(bases) > 1:
+        raise BadInput(f"the recipes start from several bases ({', '.join(bases)}); give each chain its own folder")
+    rows = [Candidate(BASE, Path(bases[0]), None, None, None)]
+    for stage in chain:
+        model = stage.base_model if stage.adapter else stage.output_dir
+        adapter = stage.output_dir if stage.adapter else None
+        rows.append(Candidate(stage.name, model, adapter, stage.parent or BASE, stage))
+    return rows
+
+
+def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
+    """The rows to evaluate: those wanted, or all that have weights.
+
+    Raises BadInput when a wanted row has none, or when one is missing that a later one builds on.
+    """
+    names = [row.name for row in rows]
+    unknown = sorted(set(wanted or []) - set(names))
+    if unknown:
+        raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(names)}")
+    by_name = {row.name: row for row in rows}
+    missing = {row.name for row in rows if not row.weights}
+    chosen = [by_name[name] for name in names if (name in wanted if wanted else name not in missing)]
+    for row in chosen:
+        ancestor: Candidate | None = row
+        while ancestor:
+            if ancestor.name in missing:
+                why = "" if ancestor is row else f", and stage {row.name} builds on it"
+                raise BadInput(
+                    f"stage {ancestor.name} is missing: no safetensors weights in {ancestor.adapter or ancestor.model} "
+                    f"(looked from {Path.cwd()}){why}; {how_to_make(ancestor)}, or choose others with --stages"
+                )
+            ancestor = by_name[ancestor.parent] if ancestor.parent else None
+    return chosen
+
+
+def how_to_make(row: Candidate) -> str:
+    """The command that makes a missing row."""
+    return f"train it: accelerate launch -m axolotl.cli.train {row.stage.recipe}" if row.stage else "collect it first"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a model folder. Raises BadInput when there is none, or when it has no BOS token."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise BadInput(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): collect or train it again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+        raise BadInput(f"the tokenizer of {folder} cannot be read: {error}") from error
+    if tokenizer.bos_token_id is None:
+        raise BadInput(
+            f"the tokenizer of {folder} has no BOS token: a text's first token would be predicted from nothing; "
+            "set bos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The full model, in evaluation mode. Raises BadInput when it cannot be read, or has fewer rows than tokens."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except Exception as error:  # safetensors, json and Transformers each raise their own on a torn file
+        raise BadInput(f"the model in {folder} cannot be read: {error}") from error
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise BadInput(
+            f"the tokenizer of {folder} has {len(tokenizer)} tokens, its model {rows}: they are not of one model"
+        )
+    torch.nn.Module.to(model, device)  # not `model.to`, whose decorator hides its types
+    return model.eval()
+
+
+def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """The adapter of `row` on top of `model`; `.unload()` takes it off again.
+
+    Raises BadInput when it was trained on another base or another vocabulary, or is not whole.
+    """
+    assert row.adapter
+    if any((row.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        vocabulary = AutoTokenizer.from_pretrained(row.adapter, local_files_only=True).get_vocab()
+        if vocabulary != tokenizer.get_vocab():
+            raise BadInput(f"adapter {row.adapter} was trained with another vocabulary than {row.model} has")
+    try:
+        adapted = PeftModel.from_pretrained(model, row.adapter)
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise BadInput(f"adapter {row.adapter} does not fit {row.model}: {str(error).strip()}") from error
+    trained_on = adapted.peft_config["default"].base_model_name_or_path
+    if trained_on and Path(trained_on).resolve() != row.model.resolve():
+        raise BadInput(f"adapter {row.adapter} was trained on {trained_on}, but its recipe's base_model is {row.model}")
+    # PEFT says nothing of tensors that the base has no place for, and fills those that are missing with zeros.
+    with safe_open(row.weights[0], "pt") as file:
+        stored = set(file.keys())
+    loaded = set(get_peft_model_state_dict(adapted))
+    if stored != loaded:
+        raise BadInput(
+            f"adapter {row.adapter} does not fit {row.model}: {len(stored - loaded)} of its tensors have no place "
+            f"there, {len(loaded - stored)} are missing"
+        )
+    return adapted.eval()
+
+
+def loaded(
+    rows: list[Candidate], device: str, dtype: torch.dtype
+) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
+    """Each row's model and tokenizer in turn, a full model read once for itself and for all adapters on it."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for folder in dict.fromkeys(row.model for row in rows):
+        tokenizer = load_tokenizer(folder)
+        model = load_model(folder, tokenizer, device, dtype)
+        on_it = [row for row in rows if row.model == folder]
+        for row in sorted(on_it, key=lambda row: row.adapter is not None):  # an adapter changes the model in place
+            if row.adapter is None:
+                yield row, model, tokenizer
+            else:
+                adapted = load_adapter(model, row, tokenizer)
+                yield row, adapted, tokenizer
+                model = adapted.unload()
+        del model
