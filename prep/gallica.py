@@ -284,29 +284,39 @@ def shares_of(available: list[int], order: list[float], wanted: int) -> list[int
 
 
 class Pool:
-    """Rows drawn from books, kept on disk until it is known how many each book shall give."""
+    """Rows cut from books, kept on disk until it is known how many windows each book shall give."""
 
     def __init__(self, spool: IO[bytes], share: Share, cap: int | None):
-        self.spool, self.share = spool, share
-        self.cap = cap if cap is not None else 1 << 40
+        self.spool, self.share, self.cap = spool, share, cap
         self.books: list[tuple[float, list[tuple[int, int]]]] = []  # place in the draw; offset and windows of each row
 
     def add(self, book: Book, work: str, cutter: Cutter, seed: int) -> None:
-        """Cut this share's rows of a book."""
+        """Cut this share's rows of a book, `cap` windows at most."""
         rows = []
-        for row in rows_of(book, self.share.segments(book.text, work, book.source, seed), cutter, self.cap):
+        most = self.cap if self.cap is not None else len(book.text)
+        for row in rows_of(book, self.share.segments(book.text, work, book.source, seed), cutter, most):
             rows.append((self.spool.tell(), row.windows))
             self.spool.write(json.dumps(row).encode() + b"\n")
         if rows:
             self.books.append((fraction(seed, book.source), rows))
 
+    def empty(self, cap: int | None) -> None:
+        """Start again with another cap."""
+        self.spool.seek(0)
+        self.spool.truncate()
+        self.books, self.cap = [], cap
+
     def windows(self) -> list[int]:
+        """How many each book can give."""
         return [sum(windows for _, windows in rows) for _, rows in self.books]
 
-    def draw(self, wanted: int, cutter: Cutter, seed: int) -> Iterator[Row]:
-        """Exactly `wanted` windows, evenly from the books, their rows shuffled."""
+    def shares(self, wanted: int) -> list[int]:
+        """How many each book shall give for `wanted` in all."""
+        return shares_of(self.windows(), [order for order, _ in self.books], wanted)
+
+    def draw(self, shares: list[int], cutter: Cutter, seed: int) -> Iterator[Row]:
+        """The rows of exactly these windows, shuffled."""
         chosen: list[tuple[float, int, int]] = []
-        shares = shares_of(self.windows(), [order for order, _ in self.books], wanted)
         for (order, rows), share in zip(self.books, shares, strict=True):
             for number, (offset, windows) in enumerate(rows):
                 if share > 0:
@@ -370,14 +380,10 @@ def gather(
     return counted | {"rejected": dict(sorted(rejected.items())), "cleaning": dict(sorted(cleaning.items()))}
 
 
-def caps(entries: list[Entry], held_out: HeldOut, cutter: Cutter, splits: int, train: float, heldout: float) -> list:
-    """How many windows a book need give at most, for training and held out, by the lengths in the catalogue."""
-    result = []
-    for side, share, wanted in ((False, splits, train), (True, 1, heldout)):
-        lengths = [e.characters for e in entries if held_out(e.work) == side]
-        windows = np.array(lengths, dtype=np.float64) / (share * CHARACTERS_A_TOKEN * cutter.sequence_len)
-        result.append(level(np.floor(windows), 1.1 * wanted) if wanted < math.inf else None)
-    return result
+def cap_for(lengths: list[int], splits: int, sequence_len: int, wanted: float) -> int | None:
+    """How many windows a book need give at most, by the lengths in the catalogue; None: all it has."""
+    windows = np.array(lengths) // (splits * CHARACTERS_A_TOKEN * sequence_len)
+    return level(windows, 1.1 * wanted) if wanted < math.inf else None
 
 
 def count_or_all(value: str) -> float:
@@ -391,7 +397,7 @@ def split(value: str) -> Share:
     return Share(number, of)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder of parquet files")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
@@ -404,9 +410,11 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=42, help="of the draw and the order of rows (default 42)")
     parser.add_argument("--out", type=Path, required=True, help="the rows, such as data/2a.jsonl")
-    args = parser.parse_args()
-    if args.windows < 1:
-        raise BadInput("--windows must be at least 1")
+    args = parser.parse_args(argv)
+    if args.windows < 1 or (args.heldout_windows is not None and args.heldout_windows < 1):
+        raise BadInput("--windows and --heldout-windows must be at least 1; --holdout 0 holds nothing out")
+    if args.out.suffix != ".jsonl":
+        raise BadInput(f"--out {args.out} must end in .jsonl")
     if not 0 <= args.holdout <= 0.5:
         raise BadInput(f"--holdout {args.holdout} must be a share between 0 and 0.5")
     cutter = Cutter(load_tokenizer(args.tokenizer), args.sequence_len)
@@ -417,51 +425,59 @@ def main() -> None:
     files = parquet_files(args.source)
     entries = catalogue(files)
     held_out = HeldOut(args.holdout, {entry.work for entry in entries})
-    cap, heldout_cap = caps(entries, held_out, cutter, args.split.of, args.windows, heldout_windows)
+    train_lengths = [entry.characters for entry in entries if not held_out(entry.work)]
+    heldout_lengths = [entry.characters for entry in entries if held_out(entry.work)]
+    cap = cap_for(train_lengths, args.split.of, args.sequence_len, args.windows)
+    heldout_cap = cap_for(heldout_lengths, 1, args.sequence_len, heldout_windows)
+
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with tempfile.TemporaryFile(dir=args.out.parent) as a, tempfile.TemporaryFile(dir=args.out.parent) as b:
-            train, heldout = Pool(a, args.split, cap), Pool(b, Share(1, 1), heldout_cap)
+    # Spools without a name are gone with the process, however it ends.
+    folder = args.out.parent
+    with tempfile.TemporaryFile(dir=folder) as spool, tempfile.TemporaryFile(dir=folder) as heldout_spool:
+        train, heldout = Pool(spool, args.split, cap), Pool(heldout_spool, Share(1, 1), heldout_cap)
+        documents = gather(files, len(entries), held_out, cutter, args.seed, train, heldout)
+        # Short of windows though some books gave all they were let: the catalogue's lengths had promised too much.
+        while train.cap in train.windows() and sum(train.windows()) < args.windows < math.inf:
+            assert train.cap is not None
+            print(f"the catalogue promised more than the books hold: reading again for {2 * train.cap} windows a book")
+            train.empty(2 * train.cap)
+            heldout.empty(heldout.cap)
             documents = gather(files, len(entries), held_out, cutter, args.seed, train, heldout)
-            available = sum(train.windows())
-            wanted = available if args.windows == math.inf else int(args.windows)
-            if available < wanted and cap is not None:
-                print(f"books were shorter than their catalogue says: reading again, {2 * cap} windows a book at most")
-                cap *= 2
-                continue
-            if available < wanted or not available:
-                raise BadInput(
-                    f"{args.source} gives {available:,} windows of {args.sequence_len} tokens to share "
-                    f"{args.split.number}/{args.split.of}, and {wanted:,} were asked for: ask for fewer "
-                    "(--windows all takes what there is) or collect more files"
-                )
-            if args.holdout and not sum(heldout.windows()):
-                raise BadInput(f"no held-out book fills a window of {args.sequence_len} tokens: raise --holdout")
-            record = args.source / "source.json"
-            origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-            manifest = write_prepared(
-                args.out,
-                train.draw(wanted, cutter, args.seed),
-                heldout.draw(min(heldout_windows, sum(heldout.windows())), cutter, args.seed),
-                tokenizer=args.tokenizer,
-                sequence_len=args.sequence_len,
-                source={
-                    "path": str(args.source),
-                    "repo": origin.get("repo"),
-                    "revision": origin.get("revision"),
-                    "files": source_files(files),
-                },
-                arguments={
-                    "windows": wanted,
-                    "split": f"{args.split.number}/{args.split.of}",
-                    "holdout": args.holdout,
-                    "heldout_windows": heldout_windows,
-                },
-                seed=args.seed,
-                documents=documents,
-                packages=["pyarrow", "rapidfuzz"],
+        available, heldout_available = sum(train.windows()), sum(heldout.windows())
+        wanted = available if args.windows == math.inf else int(args.windows)
+        if available < max(1, wanted):
+            raise BadInput(
+                f"{args.source} gives {available:,} windows of {args.sequence_len} tokens to share {args.split.number}/"
+                f"{args.split.of}; at least {max(1, wanted):,} are wanted. Ask for fewer (--windows all: what there is) or "
+                "collect more files"
             )
-            break
+        if args.holdout and not heldout_available:
+            raise BadInput(f"no held-out book fills a window of {args.sequence_len} tokens: raise --holdout")
+
+        shares = train.shares(wanted)
+        heldout_shares = heldout.shares(min(heldout_windows, heldout_available))
+        record = args.source / "source.json"
+        origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        manifest = write_prepared(
+            args.out,
+            train.draw(shares, cutter, args.seed),
+            heldout.draw(heldout_shares, cutter, args.seed),
+            tokenizer=args.tokenizer,
+            sequence_len=args.sequence_len,
+            source={"path": str(args.source)}
+            | {key: origin.get(key) for key in ("repo", "revision")}
+            | {"files": source_files(files)},
+            arguments={
+                "windows": wanted,
+                "split": f"{args.split.number}/{args.split.of}",
+                "holdout": args.holdout,
+                "heldout_windows": heldout_windows,
+            },
+            seed=args.seed,
+            documents=documents
+            | {"used": int(np.count_nonzero(shares)), "heldout_used": int(np.count_nonzero(heldout_shares))},
+            packages=["pyarrow", "rapidfuzz"],
+        )
     reasons = ", ".join(f"{count} {reason}" for reason, count in documents["rejected"].items()) or "none"
     print(f"{documents['read']:,} books read: {documents['kept']:,} to train on, {documents['heldout']:,} held out")
     print(f"rejected: {reasons}")
