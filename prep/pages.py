@@ -43,8 +43,8 @@ def clean_pages(text: str) -> Cleaned:
 
 _MISSING = re.compile(r" ?\[texte[ _]manquant\] ?", re.I)
 # A number alone in its line, with or without ornament; a number with a few words before or after it.
-_NUMBER = re.compile(r"^[^\w\n]{0,4}(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))[^\w\n]{0,4}$", re.M)
-_HEADED = re.compile(r"^\W{0,3}(?:(\d{1,4})\b\W{1,4}(\D{3,60})|(\D{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})$", re.M)
+_NUMBER = re.compile(r"[^\w\n]{0,4}(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))[^\w\n]{0,4}")
+_HEADED = re.compile(r"\W{0,3}(?:(\d{1,4})\b\W{1,4}(\D{3,60})|(\D{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})")
 _DASHED = re.compile(
     r"^[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*[\dlIOoSB]{1,4}[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*$|^[\[(] ?\d{1,4} ?[\])]$"
 )
@@ -54,7 +54,6 @@ _ROMAN = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
 class _Number(NamedTuple):
     line: int
     value: int
-    words: str  # what stands beside the number in its line
 
 
 def _roman(numeral: str) -> int:
@@ -62,23 +61,23 @@ def _roman(numeral: str) -> int:
     return sum(-v if v < after else v for v, after in zip(values, [*values[1:], 0], strict=True))
 
 
-def _numbers(lines: list[str], text: str) -> list[_Number]:
+def _numbers(lines: list[str]) -> list[_Number]:
     """Lines that may hold a page number, in their order."""
     found = []
-    starts: dict[int, int] = {}
-    at = 0
     for index, line in enumerate(lines):
-        starts[at] = index
-        at += len(line) + 1
-    for match in _NUMBER.finditer(text):
-        found.append(_Number(starts[match.start()], int(match[1]) if match[1] else _roman(match[2]), ""))
-    for match in _HEADED.finditer(text):
-        found.append(_Number(starts[match.start()], int(match[1] or match[4]), (match[2] or match[3]).strip()))
-    return sorted(found)
+        if len(line) <= 15 and (match := _NUMBER.fullmatch(line)):
+            found.append(_Number(index, int(match[1]) if match[1] else _roman(match[2])))
+        elif 0 < len(line) <= 70 and (not line[0].isalpha() or line[-2:].strip(".—–-]) ").isdigit()):
+            if match := _HEADED.fullmatch(line):  # noqa: SIM102
+                found.append(_Number(index, int(match[1] or match[4])))
+    return found
 
 
-def _chain(numbers: list[_Number]) -> list[_Number]:
-    """Those that grow as page numbers do: by one for about as many lines as the book has to a page."""
+def _chain(numbers: list[_Number], lines: list[str]) -> list[_Number]:
+    """Those that grow as page numbers do: by one for about as many lines as the book has to a page.
+
+    The numbers of chapters grow steadily too, but never stand in the middle of a sentence.
+    """
     paces = sorted(
         (b.line - a.line) / (b.value - a.value)
         for i, a in enumerate(numbers)
@@ -106,12 +105,28 @@ def _chain(numbers: list[_Number]) -> list[_Number]:
             step = link[step]
         if len(path) < 3:
             continue
+        inside = sum(_inside_sentence(lines, numbers[j].line) for j in path)
+        if inside < 0.15 * len(path):
+            continue
         low, high = path[-1], path[0]
         if any(taken[low : high + 1]):
             continue  # another chain runs here already: these are numbers inside its pages
         taken[low : high + 1] = [True] * (high + 1 - low)
         kept += [numbers[j] for j in path]
     return sorted(kept)
+
+
+def _inside_sentence(lines: list[str], index: int) -> bool:
+    """Whether a line stands where no paragraph can end, or at a page's edge."""
+    before = index - 1
+    while before >= 0 and not lines[before]:
+        before -= 1
+    after = index + 1
+    while after < len(lines) and not lines[after]:
+        after += 1
+    if before < 0 or after == len(lines):
+        return False
+    return _PAGE_END in (lines[before], lines[after]) or _breaks_off(lines[before]) or lines[after][0].islower()
 
 
 def _key(line: str) -> str:
@@ -125,9 +140,8 @@ _PAGE, _BLANK = 1, 2  # what stood between a line and the one before it; 0: noth
 
 def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], list[int]]:
     """The lines of the work, and for each what stood before it: a page's end, a blank line, or nothing."""
-    text = "\n".join(lines)
     drop = [line == _PAGE_END for line in lines]
-    chained = _chain(_numbers(lines, text))
+    chained = _chain(_numbers(lines), lines)
     for number in chained:
         drop[number.line] = True
     edges: list[int] = []  # first and last lines of pages
@@ -144,7 +158,7 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
             counts["page_numbers"] += 1
             if line in headers:
                 counts["running_headers"] += 1
-            elif _key(line) and not _NUMBER.match(line):
+            elif _key(line) and not _NUMBER.fullmatch(line):
                 drop[i] = False  # the number fits, the words beside it do not come back: a sentence
                 counts["page_numbers"] -= 1
         elif line in headers:
@@ -269,15 +283,9 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
             shortest = min(current.refused, v.refused, refused[current.last])
             current = _Unit(current.first, v.last, max(current.longest, v.longest), shortest)
         paragraphs[-1] += lines[v.first : v.last + 1]
-    counts["page_breaks_joined"] = sum(map(bool, gaps)) - sum(bool(gaps[i]) for i in _firsts(paragraphs))
-    return _join(paragraphs, lines, counts)
-
-
-def _firsts(paragraphs: list[list[str]]) -> Iterable[int]:
-    at = 0
-    for paragraph in paragraphs:
-        yield at
-        at += len(paragraph)
+    firsts = itertools.accumulate((len(paragraph) for paragraph in paragraphs[:-1]), initial=0)
+    counts["page_breaks_joined"] = sum(map(bool, gaps)) - sum(bool(gaps[i]) for i in firsts)
+    return _join(paragraphs, counts)
 
 
 _DASHES = "—–-"
@@ -356,14 +364,66 @@ def _opening(line: str) -> str:
 
 # --- hyphens --------------------------------------------------------------------------------------------------------
 
-_WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+_LETTERS = r"[^\W\d_]+(?:-[^\W\d_]+)*"
+_WORD = re.compile(_LETTERS)
+_CUT = re.compile(rf"-\n(?<=[^\W\d_]-\n)({_LETTERS})")
+_HEAD = re.compile(rf"{_LETTERS}$")
+# What French joins by a hyphen, for words the book has not elsewhere.
+_PRONOUNS = re.compile(r"je|tu|il|elle|on|[nv]ous|ils|elles|ce|moi|toi|lui|leur|l[ea]s?|y|en|là|ci|mêmes?")
+_INVERTED = re.compile(  # verb-pronoun by their endings; tried on "avait il"
+    r"\w+(?:[td] (?:il|elle|on)|nt (?:ils|elles)|(?:ai|ais|is|us|é) je|[sx] tu|ons (?:nous|l[ea]s?|lui|en|y)"
+    r"|[ea]z (?:vous|nous|moi|l[ea]s?|lui|leur|en|y))"
+)
+_FIRST = re.compile(
+    r"mi|ex|vice|très|peut|avant|arrière|après|là|ci|deux|trois|quatre|cinq|six|sept|huit|neuf|dix|vingt|trente"
+    r"|quarante|cinquante|soixante|cent"
+)
+_PLACED = re.compile(
+    r"(?:au|par|là|ci|en) (?:dess(?:us|ous)|dedans|dehors|delà|devant|derrière|haut|bas)"
+    r"|(?:celui|celles?|ceux) (?:ci|là)|demi .*"
+)
+_INNER = re.compile(r"à|de|en|sur|sous|et|la|le|les|aux?|du|des|bien")
 
 
-def _join(paragraphs: list[list[str]], lines: list[str], counts: Counter[str]) -> list[str]:
-    joined = []
-    for paragraph in paragraphs:
-        text = " ".join(paragraph)
-        if "- " in text:
-            text = re.sub(r"(?<=[^\W\d_])- (?=[^\W\d_])", "", text)
-        joined.append(text)
-    return joined
+def hyphen_stays(head: str, tail: str, vocabulary: Counter[str]) -> bool:
+    """Whether the hyphen between `head` (ends a line) and `tail` (begins the next) belongs to the word.
+
+    `vocabulary` counts the words of the book in small letters, compounds whole. What the book itself writes elsewhere
+    decides; where it says nothing, the places where French has a hyphen do, and else the word was only cut.
+    """
+    compound, solid = vocabulary[f"{head}-{tail}".lower()], vocabulary[f"{head}{tail}".lower()]
+    if compound != solid:
+        return compound > solid
+    if tail[0].isupper():
+        return not head.isupper()  # Saint-Firmin, but CHA-PITRE
+    *before, last = head.lower().split("-")
+    first, *after = tail.lower().split("-")
+    if last == "t" or (first == "t" and after):  # va-t-il
+        return True
+    if (before and _INNER.fullmatch(last)) or (after and _INNER.fullmatch(first)):  # rez-de-chaussée, arc-en-ciel
+        return True
+    pair = f"{last} {first}"
+    if _PLACED.fullmatch(pair) or (not after and _INVERTED.fullmatch(pair)):  # au-dessus, dit-il
+        return True
+    known = vocabulary[last] > 0 and vocabulary[first] > 0
+    return known and bool(_PRONOUNS.fullmatch(first) or _FIRST.fullmatch(last))  # moi-même, peut-être, vingt-deux
+
+
+def _join(paragraphs: list[list[str]], counts: Counter[str]) -> list[str]:
+    """Each paragraph's lines as one text; words cut at a line's end made whole."""
+    text = "\n\n".join("\n".join(paragraph) for paragraph in paragraphs)
+    cuts = [(match, _HEAD.search(text, max(0, match.start() - 40), match.start())) for match in _CUT.finditer(text)]
+    if cuts:
+        vocabulary = Counter(_WORD.findall(text.lower()))
+        for match, head in cuts:
+            vocabulary[match[1].lower()] -= 1
+            vocabulary[head[0].lower() if head else ""] -= 1
+        pieces, at = [], 0
+        for match, head in cuts:
+            stays = head is not None and hyphen_stays(head[0], match[1], vocabulary)
+            counts["hyphens_kept" if stays else "hyphens_joined"] += 1
+            pieces += [text[at : match.start()], "-" * stays]
+            at = match.end() - len(match[1])
+        text = "".join([*pieces, text[at:]])
+        text = re.sub(r"-\n(?<=[\w']-\n)(?=\w)", "-", text)  # grand'-mère, a figure
+    return [paragraph.replace("\n", " ") for paragraph in text.split("\n\n")]
