@@ -28,6 +28,7 @@ from prep.files import BadInput, sha256
 SCRIPT = Path(__file__).parents[1] / "prep" / "collect.py"
 BOOKS, COMMIT = "PleIAs/French-PD-Books", "c" * 40
 MODEL, PINNED = "TinyLlama/TinyLlama_v1.1", "ff3c701f2424c7625fdefb9dd470f45ef18b02d6"
+PDF = b"%PDF-1.4\n" + bytes(range(256)) * 100
 CHUNK = 10 * 1024 * 1024  # the hub's client writes to disk in pieces of this size
 
 
@@ -36,7 +37,7 @@ class Hub(ThreadingHTTPServer):
 
     Set by tests: `repos` {(kind, repo): (commit, {name: bytes})}, `www` {name: bytes}, `cut` {name: bytes sent before
     the connection breaks, once}, `stall` {name: bytes sent before the server falls silent, once}, `spoilt` names whose
-    bytes are wrong. `seen`: (method, path, Range header) of each request.
+    bytes are wrong, `short` names whose end is missing. `seen`: (method, path, Range header) of each request.
     """
 
     daemon_threads = True
@@ -48,6 +49,7 @@ class Hub(ThreadingHTTPServer):
         self.cut: dict[str, int] = {}
         self.stall: dict[str, int] = {}
         self.spoilt: set[str] = set()
+        self.short: set[str] = set()
         self.seen: list[tuple[str, str, str | None]] = []
         self.released = threading.Event()
 
@@ -112,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         """One file from where the Range header says, with the accident that a test ordered for it."""
         if data is None:
             return self.send(404, {})
+        if name in self.server.short and self.command == "GET":
+            data = data[:-100]
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
@@ -301,6 +305,22 @@ def test_a_file_with_another_hash_is_not_kept(hub, books, collect, tmp_path):
     assert len(hub.ranges("mono_1.parquet")) == 1, "what was whole is not fetched again"
 
 
+def test_a_file_of_another_size_is_not_kept(hub, books, collect, tmp_path):
+    """The server closes the file orderly, 100 bytes before the size that it had stated."""
+    hub.short.add("gallica_mono_3.parquet")
+    size = len(books["gallica_mono_3.parquet"])
+    refused(collect("gallica", "--files", 5), "gallica_mono_3.parquet", f"of size {size} but has size {size - 100}")
+    assert not list(tmp_path.rglob("*mono_3.parquet")) and not list(tmp_path.rglob("*.incomplete"))
+    hub.short.clear()
+    assert collect("gallica", "--files", 5).returncode == 0
+
+    hub.www["roman.pdf"] = PDF
+    hub.short.add("roman.pdf")
+    refused(collect("book", "--source", f"{hub.url}/www/roman.pdf"), "roman.pdf", f"has size {len(PDF) - 100}")
+    hub.short.clear()
+    assert collect("book", "--source", f"{hub.url}/www/roman.pdf").returncode == 0
+
+
 def test_what_the_hub_does_not_have_is_said(hub, books, collect):
     refused(collect("gallica", "--repo", "nobody/nothing"), "no dataset nobody/nothing", hub.url)
     refused(collect("gallica", "--repo", "not a name"), "no dataset not a name")
@@ -329,7 +349,7 @@ def test_a_full_disk_is_one_sentence_and_no_file(hub, environment, tmp_path):
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, preexec_fn=small_files
     )
-    refused(result)
+    refused(result, "File too large")
     assert held(tmp_path / "data/raw/gallica") == []
 
 
@@ -386,7 +406,6 @@ def test_foreign_files_beside_a_collection_are_named(hub, books, collect, tmp_pa
 
 # --- the book --------------------------------------------------------------------------------------------------------
 
-PDF = b"%PDF-1.4\n" + bytes(range(256)) * 100
 NOVEL = "Le voyageur arriva tard dans la soirée.\r\n".encode() * 500
 
 
