@@ -67,9 +67,12 @@ def _numbers(lines: list[str]) -> list[_Number]:
     for index, line in enumerate(lines):
         if len(line) <= 15 and (match := _NUMBER.fullmatch(line)):
             found.append(_Number(index, int(match[1]) if match[1] else _roman(match[2])))
-        elif 0 < len(line) <= 70 and (not line[0].isalpha() or line[-2:].strip(".—–-]) ").isdigit()):
-            if match := _HEADED.fullmatch(line):  # noqa: SIM102
-                found.append(_Number(index, int(match[1] or match[4])))
+        elif (
+            0 < len(line) <= 70
+            and (not line[0].isalpha() or line[-2:].strip(".—–-]) ").isdigit())
+            and (match := _HEADED.fullmatch(line))
+        ):
+            found.append(_Number(index, int(match[1] or match[4])))
     return found
 
 
@@ -167,6 +170,13 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
         elif len(line) <= 12 and _DASHED.match(line):
             drop[i] = True
             counts["page_numbers"] += 1
+    first = chained[0].line if chained else 0
+    title = [i for i in range(first) if lines[i] and not drop[i]]
+    if len(title) <= 12 and any(lines[i] in headers for i in range(first)) and all(lines[i].isupper() for i in title):
+        # Before the first numbered page stand the book's title, which it repeats on its pages, and a few capitals.
+        counts["title_page"] += len(title)
+        for i in title:
+            drop[i] = True
     kept: list[str] = []
     gaps: list[int] = []
     gap = 0
@@ -420,7 +430,8 @@ def _join(paragraphs: list[list[str]], counts: Counter[str]) -> list[str]:
             vocabulary[head[0].lower() if head else ""] -= 1
         pieces, at = [], 0
         for match, head in cuts:
-            stays = head is not None and hyphen_stays(head[0], match[1], vocabulary)
+            elided = text[match.end() : match.end() + 1] == "'" and len(match[1]) <= 2  # hors-d'œuvre
+            stays = elided or (head is not None and hyphen_stays(head[0], match[1], vocabulary))
             counts["hyphens_kept" if stays else "hyphens_joined"] += 1
             pieces += [text[at : match.start()], "-" * stays]
             at = match.end() - len(match[1])
