@@ -74,8 +74,9 @@ def gguf_tokens(path: Path) -> Tokens:
 def load(source: Path) -> tuple[Any, Any, Tokens]:
     """Model, tokenizer and own special tokens of a checkpoint folder or a GGUF file. Nothing of it is executed.
 
-    A folder keeps the number format of its checkpoint. A GGUF is loaded as float32: its blocks (4 bits times a
-    float16 scale) are exact there and in no 16-bit format, and a CPU, where such small models train, computes in it.
+    Transformers opens a pickled `.bin` for its tensors alone (torch.load with weights_only), safetensors before it.
+    A folder keeps the number format of its checkpoint. A GGUF is loaded as float32: its blocks (4 bits times a float16
+    scale, plus an offset) do not fit a 16-bit format, and a CPU, where such small models train, computes in float32.
     """
     try:
         if source.suffix.lower() == ".gguf":
@@ -85,9 +86,7 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
             options, folder, own = {"dtype": "auto"}, source, {}
         local = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(folder, **{k: v for k, v in options.items() if k != "dtype"}, **local)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, **options, **local, weights_only=True, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options, **local, output_loading_info=True)
     except pickle.UnpicklingError as error:
         raise BadInput(
             f"{source}: its pickled weights hold more than tensors, or are damaged; they were not run"
