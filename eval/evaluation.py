@@ -18,7 +18,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import subprocess
@@ -209,7 +208,6 @@ def main() -> None:
     args = parse()
     started = time.perf_counter()
     warnings.filterwarnings("ignore")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is done here on purpose
     target = args.out / f"{args.run}.json"
 
     rows = weights.candidates(load_chain(args.recipes))

@@ -5,6 +5,7 @@ lm-eval's own returns a sum a window: intervals, and whatever else looks inside 
 The formulas are in eval/README.md.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prep.files import BadInput
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 
 TASKS = Path(__file__).parent / "tasks"
 MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model's config allows
@@ -108,9 +111,12 @@ def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict
     results = lm_eval.evaluate(scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     return {
         name: summary(
-            [measured(sample, scorer.logprobs[name, sample["doc_id"]], scorer.tokenizer) for sample in samples]
+            [
+                measured(sample, scorer.logprobs[name, sample["doc_id"]], scorer.tokenizer)
+                for sample in results["samples"][name]
+            ]
         )
-        for name, samples in results["samples"].items()
+        for name in tasks
     }
 
 

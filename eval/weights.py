@@ -77,6 +77,12 @@ def how_to_make(row: Candidate) -> str:
     return f"train it: accelerate launch -m axolotl.cli.train {row.stage.recipe}" if row.stage else "collect it first"
 
 
+def brief(error: Exception) -> str:
+    """The start of an error on one line; PEFT lists every tensor that does not fit."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 200 else f"{text[:200]} ..."
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a model folder. Raises BadInput when there is none, or when it has no BOS token."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -84,7 +90,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise BadInput(f"the tokenizer of {folder} cannot be read: {error}") from error
+        raise BadInput(f"the tokenizer of {folder} cannot be read: {brief(error)}") from error
     if tokenizer.bos_token_id is None:
         raise BadInput(
             f"the tokenizer of {folder} has no BOS token: a text's first token would be predicted from nothing; "
@@ -98,7 +104,7 @@ def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str, dt
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except Exception as error:  # safetensors, json and Transformers each raise their own on a torn file
-        raise BadInput(f"the model in {folder} cannot be read: {error}") from error
+        raise BadInput(f"the model in {folder} cannot be read: {brief(error)}") from error
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise BadInput(
@@ -121,7 +127,7 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: PreTrainedTo
     try:
         adapted = PeftModel.from_pretrained(model, row.adapter)
     except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise BadInput(f"adapter {row.adapter} does not fit {row.model}: {str(error).strip()}") from error
+        raise BadInput(f"adapter {row.adapter} does not fit {row.model}: {brief(error)}") from error
     trained_on = adapted.peft_config["default"].base_model_name_or_path
     if trained_on and Path(trained_on).resolve() != row.model.resolve():
         raise BadInput(f"adapter {row.adapter} was trained on {trained_on}, but its recipe's base_model is {row.model}")

@@ -1,0 +1,499 @@
+"""Evaluation, on tiny models whose scores are known, through the real lm-eval and the real adapters."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from peft import LoraConfig, get_peft_model
+from small_tokenizers import save_gpt2_like, save_llama_like, tales
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from eval import curves, evaluation, intervals, report, samples, scoring, weights
+from prep.files import BadInput, sha256
+from train.chain import load_chain
+
+RECIPES = {
+    "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
+    "2b": "base_model: outputs/2a\nadapter: qlora\noutput_dir: outputs/2b\ndatasets: [{path: data/2b.jsonl}]\n",
+    "2c": "base_model: outputs/2a\nadapter: qlora\nlora_model_dir: outputs/2b\noutput_dir: outputs/2c\n"
+    "datasets: [{path: data/2c.jsonl}]\n",
+}
+
+
+def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        initializer_range=0.3,  # far from uniform, so that a wrong token or context shows
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_adapter(base: Path, folder: Path, trained_on: str, seed: int | None) -> None:
+    """An adapter of random tensors; of zero effect when `seed` is None, as a new one is."""
+    torch.manual_seed(seed or 0)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=seed is None)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
+    adapted.peft_config["default"].base_model_name_or_path = trained_on
+    adapted.save_pretrained(str(folder))
+
+
+def write_rows(path: Path, texts: list[str]) -> None:
+    rows = [{"text": text, "source": f"work {i}", "part": "heldout 1/1"} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def curriculum(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory as training leaves it, tiny: base, 2a of other weights, two adapters, texts, recipes."""
+    folder = tmp_path_factory.mktemp("curriculum")
+    for name in ("models", "data", "outputs", "recipes"):
+        (folder / name).mkdir()
+    for name, text in RECIPES.items():
+        (folder / "recipes" / f"{name}.yml").write_text(text)
+    base = save_llama_like(folder / "models" / "base")
+    size = len(AutoTokenizer.from_pretrained(base))
+    tiny_llama(size, seed=0).save_pretrained(base)
+    after = shutil.copytree(base, folder / "outputs" / "2a")
+    tiny_llama(size, seed=1).save_pretrained(after)
+    save_adapter(after, folder / "outputs" / "2b", "outputs/2a", seed=2)
+    save_adapter(after, folder / "outputs" / "2c", "outputs/2a", seed=3)
+    texts = tales()
+    write_rows(folder / "data" / "2b.heldout.jsonl", [texts[0][:3_000], texts[1][:15_000]])  # the second: > 2048 tokens
+    write_rows(folder / "data" / "2c.heldout.jsonl", [texts[2][:2_000]])
+    (folder / "data" / "2c.txt").write_text(texts[3], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the curriculum to spoil, as the working directory."""
+    folder = shutil.copytree(curriculum, tmp_path / "place")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def evaluate(*arguments: str) -> dict[str, Any]:
+    """Run eval/evaluation.py as from the command line; returns its report."""
+    sys.argv = ["evaluation.py", "--run", "tiny", "--max-new-tokens", "8", "--device", "cpu", *arguments]
+    evaluation.main()
+    return json.loads(Path("eval/reports/tiny.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def evaluated_place(curriculum: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the curriculum with its report, made once; read it, do not change it."""
+    folder = shutil.copytree(curriculum, tmp_path_factory.mktemp("evaluated") / "place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [])
+        evaluate()
+    return folder
+
+
+@pytest.fixture
+def evaluated(evaluated_place: Path) -> dict[str, Any]:
+    return report.load(evaluated_place / "eval/reports/tiny.json")
+
+
+def scores_of(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, Any]]:
+    return scoring.score(scoring.TokenScorer(model, tokenizer, 2, "test"), scoring.load_tasks(tasks), None)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("save", [save_llama_like, save_gpt2_like])
+def test_a_uniform_model_scores_ln_vocabulary_a_token(place, save):
+    """Whatever the window: one text shorter than a window, one longer. Every token once, no BOS charged."""
+    tokenizer = AutoTokenizer.from_pretrained(save(place / "other"))
+    model = tiny_llama(len(tokenizer), seed=0).eval()
+    torch.nn.init.zeros_(model.lm_head.weight)
+
+    result = scores_of(model, tokenizer, ["gallica_heldout"])["gallica_heldout"]
+
+    texts = [json.loads(line)["text"] for line in Path("data/2b.heldout.jsonl").read_text().splitlines()]
+    tokens = [len(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    assert tokens[0] < scoring.MAX_LENGTH < tokens[1]
+    for text, count, document in zip(texts, tokens, result["documents"], strict=True):
+        assert document["tokens"] == count
+        assert document["bytes"] == len(text.encode()) == sum(block["bytes"] for block in document["blocks"])
+        assert document["nll"] == pytest.approx(count * math.log(len(tokenizer)), rel=1e-6)
+        assert document["nll"] == pytest.approx(sum(block["nll"] for block in document["blocks"]), rel=1e-6)
+    size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
+    assert result["words"] == pytest.approx(words, abs=len(texts))  # lm-eval counts an empty word at a trailing space
+    assert result["token_perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(sum(tokens) * math.log2(len(tokenizer)) / size, rel=1e-6)
+    assert result["byte_perplexity"] == pytest.approx(2 ** result["bits_per_byte"], rel=1e-6)
+    assert math.log(result["word_perplexity"]) == pytest.approx(result["nll"] / result["words"], rel=1e-6)
+
+
+def test_scores_are_those_of_lm_eval_alone(place):
+    """The same windows and the same sums as lm-eval's own model gives, on a model that is not uniform."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    model = LlamaForCausalLM.from_pretrained("models/base").eval()
+    names = ["gallica_heldout", "english", "code"]
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, max_length=2048, batch_size=1, add_bos_token=False)
+    expected = lm_eval.evaluate(plain, scoring.load_tasks(names), bootstrap_iters=0)["results"]
+    result = scores_of(model, tokenizer, names)
+    for name in names:
+        for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity"):
+            assert result[name][metric] == pytest.approx(expected[name][f"{metric},none"], rel=1e-5)
+
+
+def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
+    save_adapter(place / "outputs" / "2a", place / "outputs" / "2c", "outputs/2a", seed=None)
+    rows = weights.candidates(load_chain(Path("recipes")))
+    bits = {
+        row.name: scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
+        for row, model, tokenizer in weights.loaded(rows, "cpu", torch.float32)
+    }
+    assert bits["2c"] == pytest.approx(bits["2a"], rel=1e-6)  # also: 2b's adapter is off again
+    assert abs(bits["2b"] - bits["2a"]) > 0.001
+    assert abs(bits["base"] - bits["2a"]) > 0.01
+
+
+def test_an_overflow_is_no_figure():
+    assert scoring.figures(nll=1e6, tokens=100, bytes=1_000_000, words=1)["word_perplexity"] is None
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def documents(nlls: list[float], sources: list[str] | None = None) -> list[dict[str, Any]]:
+    return [
+        {"source": source, "nll": nll, "bytes": 100, "blocks": [{"nll": nll, "bytes": 100}]}
+        for nll, source in zip(nlls, sources or ["one work"] * len(nlls), strict=True)
+    ]
+
+
+def test_an_interval_of_equal_blocks_is_a_point():
+    result = intervals.interval(documents([100 * math.log(2)] * 5))
+    assert result["unit"] == "block" and result["units"] == 5
+    assert result["bits_per_byte"] == pytest.approx([1, 1])
+
+
+def test_an_interval_is_as_wide_as_the_standard_error_says():
+    """400 blocks of standard deviation s: the middle 95 % is 2 x 1.96 x s / sqrt(400) wide, give or take the draws."""
+    nlls = torch.normal(200.0, 30.0, (400,), generator=torch.Generator().manual_seed(0))
+    low, high = intervals.interval(documents(nlls.tolist()))["bits_per_byte"]
+    expected = 2 * 1.96 * float(nlls.std()) / math.sqrt(400) / 100 / math.log(2)
+    assert high - low == pytest.approx(expected, rel=0.1)
+
+
+def test_pairing_sees_a_difference_that_two_intervals_hide():
+    before = [100.0 + 10 * i for i in range(30)]
+    after = [nll * 0.98 for nll in before]
+    first, second = (intervals.interval(documents(nlls))["bits_per_byte"] for nlls in (before, after))
+    assert second[1] > first[0]  # they overlap
+    change = intervals.difference(documents(before), documents(after))
+    assert change is not None
+    assert change["bits_per_byte"] == pytest.approx(-0.02 * sum(before) / 3000 / math.log(2))
+    assert change["interval"][0] < change["bits_per_byte"] < change["interval"][1] < 0
+
+
+def test_whole_works_are_drawn_where_there_are_enough():
+    sources = [f"work {i % 10}" for i in range(20)]
+    assert intervals.interval(documents([50.0] * 20, sources))["unit"] == "work"
+    assert intervals.interval(documents([50.0] * 20, [f"work {i % 9}" for i in range(20)]))["unit"] == "block"
+
+
+def test_texts_that_differ_are_not_compared():
+    assert intervals.difference(documents([1, 2]), documents([1, 2, 3])) is None
+
+
+def test_one_unit_has_no_interval():
+    assert intervals.interval(documents([5.0]))["bits_per_byte"] is None
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def draw(seed: int, prompt: str = "La porte", **changes: Any) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    model = LlamaForCausalLM.from_pretrained("models/base").eval()
+    return samples.continuations(model, tokenizer, prompt, 2, seed, {**samples.decoding(12), **changes})
+
+
+def test_the_same_seed_draws_the_same_samples(place):
+    first = draw(1)
+    assert first == draw(1)
+    assert first != draw(2)
+    assert first[0] != first[1]
+
+
+def test_a_sample_is_the_continuation_alone(place):
+    """Prompt and continuation, put together, are what the model wrote, with the space between them."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    model = LlamaForCausalLM.from_pretrained("models/base").eval()
+    ids = [tokenizer.bos_token_id, *tokenizer.encode("La porte", add_special_tokens=False)]
+    greedy = draw(1, temperature=1e-6, top_p=1.0, repetition_penalty=1.0)[0]
+    for _ in range(greedy["tokens"]):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert "La porte" + greedy["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_sample_stops_at_the_end_of_text(place):
+    """A model that can only write EOS writes nothing, and says that it ended."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    model = LlamaForCausalLM.from_pretrained("models/base").eval()
+    model.model.norm.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.weight.data[tokenizer.eos_token_id] = 10
+    [one] = samples.continuations(model, tokenizer, "La porte", 1, 0, samples.decoding(5))
+    assert one == {"text": "", "tokens": 0, "ended": True}
+
+
+def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
+    text = "un deux trois\n\nquatre cinq six sept\n\nhuit neuf"
+    assert samples.tail(text, 2) == "huit neuf"
+    assert samples.tail(text, 3) == "quatre cinq six sept\n\nhuit neuf"
+    assert samples.tail("a b c d e f g h", 3) == "f g h"
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_report_holds_every_stage(evaluated):
+    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c"]
+    for stage in evaluated["stages"].values():
+        assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "english", "code"]
+        assert all(score["bits_per_byte"] > 0 for score in stage["scores"].values())
+        assert len(stage["samples"]) == 2 * len(evaluated["prompts"])
+    assert {name: change["against"] for name, change in evaluated["differences"].items()} == {
+        "2a": "base",
+        "2b": "2a",
+        "2c": "2b",
+    }
+    change = evaluated["differences"]["2c"]["scores"]["novel_heldout"]["bits_per_byte"]
+    bits = [evaluated["stages"][name]["scores"]["novel_heldout"]["bits_per_byte"] for name in ("2b", "2c")]
+    assert change == pytest.approx(bits[1] - bits[0], abs=1e-5)
+    tokens = {stage["scores"]["english"]["tokens"] for stage in evaluated["stages"].values()}
+    assert len(tokens) == 1 and tokens.pop() > 1_000
+
+
+@pytest.mark.slow
+def test_the_page_is_made_from_the_json_alone(evaluated, evaluated_place, tmp_path, monkeypatch):
+    """In an empty folder, the JSON gives the same page and pictures, byte by byte."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(evaluated_place / "eval/reports/tiny.json", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "tiny.json"])
+    report.main()
+    for name in ("tiny.md", "tiny.bpb.svg"):
+        assert (tmp_path / name).read_bytes() == (evaluated_place / "eval/reports" / name).read_bytes()
+    page = (tmp_path / "tiny.md").read_text(encoding="utf-8")
+    for name, stage in evaluated["stages"].items():
+        assert f"{stage['scores']['code']['bits_per_byte']:.3f}" in page
+        assert f"**{name}**" in page
+
+
+@pytest.mark.slow
+def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_path, monkeypatch, capsys):
+    """Only a stage whose weights changed is; and a gate's verdict on the old weights does not hold for the new."""
+    folder = shutil.copytree(evaluated_place, tmp_path / "again")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [])
+    for name, below in (("2b", ["outputs/2a"]), ("2c", ["outputs/2a", "outputs/2b"])):
+        files = Path("outputs", name).glob("*.safetensors")
+        verdict = {
+            "files": [{"name": path.name, "sha256": sha256(path)} for path in files],
+            "inputs": {path: {p.name: sha256(p) for p in Path(path).glob("*.safetensors")} for path in below},
+            "steps": {"reached": 4, "planned": 4},
+            "data": {},
+            "versions": {},
+        }
+        Path("outputs", name, "trained.json").write_text(json.dumps(verdict))
+    same = evaluate()
+    assert "not measured again: base, 2a, 2b, 2c" in capsys.readouterr().err
+    assert same["stages"]["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
+    assert [stage["gate"] and stage["gate"]["passed"] for stage in same["stages"].values()] == [None, None, True, True]
+
+    shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
+    swapped = evaluate()
+    assert "not measured again: base, 2a, 2b\n" in capsys.readouterr().err
+    assert swapped["stages"]["2c"]["gate"]["passed"] is False
+    assert "other weights" in report.overview(swapped)
+    change = swapped["differences"]["2c"]["scores"]["novel_heldout"]
+    assert change["bits_per_byte"] == 0 and change["interval"] == [0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: r["stages"]["2a"]["scores"]["code"].pop("bits_per_byte"), "stages.2a"),
+        (lambda r: r["stages"]["2a"]["weights"].clear(), "stages.2a"),
+        (lambda r: r.pop("environment"), "environment"),
+        (lambda r: r["tasks"]["code"].update(text_sha256="abc"), "tasks.code.text_sha256"),
+        (lambda r: r.update(format=2), "format"),
+    ],
+)
+def test_a_damaged_report_is_refused(evaluated, tmp_path, damage, message):
+    copy = json.loads(json.dumps(evaluated))
+    damage(copy)
+    with pytest.raises(BadInput, match=message):
+        report.check(copy, tmp_path / "x.json")
+
+
+def test_a_torn_report_is_refused(tmp_path):
+    (tmp_path / "torn.json").write_text('{"format": 1, "run"')
+    with pytest.raises(BadInput, match="not whole JSON"):
+        report.load(tmp_path / "torn.json")
+
+
+def test_markdown_signs_in_samples_are_only_signs():
+    assert report.quoted("# <b>\n\n*x*") == "> \\# \\<b\\>\n>\n> \\*x\\*"
+
+
+def test_what_was_not_measured_is_a_dash():
+    assert report.number(None) == "–" and report.bracket(None, None) == "–"
+
+
+# --- loss curves ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
+    for step in (9, 10):  # "checkpoint-9" sorts behind "checkpoint-10"
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        log = [
+            {"step": 1, "loss": 3.5, "epoch": 0.1, "tokens/total": 512},
+            {"step": step, "loss": 3.0, "epoch": 1.0, "tokens/total": 512 * step},
+            {"step": step, "eval_loss": 3.25, "epoch": 1.0},
+            {"step": step, "train_runtime": 12.0},
+        ]
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(
+            json.dumps({"global_step": step, "log_history": log})
+        )
+    assert curves.training_log(tmp_path) == [
+        {"step": 1, "epoch": 0.1, "tokens": 512, "loss": 3.5, "eval_loss": None},
+        {"step": 10, "epoch": 1.0, "tokens": 5120, "loss": 3.0, "eval_loss": 3.25},
+    ]
+
+
+def test_a_run_without_state_has_no_curve(tmp_path):
+    assert curves.training_log(tmp_path) is None
+
+
+def test_losses_are_drawn(tmp_path):
+    log = [{"step": 1, "epoch": 1, "tokens": None, "loss": 3.0, "eval_loss": None}]
+    log.append({"step": 2, "epoch": 2, "tokens": None, "loss": None, "eval_loss": 2.5})
+    picture = report.draw_losses({"stages": {"base": {"training": None}, "2a": {"training": log}}})
+    assert picture is not None
+    [axis] = picture.axes
+    drawn = {line.get_label(): [tuple(point) for point in np.asarray(line.get_xydata())] for line in axis.lines}
+    assert axis.get_title() == "2a" and drawn == {"training": [(1, 3.0)], "validation": [(2, 2.5)]}
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def other_base(place: Path) -> None:
+    save_adapter(place / "outputs" / "2a", place / "outputs" / "2b", "models/another", seed=2)
+
+
+def other_shape(place: Path) -> None:
+    size = len(AutoTokenizer.from_pretrained("models/base"))
+    tiny_llama(size, seed=0, hidden=64).save_pretrained(place / "wide")
+    save_adapter(place / "wide", place / "outputs" / "2b", "outputs/2a", seed=2)
+
+
+def other_modules(place: Path) -> None:
+    """More layers than the base has: PEFT drops them without a word."""
+    from safetensors.torch import load_file, save_file
+
+    path = place / "outputs/2b/adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "layers.0." in key)
+    save_file({**tensors, key.replace("layers.0.", "layers.7."): tensors[key].clone()}, path)
+
+
+def other_vocabulary(place: Path) -> None:
+    save_gpt2_like(place / "outputs" / "2b")
+
+
+def no_bos(place: Path) -> None:
+    path = place / "models/base/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["bos_token"]
+    path.write_text(json.dumps(settings))
+
+
+def long_prompt(place: Path) -> None:
+    (place / "data/2c.txt").write_text("mot " * 5_000)
+    (place / "prompts.yml").write_text("- {name: long, tail_of: data/2c.txt, words: 4000}\n")
+
+
+def torn_weights(place: Path) -> None:
+    path = place / "outputs/2a/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+HELDOUT = "data/2b.heldout.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "message"),
+    [
+        (lambda p: shutil.rmtree(p / "outputs/2b"), [], "stage 2b is missing.*2c builds on it.*recipes/2b.yml"),
+        (lambda p: shutil.rmtree(p / "outputs/2c"), ["--stages", "2c"], "stage 2c is missing"),
+        (lambda p: None, ["--stages", "2d"], "no stage 2d.*base, 2a, 2b, 2c"),
+        (lambda p: None, ["--tasks", "latin"], "no task latin.*gallica_heldout"),
+        (lambda p: (p / HELDOUT).unlink(), [], "2b.heldout.jsonl is missing"),
+        (lambda p: (p / HELDOUT).write_text(""), [], "2b.heldout.jsonl is empty"),
+        (lambda p: (p / HELDOUT).write_text('{"text": "a b"}\n{"text": "c'), [], "line 2: not whole JSON"),
+        (lambda p: (p / HELDOUT).write_text('{"text": " "}\n'), [], "line 1: no text"),
+        (lambda p: (p / "models/base/tokenizer.json").unlink(), [], "models/base has no tokenizer"),
+        (lambda p: (p / "models/base/tokenizer.json").write_text("{"), [], "tokenizer of models/base cannot be read"),
+        (no_bos, [], "no BOS token"),
+        (lambda p: (p / "data/2c.txt").unlink(), [], "data/2c.txt is missing"),
+        (long_prompt, ["--prompts", "prompts.yml"], "more than the 2048"),
+        (torn_weights, ["--stages", "2a"], "model in outputs/2a cannot be read"),
+        (other_base, ["--stages", "2b"], "trained on models/another"),
+        (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
+        (other_modules, ["--stages", "2b"], "2b does not fit outputs/2a: 1 of its tensors"),
+        (other_vocabulary, ["--stages", "2b"], "another vocabulary"),
+        (lambda p: (p / "outputs/2b/trained.json").write_text("{"), ["--stages", "2b"], "trained.json is damaged"),
+    ],
+)
+def test_bad_input_is_one_clear_message(place, monkeypatch, spoil, arguments, message):
+    monkeypatch.setattr(sys, "argv", [])
+    spoil(place)
+    with pytest.raises(BadInput, match=message) as raised:
+        evaluate("--tasks", "gallica_heldout", "--limit", "1", *arguments)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+    assert not Path("eval/reports/tiny.json").exists()
+
+
+def test_stages_that_are_not_trained_yet_are_left_out(place):
+    shutil.rmtree(place / "outputs" / "2b")
+    shutil.rmtree(place / "outputs" / "2c")
+    rows = weights.candidates(load_chain(Path("recipes")))
+    assert [row.name for row in weights.present(rows, None)] == ["base", "2a"]
+
+
+def test_two_bases_are_refused():
+    stages = [
+        SimpleNamespace(name=name, parent=None, base_model=Path(base), output_dir=Path(name), adapter=None)
+        for name, base in (("1a", "models/x"), ("2a", "models/y"))
+    ]
+    with pytest.raises(BadInput, match="several bases"):
+        weights.candidates(stages)  # type: ignore[arg-type]
