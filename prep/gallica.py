@@ -260,6 +260,8 @@ def level(available: np.ndarray, wanted: float) -> int | None:
     """The smallest cap on every book under which `wanted` windows remain; None if there are too few without one."""
     if available.sum() < wanted:
         return None
+    if wanted <= 0:
+        return 0
     ordered = np.sort(available)
     below = np.cumsum(ordered) - ordered  # windows of the books before this one
     left = np.arange(len(ordered), 0, -1)  # books from this one on
@@ -278,7 +280,7 @@ def shares_of(available: list[int], order: list[float], wanted: int) -> list[int
     if cap is None:
         raise ValueError(f"{wanted} windows wanted of {array.sum()}")
     taken = np.minimum(array, max(0, cap - 1))
-    longer = sorted(np.flatnonzero(array >= cap), key=lambda i: order[i]) if cap else []
+    longer = sorted(np.flatnonzero(array >= cap), key=lambda i: order[i])
     taken[longer[: wanted - int(taken.sum())]] += 1
     return taken.tolist()
 

@@ -6,8 +6,8 @@ import json
 import random
 from pathlib import Path
 
-import datasets
 import pytest
+from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, save_llama_like, tales
 
 from prep.files import BadInput
@@ -24,22 +24,6 @@ def folder(request, tmp_path_factory) -> Path:
 def novel() -> str:
     """230 kB of French, far beyond the 64 windows at which Axolotl truncates a row."""
     return "\n\n".join(paragraph for tale in tales() for paragraph in tale.split("\n") if paragraph.strip())
-
-
-def axolotl_windows(texts: list[str], tokenizer_folder: Path, sequence_len: int) -> tuple[list[int], list[list[int]]]:
-    """What Axolotl makes of rows: the length of every slice, then the slices that `min_sample_len` leaves."""
-    from axolotl.datasets import TokenizedPromptDataset
-    from axolotl.prompt_strategies.completion import load
-    from axolotl.utils.data.utils import handle_long_seq_in_dataset
-    from axolotl.utils.dict import DictDefault
-    from transformers import AutoTokenizer
-
-    cfg = DictDefault(sequence_len=sequence_len, min_sample_len=sequence_len, train_on_inputs=False)
-    strategy = load(AutoTokenizer.from_pretrained(tokenizer_folder), cfg)
-    dataset = TokenizedPromptDataset(strategy, datasets.Dataset.from_dict({"text": texts}))
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    kept = handle_long_seq_in_dataset(dataset, sequence_len, cfg)
-    return lengths, list(kept["input_ids"])
 
 
 def slices(passages: list[Passage], sequence_len: int) -> list[int]:
