@@ -44,7 +44,7 @@ def clean_pages(text: str) -> Cleaned:
 _MISSING = re.compile(r" ?\[texte[ _]manquant\] ?", re.I)
 # A number alone in its line, with or without ornament; a number with a few words before or after it.
 _NUMBER = re.compile(r"[^\w\n]{0,4}(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))[^\w\n]{0,4}")
-_HEADED = re.compile(r"\W{0,3}(?:(\d{1,4})\b\W{1,4}(\D{3,60})|(\D{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})")
+_HEADED = re.compile(r"\W{0,3}(?:(\d{1,4})\b\W{1,4}(.{3,60})|(.{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})")
 _DASHED = re.compile(
     r"^[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*[\dlIOoSB]{1,4}[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*$|^[\[(] ?\d{1,4} ?[\])]$"
 )
@@ -109,7 +109,7 @@ def _chain(numbers: list[_Number], lines: list[str]) -> list[_Number]:
         if len(path) < 3:
             continue
         inside = sum(_inside_sentence(lines, numbers[j].line) for j in path)
-        if inside < 0.15 * len(path):
+        if inside < max(2, 0.15 * len(path)):
             continue
         low, high = path[-1], path[0]
         if any(taken[low : high + 1]):
@@ -147,7 +147,7 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
     chained = _chain(_numbers(lines), lines)
     for number in chained:
         drop[number.line] = True
-    edges: list[int] = []  # first and last lines of pages
+    edges = [i for i in (0, len(lines) - 1) if lines[i]]  # first and last lines of pages
     for number in chained:
         edges += [number.line, *_neighbours(lines, number.line)]
     blank = [i for i, line in enumerate(lines) if not line or line == _PAGE_END]
@@ -167,6 +167,7 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
         elif line in headers:
             drop[i] = True
             counts["running_headers"] += 1
+            counts["page_numbers"] += line[0].isdigit() or line[-1].isdigit()
         elif len(line) <= 12 and _DASHED.match(line):
             drop[i] = True
             counts["page_numbers"] += 1
@@ -210,7 +211,8 @@ def _headers(edges: list[str], lines: list[str]) -> set[str]:
     """Lines at the edges of pages that come back there, and hardly anywhere else."""
     groups: dict[str, list[str]] = {}
     for line in edges:
-        if len(line) <= 70 and (key := _key(line)) and len(key) >= 3:
+        reply = line[:1] in _DASHES and line[-1] not in _DASHES
+        if len(line) <= 70 and not reply and (key := _key(line)) and len(key) >= 3:
             groups.setdefault(key, []).append(line)
     everywhere = Counter(lines)
     headers: set[str] = set()
@@ -253,39 +255,40 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
         return []
     words = [line.find(" ") if " " in line else len(line) for line in lines]
     refused = [len(a) + 1 + w - 2 * (a[-1] == "-") for a, w in zip(lines, words[1:], strict=False)]
+    for i, line in enumerate(lines[1:]):
+        if line[0] in _DASHES and _breaks_off(lines[i]):
+            # A dash in mid-sentence keeps to its word, so it was refused together with it.
+            refused[i] += max(0, line.find(" ", 2) - 1)
     for i, gap in enumerate(gaps):
         if gap and i and lines[i - 1][-1] == "-" and i < len(refused):
             # The rest of a word cut by the page's end may be there only since then: its line was set for the whole.
             refused[i] += len(lines[i - 1]) - lines[i - 1].rfind(" ") - 2
-    blank_lines_divide = gaps.count(_BLANK) * 20 > len(lines)
-    wider, tolerance = _widths(_units(lines, refused, _UNKNOWN), max(map(len, lines)))
-    units = _units(lines, refused, wider[0] - tolerance)
-    pairs = [(_ending(lines[u.last]), _opening(lines[v.first])) for u, v in itertools.pairwise(units)]
-    whole_lines = len(units) > 0.95 * len(lines)  # hardly a line is continued: every line is a paragraph
+    divided = [False] * len(lines)
+    if gaps.count(_BLANK) * 20 > len(lines):  # blank lines stand between paragraphs, not between pages
+        divided = [gap == _BLANK for gap in gaps]
+    strict = _units(lines, refused, divided, _UNKNOWN)
+    if len(strict) > 0.95 * len(lines) and max(map(len, lines)) > 120:
+        # Hardly a line is continued, and they are longer than a page is wide: every line is a paragraph.
+        return _join([lines[u.first : u.last + 1] for u in strict], counts)
+    wider, tolerance = _widths(strict, max(map(len, lines)))
+    units = _units(lines, refused, divided, wider[0] - tolerance)
 
     def ends(u: _Unit, v: _Unit) -> bool:
-        """Whether width alone shows that `u` ends a paragraph."""
-        gap = gaps[v.first]
-        if whole_lines or (gap == _BLANK and blank_lines_divide):
-            return True
+        """Whether a blank line or width alone shows that `u` ends a paragraph."""
         least = max(u.longest, v.longest) - tolerance
         most = min(u.refused, v.refused, refused[u.last]) - 1 + tolerance
-        return wider[max(0, least)] > most
+        return divided[v.first] or wider[max(0, least)] > most
 
     clear: Counter[tuple[str, str]] = Counter()
     unclear: Counter[tuple[str, str]] = Counter()
+    pairs = [(_ending(lines[u.last]), _opening(lines[v.first])) for u, v in itertools.pairwise(units)]
     for u, v, pair in zip(units, units[1:], pairs, strict=False):
         (clear if ends(u, v) else unclear)[pair] += 1
-    openings = [pair for pair in clear if pair[1] == "—A" and pair[0] != ","]
-    dialogue, full = sum(clear[p] for p in openings), sum(unclear[p] for p in openings)
-    # Of the lines that end a paragraph, this share happens to be full. More than a tenth is impossible (words have
-    # five letters, lines fifty): there dashes stand inside paragraphs, too.
-    share = min(0.1, (full + 3) / (dialogue + full + 60))
-
     paragraphs = [[lines[i] for i in range(units[0].first, units[0].last + 1)]]
     current = units[0]
     for v, pair in zip(units[1:], pairs, strict=True):
-        expected = clear[pair] * share / (1 - share)
+        seen = clear[pair] + (_REPLIES if pair[1] == "—A" and pair[0] not in "a," else 0)
+        expected = _FULL * seen
         if ends(current, v) or expected > 0.5 * unclear[pair]:
             paragraphs.append([])
             current = v
@@ -298,12 +301,14 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
     return _join(paragraphs, counts)
 
 
+_FULL = 0.06  # paragraphs whose last line happens to look full, for each where it does not: measured on forty novels
+_REPLIES = 30  # replies (a dash and a capital) taken as seen after short lines even where a book has none
 _DASHES = "—–-"
 _BREAKING = ",—–"
 _CONTINUING = ";:!?,.)"  # no paragraph begins with these; a wrap before them is a scan's or a careless printer's
 
 
-def _units(lines: list[str], refused: list[int], narrowest: int) -> list[_Unit]:
+def _units(lines: list[str], refused: list[int], divided: list[bool], narrowest: int) -> list[_Unit]:
     """Join what surely belongs together: what stands before a small letter, or breaks off in a line of full width.
 
     A line that ends in mid-word is not measured, since some printers let it hang over.
@@ -315,10 +320,10 @@ def _units(lines: list[str], refused: list[int], narrowest: int) -> list[_Unit]:
     cut = False
     for i, line in enumerate(lines):
         if i and not (
-            line[0].islower()
-            or line[0] in _CONTINUING
-            or (cut and line[0].isalpha())
-            or (refused[i - 1] > narrowest and line[0] not in _DASHES and _breaks_off(lines[i - 1]))
+            (cut and line[0].isalpha())
+            or (divided[i] and line[0].islower() and _breaks_off(lines[i - 1]))
+            or (not divided[i] and (line[0].islower() or line[0] in _CONTINUING))
+            or (refused[i - 1] > narrowest and not divided[i] and line[0] not in _DASHES and _breaks_off(lines[i - 1]))
         ):
             units.append(_Unit(first, i - 1, longest, shortest))
             first, longest, shortest = i, 0, _UNKNOWN
@@ -390,7 +395,7 @@ _FIRST = re.compile(
 )
 _PLACED = re.compile(
     r"(?:au|par|là|ci|en) (?:dess(?:us|ous)|dedans|dehors|delà|devant|derrière|haut|bas)"
-    r"|(?:celui|celles?|ceux) (?:ci|là)|demi .*"
+    r"|(?:celui|celles?|ceux) (?:ci|là)|(?:moi|toi|soi|lui|elles?|[nv]ous|eux) mêmes?|demi .*"
 )
 _INNER = re.compile(r"à|de|en|sur|sous|et|la|le|les|aux?|du|des|bien")
 
