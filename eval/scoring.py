@@ -138,10 +138,9 @@ def measured(sample: dict[str, Any], logprobs: np.ndarray, tokenizer: PreTrained
 
 
 def bytes_by_block(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """UTF-8 bytes that each successive BLOCK of tokens stands for; they add up to the text's own."""
+    """UTF-8 bytes that each successive BLOCK of tokens stands for."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ends = [offsets[min(i + BLOCK, len(offsets)) - 1][1] for i in range(0, len(offsets), BLOCK)]
-    ends[-1] = len(text)
     return [len(text[start:end].encode()) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
