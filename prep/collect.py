@@ -98,7 +98,9 @@ def checkpoint_files(files: list[Record]) -> list[Record]:
     for start, end in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         weights = [file for file in flat if file["name"].startswith(start) and file["name"].endswith(end)]
         if weights:
-            settings = [f for f in flat if f["name"].endswith((".json", ".model")) or f["name"] == "merges.txt"]
+            settings = [
+                f for f in flat if f["name"].endswith((".json", ".model", ".jinja")) or f["name"] == "merges.txt"
+            ]
             return settings + weights
     raise BadInput("the repository holds no model*.safetensors and no pytorch_model*.bin")
 

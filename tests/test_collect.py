@@ -317,6 +317,7 @@ def test_a_file_of_another_size_is_not_kept(hub, books, collect, tmp_path):
     hub.www["roman.pdf"] = PDF
     hub.short.add("roman.pdf")
     refused(collect("book", "--source", f"{hub.url}/www/roman.pdf"), "roman.pdf", f"has size {len(PDF) - 100}")
+    assert list((tmp_path / "data/raw/.book.download").iterdir()) == []
     hub.short.clear()
     assert collect("book", "--source", f"{hub.url}/www/roman.pdf").returncode == 0
 
@@ -586,6 +587,7 @@ def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, tmp_path):
     result = collect("base")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "models/base"
+    assert "this is a chat model: </s> may end a turn" in result.stdout
     assert not any(path.endswith((".py", "README.md")) for _, path, _ in hub.seen)
     assert sorted(path.name for path in out.parent.iterdir()) == ["base"], "nothing is left of the download"
 
