@@ -1,0 +1,115 @@
+# The whole pipeline; each target is the plain command it stands for. `make` alone prints them.
+#
+#   make demo                                          everything, small, on a CPU
+#   make data BOOK=~/novel.pdf && make prep stage-a stage-b stage-c eval
+#
+# Settings, as `make stage-b PROFILE=cpu ARGS="--wandb_project=chateau"`:
+PYTHON ?= python3.11
+BOOK ?=#              address or file of the novel, for `make data` and `make book`
+FILES ?= 12#          parquet files of French-PD-Books: about 400 MB and 2,000 books each
+HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the whole book
+PROFILE ?= gpu#       section of train/overrides.yml
+CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
+RUN ?= full#          name of the report
+ARGS ?=#              more --key=value for Axolotl
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+export AXOLOTL_DO_NOT_TRACK := 1
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environment ---
+
+.PHONY: setup
+setup: $(READY) ## .venv from the hash-locked requirements (5 GB with the CPU build of torch, once)
+
+$(READY): requirements/base.txt requirements/cuda-constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 is needed, and '$(PYTHON)' is not it: install python3.11 (with venv), or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --require-hashes -r requirements/base.txt -c requirements/cuda-constraints.txt
+	echo "$(CURDIR)" > $(VENV)/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.files
+	touch $@
+
+.PHONY: setup-gpu
+setup-gpu: $(READY) ## What only a GPU can use: deepspeed, flash-attn (built here by nvcc, an hour); optional
+	$(BIN)/pip install --disable-pip-version-check --require-hashes --no-deps --no-build-isolation -r requirements/gpu.txt
+
+.PHONY: lock
+lock: $(READY) ## Resolve requirements/*.in anew
+	PATH="$(CURDIR)/$(BIN):$$PATH" requirements/lock.sh
+
+# --- step 0: sources ---
+
+.PHONY: data base gallica book
+data: base gallica book ## Base model, Gallica files and the novel (BOOK=address or file)
+base: $(READY) ## Base model -> models/base
+	$(BIN)/python prep/collect.py base
+gallica: $(READY) ## FILES parquet files of Gallica -> data/raw/gallica
+	$(BIN)/python prep/collect.py gallica --files $(strip $(FILES))
+book: $(READY) ## The novel (BOOK=address or file) -> data/raw/book
+	@test -n "$(strip $(BOOK))" || { echo "say which novel: make book BOOK=https://... or BOOK=path/to/novel.pdf" >&2; exit 1; }
+	$(BIN)/python prep/collect.py book --source "$(strip $(BOOK))"
+
+# --- steps 1a, 1b, 1c: rows ---
+
+.PHONY: prep prep-a prep-b prep-c
+prep: prep-a prep-b prep-c ## All training rows
+prep-a: $(READY) ## 1,000,000 windows of 512 tokens of Gallica -> data/2a.jsonl
+	$(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 --windows 1000000 --split 1/2 --seed 42 --out data/2a.jsonl
+prep-b: $(READY) ## 250,000 windows of 2048 tokens of Gallica -> data/2b.jsonl
+	$(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 --windows 250000 --split 2/2 --seed 42 --out data/2b.jsonl
+prep-c: $(READY) ## The novel in four phases -> data/2c.jsonl
+	$(BIN)/python prep/castle.py --book "$$(ls data/raw/book/book.*)" --tokenizer models/base --sequence-len 2048 --stride 512 --holdout $(strip $(HOLDOUT)) --seed 42 --out data/2c.jsonl
+
+# --- steps 2a, 2b, 2c: training ---
+
+.PHONY: stage-a stage-b stage-c
+stage-a: stage-%: $(READY) ## Train 2a: every weight, on short passages
+stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, on long ones
+stage-c: stage-%: $(READY) ## Train 2c: the same adapter, on the novel
+stage-a stage-b stage-c: stage-%:
+	$(BIN)/python train/stage.py $(strip $(CURRICULUM))$* --profile $(strip $(PROFILE)) -- $(strip $(ARGS))
+
+.PHONY: check
+check: $(READY) ## Did every stage train? The gates, on whatever is there
+	$(BIN)/python train/gate.py
+
+# --- evaluation ---
+
+.PHONY: eval
+eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
+	$(BIN)/python eval/evaluation.py --recipes recipes --run $(strip $(RUN)) --out eval/reports
+
+# --- small and local ---
+
+.PHONY: demo
+demo: $(READY) ## All of the above, small, on a CPU, in demo/run: 25 minutes
+	demo/demo.sh
+
+.PHONY: clean-demo
+clean-demo: ## Remove what the demo made
+	rm -rf demo/run
+
+.PHONY: test
+test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds those that need a corpus)
+	$(BIN)/python -m pytest
+
+.PHONY: test-fast
+test-fast: $(READY) ## The tests that load no model
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: lint
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

