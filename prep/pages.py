@@ -62,8 +62,9 @@ def _roman(numeral: str) -> int:
 
 
 def _numbers(lines: list[str]) -> list[_Number]:
-    """Lines that may hold a page number, in their order."""
+    """Lines that may hold a page number, in their order: alone, or beside words that come back with other numbers."""
     found = []
+    headed: dict[str, list[_Number]] = {}
     for index, line in enumerate(lines):
         if len(line) <= 15 and (match := _NUMBER.fullmatch(line)):
             found.append(_Number(index, int(match[1]) if match[1] else _roman(match[2])))
@@ -72,8 +73,20 @@ def _numbers(lines: list[str]) -> list[_Number]:
             and (not line[0].isalpha() or line[-2:].strip(".—–-]) ").isdigit())
             and (match := _HEADED.fullmatch(line))
         ):
-            found.append(_Number(index, int(match[1] or match[4])))
-    return found
+            headed.setdefault(_key(line), []).append(_Number(index, int(match[1] or match[4])))
+    for key in _recurring({key: len(numbers) for key, numbers in headed.items()}):
+        found += headed[key]
+    return sorted(found)
+
+
+def _recurring(times: dict[str, int]) -> set[str]:
+    """Of the keys of lines and how often each stands there: those that come back, and those misread from them."""
+    often = {key for key, n in times.items() if n >= 3 and len(key) >= 3}
+    return often | {
+        key
+        for key in times.keys() - often
+        if any(abs(len(key) - len(other)) <= 4 and fuzz.ratio(key, other) >= 80 for other in often)
+    }
 
 
 def _chain(numbers: list[_Number], lines: list[str]) -> list[_Number]:
@@ -215,17 +228,12 @@ def _headers(edges: list[str], lines: list[str]) -> set[str]:
         if len(line) <= 70 and not reply and (key := _key(line)) and len(key) >= 3:
             groups.setdefault(key, []).append(line)
     everywhere = Counter(lines)
-    headers: set[str] = set()
-    strong = [key for key, group in groups.items() if len(group) >= 3]
-    for key in sorted(strong, key=lambda k: -len(groups[k])):
-        members = groups[key]
-        if sum(everywhere[line] for line in set(members)) <= 1.3 * len(members):
-            headers.update(members)
-    learned = {_key(line) for line in headers}
-    for key, group in groups.items():
-        if key not in learned and any(abs(len(key) - len(h)) <= 4 and fuzz.ratio(key, h) >= 80 for h in learned):
-            headers.update(group)
-    return headers
+    known = {
+        key: len(group)
+        for key, group in groups.items()
+        if len(group) < 3 or sum(everywhere[line] for line in set(group)) <= 1.3 * len(group)
+    }
+    return {line for key in _recurring(known) for line in groups[key]}
 
 
 # --- paragraphs -----------------------------------------------------------------------------------------------------
@@ -276,7 +284,7 @@ def _paragraphs(lines: list[str], gaps: list[int], counts: Counter[str]) -> list
     def ends(u: _Unit, v: _Unit) -> bool:
         """Whether a blank line or width alone shows that `u` ends a paragraph."""
         least = max(u.longest, v.longest) - tolerance
-        most = min(u.refused, v.refused, refused[u.last]) - 1 + tolerance
+        most = min(u.refused, v.refused, refused[u.last]) - 1
         return divided[v.first] or wider[max(0, least)] > most
 
     clear: Counter[tuple[str, str]] = Counter()
