@@ -180,11 +180,11 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
         local = {path.name: path for path in sorted(source.glob("*.parquet"))}
         if not local:
             raise BadInput(f"{source} is not a folder with .parquet files")
-        count = count or len(local)
+        count = len(local) if count is None else count
         size = sum(path.stat().st_size for path in local.values())
         wanted: Record = {"source": str(source), "bytes": size, "files": count, "seed": arguments.seed}
     else:
-        count = count or 12  # about 180 M tokens each by the card's word count, before anything is filtered
+        count = 12 if count is None else count  # about 180 M tokens each by the card's word count, before anything is filtered
         wanted = {"repo": arguments.repo, "revision": arguments.revision, "files": count, "seed": arguments.seed}
     before = recorded(out)
     more = before is not None and before["wanted"]["files"] < count and {**before["wanted"], "files": count} == wanted

@@ -326,7 +326,8 @@ def test_what_the_hub_does_not_have_is_said(hub, books, collect):
     refused(collect("gallica", "--repo", "nobody/nothing"), "no dataset nobody/nothing", hub.url)
     refused(collect("gallica", "--repo", "not a name"), "no dataset not a name")
     refused(collect("gallica", "--revision", "v9"), "no revision v9")
-    refused(collect("gallica", "--files", 6), "--files 6", "5 parquet files")
+    for count in (0, 6):
+        refused(collect("gallica", "--files", count), f"--files {count}", "5 parquet files")
     assert collect("gallica", "--source", ".", "--repo", "a/b").returncode == 2
 
 
