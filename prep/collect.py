@@ -184,7 +184,8 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
         size = sum(path.stat().st_size for path in local.values())
         wanted: Record = {"source": str(source), "bytes": size, "files": count, "seed": arguments.seed}
     else:
-        count = 12 if count is None else count  # about 180 M tokens each by the card's word count, before anything is filtered
+        # About 2,000 books of 57 k words each in a file: a dozen hold over a billion tokens, whatever is filtered out.
+        count = 12 if count is None else count
         wanted = {"repo": arguments.repo, "revision": arguments.revision, "files": count, "seed": arguments.seed}
     before = recorded(out)
     more = before is not None and before["wanted"]["files"] < count and {**before["wanted"], "files": count} == wanted
