@@ -33,13 +33,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import curves, intervals, report, samples, scoring, weights
+from eval import curves, intervals, memory, prose, report, samples, scoring, weights
+from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
 from train.chain import load_chain
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = ("lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib")
-MEASURING = ("scoring.py", "intervals.py", "samples.py", "weights.py")  # a report made by other code is not reused
+LIBRARIES = (
+    "lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib", "pyspellchecker"
+)  # fmt: skip
+MEASURING = (
+    "scoring.py",
+    "intervals.py",
+    "memory.py",
+    "prose.py",
+    "samples.py",
+    "weights.py",
+    "tasks/texts.py",
+)  # a report made by other code is not reused
+WORDS_A_TOKEN = 0.5  # of French under these tokenizers: TinyLlama's 0.57, SmolLM2's 0.46
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,6 +134,7 @@ def measure(
     tokenizer: Any,
     tasks: dict[str, Any],
     prompts: list[dict[str, str]],
+    trained_on: prose.Passages | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything that needs the model in memory."""
@@ -136,15 +149,34 @@ def measure(
     for number, prompt in enumerate(prompts):
         print(f"{row.name}: writing after prompt {number + 1} of {len(prompts)}, {prompt['name']}", file=sys.stderr)
         drawn = samples.continuations(model, tokenizer, prompt["text"], args.samples, args.seed, decoding)
-        written += [
-            {"prompt": prompt["name"], "seed": args.seed, "index": index, **sample}
-            for index, sample in enumerate(drawn)
-        ]
+        for index, sample in enumerate(drawn):
+            copied = trained_on.longest(sample["text"]) if trained_on else None
+            written.append({"prompt": prompt["name"], "seed": args.seed, "index": index, **sample, "copied": copied})
     finished = time.perf_counter()
     return {
         "scores": scores,
+        "memorisation": memory.memorisation(scores),
         "samples": written,
+        "degeneration": prose.degeneration(written),
         "seconds": {"scoring": round(scored - started, 1), "sampling": round(finished - scored, 1)},
+    }
+
+
+def reference(path: str, trained_on: prose.Passages | None, max_new_tokens: int) -> dict[str, Any] | None:
+    """The author's own held-out pages, in pieces as long as samples, under the measures that samples get.
+
+    None when the pages do not fill one piece.
+    """
+    length = round(max_new_tokens * WORDS_A_TOKEN)
+    texts = [piece for row in read_rows(Path(path)) for piece in prose.pieces(row["text"], max(1, length))]
+    if not texts:
+        return None
+    return {
+        "path": path,
+        "pieces": len(texts),
+        "words": length,
+        "degeneration": prose.degeneration([{"text": text, "ended": False} for text in texts]),
+        "copied": [trained_on.longest(text)["words"] for text in texts] if trained_on else [],
     }
 
 
@@ -181,7 +213,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", required=True, help="name of the report")
     parser.add_argument("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     parser.add_argument("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
-    parser.add_argument("--tasks", nargs="+", default=["gallica_heldout", "novel_heldout", "english", "code"])
+    parser.add_argument(
+        "--tasks", nargs="+", default=["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
+    )
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.yml")
     parser.add_argument("--samples", type=int, default=2, help="continuations of each prompt (default 2)")
     parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each continuation (default 500)")
@@ -215,6 +249,10 @@ def main() -> None:
     prompts = samples.load_prompts(args.prompts)
     tasks = scoring.load_tasks(args.tasks)
     described = describe_tasks(tasks, args.limit)
+    paths = {name: description["path"] for name, description in described.items()}
+    trained_on = None
+    if "novel_train" in paths:
+        trained_on = prose.Passages([row["text"] for row in read_rows(Path(paths["novel_train"]))])
     settings = {
         "tasks": args.tasks,
         "limit": args.limit,
@@ -247,7 +285,7 @@ def main() -> None:
                     **measured[row.name],
                     "inputs": inputs[row.name],
                     "parent": row.parent,
-                    "recipe": str(row.stage.recipe) if row.stage else None,
+                    "recipe": row.stage.recipe.name if row.stage else None,
                     "model": str(row.model),
                     "adapter": str(row.adapter) if row.adapter else None,
                     "weights": hashes[row.name],
@@ -263,6 +301,9 @@ def main() -> None:
             "environment": where,
             "tasks": described,
             "prompts": prompts,
+            "reference": reference(paths["novel_heldout"], trained_on, args.max_new_tokens)
+            if "novel_heldout" in paths
+            else None,
             "stages": stages,
             "differences": differences(stages),
         }
@@ -274,7 +315,7 @@ def main() -> None:
 
     waiting = [row for row in chosen if row.name not in measured]
     for row, model, tokenizer in weights.loaded(waiting, args.device, DTYPES[args.dtype]):
-        measured[row.name] = measure(row, model, tokenizer, tasks, prompts, args)
+        measured[row.name] = measure(row, model, tokenizer, tasks, prompts, trained_on, args)
         write()  # after each, so that an interrupted run goes on where it was
     result = write()
     page = report.write(result, args.out)

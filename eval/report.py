@@ -7,6 +7,7 @@ Everything on the page comes from the one JSON file; the same file gives the sam
 
 import argparse
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,66 @@ def perplexities(report: dict[str, Any]) -> str:
                     ]
                 )
     return table(["stage, text", "a token", "a word", "a byte", "tokens", "words", "bytes"], rows)
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share."""
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def spoiled(report: dict[str, Any]) -> str:
+    """Repetition, loops, early ends, foreign words and page noise in each stage's samples, and in the author's pages."""
+    sides = {name: stage["degeneration"] for name, stage in measured(report).items()}
+    if report["reference"]:
+        sides["the novel itself"] = report["reference"]["degeneration"]
+    rows = [
+        [
+            name,
+            percent(side["rep_4"], 1),
+            number(side["distinct_2"], 2),
+            percent(side["looping"]),
+            percent(side["ended_early"]) if name in report["stages"] else "–",
+            percent(side["not_french"]),
+            number(side["artefacts"], 2),
+        ]
+        for name, side in sides.items()
+    ]
+    head = ["samples of", "rep-4", "distinct-2", "loop", "ended early", "not French", "page noise a sample"]
+    return table(head, rows)
+
+
+def recited(report: dict[str, Any]) -> str | None:
+    """Probability of the novel's true text, trained and held out, and the longest copies in samples; None if unmeasured."""
+    rows = []
+    for name, stage in measured(report).items():
+        copies = [sample["copied"]["words"] for sample in stage["samples"] if sample["copied"]]
+        memory = stage["memorisation"]
+        if memory or copies:
+            sides = [memory[side] if memory else None for side in ("train", "heldout")]
+            rows.append(
+                [
+                    name,
+                    *(number(side["token_probability"] if side else None) for side in sides),
+                    *(percent(side["extractable"] if side else None, 1) for side in sides),
+                    number(statistics.median(copies) if copies else None, 1),
+                    number(max(copies, default=None), 0),
+                ]
+            )
+    if not rows:
+        return None
+    if report["reference"] and report["reference"]["copied"]:
+        copies = report["reference"]["copied"]
+        rows.append(["the novel itself", *["–"] * 4, number(statistics.median(copies), 1), number(max(copies), 0)])
+    head = [
+        "stage",
+        "p token, trained",
+        "held out",
+        "extractable, trained",
+        "held out",
+        "copied words, median",
+        "longest",
+    ]
+    return table(head, rows)
 
 
 def figure(width: float, height: float) -> Figure:
@@ -257,6 +318,23 @@ def page(report: dict[str, Any], loss_picture: str | None, bits_picture: str) ->
         "## Perplexity",
         "Of a token, a word, a byte. Token perplexity compares only models that share a tokenizer.",
         perplexities(report),
+        *(
+            [
+                "## Recited or written?",
+                "The typical probability of a true token, and the share of 50-token passages that one draw in a thousand "
+                "would give word by word: for pages the last stage was trained on, and for pages held out. Then the longest "
+                "run of words in each sample that stands in the training text, beside what the author's held-out pages share "
+                "with the rest of the book.",
+                recited_table,
+            ]
+            if (recited_table := recited(report))
+            else []
+        ),
+        "## Spoiled?",
+        "Repeated 4-grams within a sample, different 2-grams over all, samples that loop, that stop by themselves, words that "
+        "are not French (proper names count), lines like page numbers or running headers. The novel's own held-out pages, "
+        "cut to a sample's length, say what is normal.",
+        spoiled(report),
         "## Samples",
         f"Same prompts, seed and decoding for every stage: {decoding}.",
         *sample_pages(report),

@@ -29,6 +29,9 @@ TASKS = Path(__file__).parent / "tasks"
 MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model's config allows
 BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
 
+SPAN = 50  # tokens whose joint probability tells memorised text, as in the work on extraction: see eval/README.md
+CONTEXT = 200  # tokens of true text before them
+
 
 class TokenScorer(HFLM):
     """lm-eval's Hugging Face model, keeping log p(token | window so far) of every token it scores.
@@ -133,8 +136,16 @@ def measured(sample: dict[str, Any], logprobs: np.ndarray, tokenizer: PreTrained
         "tokens": len(logprobs),
         "bytes": size,
         "words": words,
+        "spans": [round(value, 3) for value in span_logprobs(logprobs)],
         "blocks": [{"nll": round(nll, 4), "bytes": size} for nll, size in zip(block_nll, block_bytes, strict=True)],
     }
+
+
+def span_logprobs(logprobs: np.ndarray) -> list[float]:
+    """Natural log-probability of each run of SPAN tokens that has CONTEXT tokens or more before it in its window."""
+    starts = range(CONTEXT, MAX_LENGTH - SPAN + 1, SPAN)
+    places = [window + start for window in range(0, len(logprobs), MAX_LENGTH) for start in starts]
+    return [float(logprobs[i : i + SPAN].sum(dtype=np.float64)) for i in places if i + SPAN <= len(logprobs)]
 
 
 def bytes_by_block(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from eval import curves, evaluation, intervals, report, samples, scoring, weights
+from eval import curves, evaluation, intervals, memory, prose, report, samples, scoring, weights
 from prep.files import BadInput, sha256
 from train.chain import load_chain
 
@@ -47,10 +47,12 @@ def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
-def save_adapter(base: Path, folder: Path, trained_on: str, seed: int | None) -> None:
+def save_adapter(
+    base: Path, folder: Path, trained_on: str, seed: int | None, targets: tuple[str, ...] = ("q_proj", "down_proj")
+) -> None:
     """An adapter of random tensors; of zero effect when `seed` is None, as a new one is."""
     torch.manual_seed(seed or 0)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=seed is None)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=seed is None)
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
     adapted.peft_config["default"].base_model_name_or_path = trained_on
     adapted.save_pretrained(str(folder))
@@ -79,6 +81,7 @@ def curriculum(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = tales()
     write_rows(folder / "data" / "2b.heldout.jsonl", [texts[0][:3_000], texts[1][:15_000]])  # the second: > 2048 tokens
     write_rows(folder / "data" / "2c.heldout.jsonl", [texts[2][:2_000]])
+    write_rows(folder / "data" / "2c.jsonl", [texts[3], texts[3][600:], texts[4]])
     (folder / "data" / "2c.txt").write_text(texts[3], encoding="utf-8")
     return folder
 
@@ -160,7 +163,7 @@ def test_scores_are_those_of_lm_eval_alone(place):
 
 
 def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
-    save_adapter(place / "outputs" / "2a", place / "outputs" / "2c", "outputs/2a", seed=None)
+    save_adapter(place / "outputs" / "2a", place / "outputs" / "2c", "outputs/2a", seed=None, targets=("v_proj",))
     rows = weights.candidates(load_chain(Path("recipes")))
     bits = {
         row.name: scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
@@ -196,7 +199,7 @@ def test_an_interval_is_as_wide_as_the_standard_error_says():
     nlls = torch.normal(200.0, 30.0, (400,), generator=torch.Generator().manual_seed(0))
     low, high = intervals.interval(documents(nlls.tolist()))["bits_per_byte"]
     expected = 2 * 1.96 * float(nlls.std()) / math.sqrt(400) / 100 / math.log(2)
-    assert high - low == pytest.approx(expected, rel=0.1)
+    assert high - low == pytest.approx(expected, rel=0.05)
 
 
 def test_pairing_sees_a_difference_that_two_intervals_hide():
@@ -218,6 +221,9 @@ def test_whole_works_are_drawn_where_there_are_enough():
 
 def test_texts_that_differ_are_not_compared():
     assert intervals.difference(documents([1, 2]), documents([1, 2, 3])) is None
+    longer = documents([1, 2])
+    longer[0]["blocks"][0]["bytes"] += 1  # as many blocks, cut elsewhere
+    assert intervals.difference(documents([1, 2]), longer) is None
 
 
 def test_one_unit_has_no_interval():
@@ -269,6 +275,103 @@ def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
     assert samples.tail("a b c d e f g h", 3) == "f g h"
 
 
+# --- prose and memory -------------------------------------------------------------------------------------------------
+
+
+def test_repetition_and_distinct_ngrams_by_hand():
+    text = "le chat le chat le chien"  # 2-grams: le chat, chat le, le chat, chat le, le chien
+    assert prose.repetition(text, 2) == pytest.approx(2 / 5)
+    assert prose.repetition("un deux", 4) is None
+    assert prose.distinct(["le chat", "le chat", "le chien"], 2) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "looping"),
+    [
+        ("Il ouvrit la porte. " * 3, True),
+        ("Il ouvrit la porte. " * 2, False),
+        ("Non, non, non ! dit-il.", False),
+        ("non " * 8, True),
+        ("Il entra, puis il sortit, et la nuit tomba sur le village. " + "la nuit tomba " * 3, True),
+        ("un deux trois quatre un deux trois cinq un deux trois six", False),
+        ("mot " * 7, False),
+    ],
+)
+def test_loops(text, looping):
+    assert prose.loops(text) is looping
+
+
+def test_a_copied_passage_is_found_in_its_whole_length():
+    """Twelve words, over other signs and capitals; the span shows where, and rows do not run into each other."""
+    book = prose.Passages(["Alors, un homme entra dans la salle basse et s'assit près du feu.", "Sans un mot il but."])
+    sample = "Le soir venu, UN HOMME entra dans la salle basse... et s'assit près du lac."
+    found = book.longest(sample)
+    assert found["words"] == 12
+    assert sample[found["start"] : found["end"]] == "UN HOMME entra dans la salle basse... et s'assit près du"
+    assert book.longest("près du feu sans un mot il")["words"] == 4
+    assert book.longest("rien de commun ici") == {"words": 0, "start": 0, "end": 0}
+
+
+def test_french_words_and_others():
+    assert prose.foreign("L'œil du cœur, jusqu'à aujourd'hui, regardait la maison.") == 0
+    assert prose.foreign("Le chat xqzt dormait") == pytest.approx(1 / 3)
+    assert prose.foreign("a ! 12") is None
+    assert all((prose.foreign(tale) or 0) < 0.1 for tale in tales()[:3])
+
+
+def test_page_noise_is_told_from_what_looks_like_it():
+    assert prose.artefacts("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite") == 3
+    assert prose.artefacts("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.") == 0
+
+
+def test_pieces_keep_every_sign_between_their_words():
+    assert prose.pieces("« Un, deux ! » trois - quatre cinq", 2) == ["Un, deux ! » ", "trois - quatre "]
+
+
+def test_spans_have_their_context_and_stay_in_their_window():
+    """The probability of 50 tokens is the product of theirs; the first 200 of each window are context."""
+    logprobs = np.zeros(scoring.MAX_LENGTH + 300, dtype=np.float32)
+    logprobs[200:250] = -0.1
+    logprobs[scoring.MAX_LENGTH + 250 : scoring.MAX_LENGTH + 300] = -0.2
+    spans = scoring.span_logprobs(logprobs)
+    assert len(spans) == 36 + 2  # (2048 - 200) // 50, and (300 - 200) // 50
+    assert spans[0] == pytest.approx(-5) and spans[-1] == pytest.approx(-10) and sum(spans) == pytest.approx(-15)
+
+
+def test_memorisation_by_hand():
+    train = {"documents": [{"spans": [math.log(0.5), math.log(1e-3) + 1e-9]}, {"spans": [-200.0, -300.0]}]}
+    heldout = {"documents": [{"spans": [-100.0]}]}
+    result = memory.memorisation({"novel_train": train, "novel_heldout": heldout})
+    assert result is not None
+    assert result["train"]["extractable"] == 0.5 and result["heldout"]["extractable"] == 0
+    assert result["train"]["best_span_probability"] == pytest.approx(0.5)
+    assert result["heldout"]["token_probability"] == pytest.approx(math.exp(-2))
+    assert memory.memorisation({"novel_train": train}) is None
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
+    """Trained on one page until it recites it: that page is extractable, the held-out one is not."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    page = tales()[3][:2_000]
+    write_rows(place / "data/2c.jsonl", [page])
+    model = tiny_llama(len(tokenizer), seed=0, hidden=64)
+    for parameter in model.parameters():
+        parameter.data *= 0.1  # from random noise of this size nothing learns
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(page, add_special_tokens=False)]])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    result = memory.memorisation(scores_of(model.eval(), tokenizer, ["novel_train", "novel_heldout"]))
+    assert result is not None
+    assert result["train"]["extractable"] > 0.9 and result["heldout"]["extractable"] == 0
+    [sample] = samples.continuations(model, tokenizer, page[:200], 1, 0, samples.decoding(60))
+    assert prose.Passages([page]).longest(sample["text"])["words"] > 10
+
+
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +379,7 @@ def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
 def test_the_report_holds_every_stage(evaluated):
     assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c"]
     for stage in evaluated["stages"].values():
-        assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "english", "code"]
+        assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
         assert all(score["bits_per_byte"] > 0 for score in stage["scores"].values())
         assert len(stage["samples"]) == 2 * len(evaluated["prompts"])
     assert {name: change["against"] for name, change in evaluated["differences"].items()} == {

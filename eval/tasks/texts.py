@@ -29,6 +29,30 @@ def heldout(path: str, **_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(read_rows(Path(path)))}
 
 
+def training(path: str, documents: int, characters: int, **_: Any) -> dict[str, Dataset]:
+    """Excerpts of the rows of a training JSONL, spread evenly over it: what memorisation is looked for in.
+
+    Rows that repeat text of an earlier one (the novel stands there in four phases) are left aside.
+    """
+    kept: list[str] = []
+    for row in sorted(read_rows(Path(path)), key=lambda row: row["part"]):
+        middle = len(row["text"]) // 2
+        if not any(row["text"][middle : middle + 200] in text for text in kept):
+            kept.append(row["text"])
+    whole = "\n\n".join(kept)
+    starts = [i * max(0, len(whole) - characters) // max(1, documents - 1) for i in range(documents)]
+    starts = starts[:1] if len(whole) <= characters else starts
+    excerpts = [whole[start : start + characters] for start in starts]
+    return {
+        "test": Dataset.from_list(
+            [
+                {"text": text, "source": Path(path).name, "part": str(start)}
+                for text, start in zip(excerpts, starts, strict=True)
+            ]
+        )
+    }
+
+
 def english(**_: Any) -> dict[str, Dataset]:
     """English prose: how the email package was meant to work, and what a heap queue is."""
     architecture = (files("email") / "architecture.rst").read_text(encoding="utf-8")
