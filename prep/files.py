@@ -67,4 +67,4 @@ def run(main: Callable[[], int | None]) -> None:
             )
         if error.errno is None:
             raise
-        sys.exit(f"{name}: {error.strerror}: {error.filename}")
+        sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
