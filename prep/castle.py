@@ -18,6 +18,7 @@ last run on the whole book, `2c.heldout.jsonl` has no row: any text in it would 
 import argparse
 import random
 import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +73,7 @@ def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     missing) or through each chapter, so they are the figures on the longest such counts.
     """
     calls = [(n, match) for n, text in enumerate(paragraphs) for match in _CALL.finditer(text)]
-    values = [int(match[0]) for _, match in calls]
+    values = [int(unicodedata.normalize("NFKC", match[0])) for _, match in calls]  # ² is 2
     best = [1 if value <= 3 else 0 for value in values]  # length of the longest count that ends here; 0: not of any
     link = [-1] * len(values)
     for j, value in enumerate(values):

@@ -1,0 +1,333 @@
+"""The novel's rows: noise out, one block held out, four phases, windows as Axolotl counts them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from reportlab.lib.pagesizes import A5
+from reportlab.pdfgen.canvas import Canvas
+from small_tokenizers import save_gpt2_like, save_llama_like, tales
+from test_rows import axolotl_windows
+
+from prep.castle import drop_note_calls, main, read_book
+from prep.files import BadInput
+from prep.pages import clean_pages
+from prep.rows import Cutter, load_tokenizer
+from prep.score import paragraphs_of, score
+
+SCRIPT = Path(__file__).parent.parent / "prep" / "castle.py"
+OUTPUTS = ["2c.jsonl", "2c.heldout.jsonl", "2c.manifest.json", "2c.txt"]
+
+
+@pytest.fixture(scope="module")
+def novel() -> list[str]:
+    """Above 131,072 tokens, more than Axolotl takes in one row: the tales one after another, twice, numbered."""
+    paragraphs = [p for tale in tales() for p in paragraphs_of(tale)]
+    doubled = [f"{p} ({turn} {n})" for turn in ("Un", "Deux") for n, p in enumerate(paragraphs)]
+    assert sum(map(len, doubled)) > 400_000
+    return doubled
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def tokenizer(request, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("tokenizer") / request.param
+    return save_llama_like(place) if request.param == "llama" else save_gpt2_like(place)
+
+
+class Result(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+def castle(folder: Path, book: Path, tokenizer: Path, *options: str) -> Result:
+    """Run the script's `main` in `folder`, as `prep.files.run` would; the import of the libraries takes seconds."""
+    argv = sys.argv
+    sys.argv = ["castle.py", "--book", str(book), "--tokenizer", str(tokenizer), "--out", "data/2c.jsonl", *options]
+    try:
+        with contextlib.chdir(folder):
+            main()
+    except BadInput as error:
+        return Result(1, f"{error}\n")
+    finally:
+        sys.argv = argv
+    return Result(0, "")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def prepared(novel, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    book = folder / "roman.txt"
+    book.write_text("\n\n".join(novel), encoding="utf-8")
+    result = castle(folder, book, tokenizer, "--seed", "7")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_axolotl_finds_the_windows_of_the_manifest_and_nothing_is_truncated(prepared, novel, tokenizer):
+    rows = read_rows(prepared / "data" / "2c.jsonl")
+    manifest = json.loads((prepared / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
+    cutter = Cutter(load_tokenizer(tokenizer), 2048)
+    total = cutter.count("\n\n".join(novel))
+    assert total > 64 * 2048
+    lengths, windows = axolotl_windows([row["text"] for row in rows], tokenizer, 2048)
+    assert len(windows) == manifest["train"]["windows"] == lengths.count(2048)
+    assert {len(window) for window in windows} == {2048}
+    assert all(cutter.eos not in window[1:] for window in windows)
+    assert sum(lengths) - 2048 * len(windows) == manifest["train"]["tail_tokens"]
+    # Four times what is not held out, but for what precedes each start and the last window that is not full, in two parts.
+    held = manifest["heldout"]["tokens"]
+    assert 4 * (total - held) - 2 * (512 + 1024 + 1536 + 4 * 2048) - 500 < 2048 * len(windows) < 4 * (total - held)
+    assert abs(held / total - 0.05) < 0.01
+
+
+def test_phases_start_at_the_stride_and_are_whole(prepared, tokenizer):
+    """Each phase of each part: its first row starts 0, 512, 1024 or 1536 tokens in, and its rows follow each other."""
+    rows = sorted(read_rows(prepared / "data" / "2c.jsonl"), key=lambda row: row["part"])
+    assert len({row["part"] for row in rows}) == len(rows)
+    text = (prepared / "data" / "2c.txt").read_text(encoding="utf-8")
+    held = "\n\n".join(row["text"] for row in read_rows(prepared / "data" / "2c.heldout.jsonl"))
+    manifest = json.loads((prepared / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
+    _, end = manifest["documents"]["heldout_paragraphs"]
+    paragraphs = text.rstrip("\n").split("\n\n")
+    parts = {"1/2": text[: text.index(held[:200])].rstrip("\n"), "2/2": "\n\n".join(paragraphs[end:])}
+    cutter = Cutter(load_tokenizer(tokenizer), 2048)
+    phases: dict[tuple[str, int], list[str]] = {}
+    for row in rows:
+        _, part, _, phase, _, _ = row["part"].split()
+        phases.setdefault((part, int(phase)), []).append(row["text"])
+    assert sorted(phases) == [(part, phase) for part in ("1/2", "2/2") for phase in (0, 512, 1024, 1536)]
+    for (part, phase), texts in phases.items():
+        at = parts[part].index(texts[0])
+        assert abs(len(cutter.encode([parts[part][:at]])[0].ends) - phase) <= 4
+        for row_text in texts:
+            at = parts[part].index(row_text, at)
+            assert at == 0 or parts[part][at - 1].isspace()
+            at += len(row_text)
+        assert len(cutter.encode([parts[part][at:]])[0].ends) < 2048 + 16
+
+
+def test_no_held_out_text_in_any_training_row(prepared):
+    train = [row["text"] for row in read_rows(prepared / "data" / "2c.jsonl")]
+    (held,) = read_rows(prepared / "data" / "2c.heldout.jsonl")
+    manifest = json.loads((prepared / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
+    paragraphs = (prepared / "data" / "2c.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\n")
+    start, end = manifest["documents"]["heldout_paragraphs"]
+    block = paragraphs[start:end]
+    assert "\n\n".join(block).startswith(held["text"])
+    assert not any(paragraph in text for paragraph in block for text in train)
+    # All the rest is there, and the block lies in the middle.
+    joined = "\n\n".join(train)
+    assert all(paragraph in joined for paragraph in [*paragraphs[3 : start - 60], *paragraphs[end + 3 : -60]])
+    before, after = len("".join(paragraphs[:start])), len("".join(paragraphs[end:]))
+    assert abs(before - after) < 0.05 * (before + after)
+
+
+def test_same_seed_same_bytes_other_seed_other_order(prepared, tokenizer, tmp_path):
+    def digests(folder: Path) -> list[str]:
+        return [hashlib.sha256((folder / "data" / name).read_bytes()).hexdigest() for name in OUTPUTS]
+
+    book = prepared / "roman.txt"
+    again = tmp_path / "again"
+    again.mkdir()
+    assert castle(again, book, tokenizer, "--seed", "7").returncode == 0
+    assert digests(again) == digests(prepared)
+    assert castle(again, book, tokenizer, "--seed", "8").returncode == 0
+    lines = [(folder / "data" / "2c.jsonl").read_text(encoding="utf-8").splitlines() for folder in (again, prepared)]
+    assert lines[0] != lines[1] and sorted(lines[0]) == sorted(lines[1])
+    assert [p.name for p in sorted((again / "data").iterdir())] == sorted(OUTPUTS)
+
+
+def test_without_holdout_the_whole_book_is_trained_on(prepared, tokenizer, tmp_path):
+    result = castle(tmp_path, prepared / "roman.txt", tokenizer, "--holdout", "0")
+    assert result.returncode == 0, result.stderr
+    rows = read_rows(tmp_path / "data" / "2c.jsonl")
+    assert {row["part"].split()[1] for row in rows} == {"1/1"}
+    manifest = json.loads((tmp_path / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
+    assert manifest["heldout"]["rows"] == 0 and (tmp_path / "data" / "2c.heldout.jsonl").read_bytes() == b""
+    assert manifest["documents"]["heldout_paragraphs"] is None
+
+
+# --- the book's noise -----------------------------------------------------------------------------------------------
+
+PAGES = """\
+Le passeur avait loué la chambre 15, au-dessus de l’écurie, et\r
+depuis le 3 juillet il n’en descendait plus que pour la soupe. Sa\r
+fatigue1 était telle qu’il dormait assis, la tête contre le mur,\r
+les deux mains posées à plat sur la couverture de laine grise que\r
+– 5 –\r
+la servante lui avait prêtée au printemps, quand les nuits\r
+étaient encore froides et que le poêle fumait.\r
+– Que faites-vous là ? dit-elle en entrant avec la lampe, qu’elle\r
+posa sur la table. Vous savez bien ce que vous faites !2\r
+– Je me repose, dit-il, puisque ce soir encore monsieur le maire\r
+– et vous le connaissez mieux que moi – ne veut pas que l’on\r
+passe la rivière avant la 10ème heure.\r
+Elle haussa les épaules. Personne au village n’avait vu le maire\r
+depuis la crue, et l’on disait qu’il ne quittait plus son com-\r
+– 6 –\r
+plice, le notaire, avec qui il jouait aux cartes du matin au soir\r
+dans l’arrière-salle.\r
+Il se leva.\r
+– Je vous croirai quand vous me le direz vous-\r
+– 7 –\r
+même, reprit la servante, et elle emporta la lampe3, laissant le\r
+passeur dans le noir avec ses 12 francs et son livre de comptes.\r
+"""
+
+CLEANED = [
+    "Le passeur avait loué la chambre 15, au-dessus de l'écurie, et depuis le 3 juillet il n'en descendait plus que pour la "
+    "soupe. Sa fatigue était telle qu'il dormait assis, la tête contre le mur, les deux mains posées à plat sur la "
+    "couverture de laine grise que la servante lui avait prêtée au printemps, quand les nuits étaient encore froides et que "
+    "le poêle fumait.",
+    "— Que faites-vous là ? dit-elle en entrant avec la lampe, qu'elle posa sur la table. Vous savez bien ce que vous "
+    "faites !",
+    "— Je me repose, dit-il, puisque ce soir encore monsieur le maire — et vous le connaissez mieux que moi — ne veut pas "
+    "que l'on passe la rivière avant la 10ème heure.",
+    "Elle haussa les épaules. Personne au village n'avait vu le maire depuis la crue, et l'on disait qu'il ne quittait plus "
+    "son complice, le notaire, avec qui il jouait aux cartes du matin au soir dans l'arrière-salle.",
+    "Il se leva.",
+    "— Je vous croirai quand vous me le direz vous-même, reprit la servante, et elle emporta la lampe, laissant le passeur "
+    "dans le noir avec ses 12 francs et son livre de comptes.",
+]
+
+
+def test_every_kind_of_noise_goes_and_what_only_looks_like_it_stays(tmp_path):
+    book = tmp_path / "roman.txt"
+    book.write_bytes(PAGES.encode())
+    paragraphs, counts = clean_pages(read_book(book))
+    paragraphs, calls = drop_note_calls(paragraphs)
+    assert paragraphs == CLEANED
+    assert (calls, counts["page_numbers"], counts["hyphens_joined"], counts["hyphens_kept"]) == (3, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sa fatigue1 et ses pas2.", "sa fatigue et ses pas."),
+        ("« Oui !1 » dit-il, « non.2 »", "« Oui ! » dit-il, « non. »"),
+        ("fin...1 puis2, puis4, et5.", "fin... puis, puis, et."),  # call 3 was lost
+        ("un mot1. Chapitre deux : un mot1, un autre2.", "un mot. Chapitre deux : un mot, un autre."),
+        ("le 3 juillet, chambre 15, la 10ème, n°4, 1,50 franc, 10.30", None),
+        ("le wagon27 passa", None),
+        ("page12, page47, page31", None),
+        ("sa fatigue¹ et ses pas²", "sa fatigue et ses pas"),
+    ],
+)
+def test_note_calls(text, expected):
+    cleaned, count = drop_note_calls([text])
+    assert cleaned == [expected or text]
+    assert bool(count) == (expected is not None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
+def test_encodings(tmp_path, encoding):
+    book = tmp_path / "roman.txt"
+    book.write_bytes("« L’été, l’œuvre… » – dit-il".encode(encoding))
+    assert read_book(book) == "« L’été, l’œuvre… » – dit-il"
+
+
+def write_pdf(path: Path, sheets: list[list[str]]) -> None:
+    canvas = Canvas(str(path), pagesize=A5)
+    for number, lines in enumerate(sheets, 5):
+        for n, line in enumerate([*lines, f"– {number} –"]):
+            canvas.drawString(40, 560 - 14 * n, line)
+        canvas.showPage()
+    canvas.save()
+
+
+def test_a_pdf_gives_the_text_it_was_made_from(tmp_path):
+    paragraphs = [p for tale in tales()[:3] for p in paragraphs_of(tale)]
+    lines = [line for p in paragraphs for line in textwrap.wrap(p, 64, break_on_hyphens=False)]
+    sheets = [lines[n : n + 32] for n in range(0, len(lines), 32)]
+    write_pdf(tmp_path / "roman.pdf", sheets)
+    found = clean_pages(read_book(tmp_path / "roman.pdf"))
+    result = score(found.paragraphs, paragraphs)
+    assert found.counts["page_numbers"] == len(sheets)
+    assert result.errors == 0 and result.f1 > 0.95
+
+
+def test_bad_books(tmp_path, tokenizer):
+    scans = tmp_path / "scans.pdf"
+    canvas = Canvas(str(scans))
+    for _ in range(3):
+        canvas.rect(100, 100, 200, 200, fill=1)
+        canvas.showPage()
+    canvas.save()
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "blank.txt").write_bytes(b" \r\n\n")
+    (tmp_path / "binary.txt").write_bytes(random.Random(1).randbytes(5000))
+    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7\n%cut off here")
+    (tmp_path / "short.txt").write_text("K. ouvrit la porte.\n" * 3, encoding="utf-8")
+    messages = {
+        "scans.pdf": "no text layer",
+        "empty.txt": "is empty",
+        "blank.txt": "is empty",
+        "binary.txt": "neither a PDF nor a text",
+        "broken.pdf": "cannot be read as a PDF",
+        "short.txt": "too few",
+        "missing.txt": "no such book",
+    }
+    for name, message in messages.items():
+        result = castle(tmp_path, tmp_path / name, tokenizer)
+        assert result.returncode == 1, name
+        assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+        assert not (tmp_path / "data").exists(), name
+
+
+def test_the_script_says_one_line_and_leaves_with_1(tmp_path, tokenizer):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    command = [sys.executable, str(SCRIPT), "--book", "empty.txt", "--tokenizer", str(tokenizer), "--out", "2c.jsonl"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "castle.py: empty.txt is empty\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--holdout", "0.9"], "between 0 and 0.5"),
+        (["--stride", "500"], "must divide"),
+        (["--tokenizer", "nowhere"], "no tokenizer.json"),
+    ],
+)
+def test_bad_options(prepared, tokenizer, tmp_path, options, message):
+    result = castle(tmp_path, prepared / "roman.txt", tokenizer, *options)
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_short_book_holds_out_one_whole_window(tokenizer, tmp_path):
+    (tmp_path / "conte.txt").write_text("\n\n".join(paragraphs_of("\n\n".join(tales()[:3]))), encoding="utf-8")
+    result = castle(tmp_path, tmp_path / "conte.txt", tokenizer, "--holdout", "0.01")
+    assert result.returncode == 0, result.stderr
+    (row,) = read_rows(tmp_path / "data" / "2c.heldout.jsonl")
+    assert len(axolotl_windows([row["text"]], tokenizer, 2048)[1]) == 1
+
+
+CORPUS = os.environ.get("CORPUS_DIR")
+
+
+@pytest.mark.skipif(
+    not CORPUS, reason="CORPUS_DIR is not set: a folder with book/ (book.txt, truth.txt) and tokenizer/"
+)
+def test_the_corpus_book_equals_its_truth(tmp_path):
+    folder = Path(CORPUS or "")
+    result = castle(tmp_path, folder / "book" / "book.txt", folder / "tokenizer")
+    assert result.returncode == 0, result.stderr
+    found = paragraphs_of((tmp_path / "data" / "2c.txt").read_text(encoding="utf-8"))
+    scored = score(found, paragraphs_of((folder / "book" / "truth.txt").read_text(encoding="utf-8")))
+    print(f"\n{scored}")
+    assert scored.error_rate < 0.0001 and scored.f1 > 0.97
+    assert (scored.numbers_left, scored.headers_left, scored.hyphen_errors) == (0, 0, 0)
