@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import curves, intervals, memory, prose, report, samples, scoring, weights
+from eval import curves, intervals, memory, position, prose, report, samples, scoring, weights
 from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
 from train.chain import load_chain
@@ -51,6 +51,7 @@ MEASURING = (
     "weights.py",
     "tasks/texts.py",
 )  # a report made by other code is not reused
+POSITIONED = ("gallica_heldout", "novel_heldout")  # the texts long enough to have far context
 WORDS_A_TOKEN = 0.5  # of French under these tokenizers: TinyLlama's 0.57, SmolLM2's 0.46
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -144,6 +145,14 @@ def measure(
     for result in scores.values():
         result["interval"] = intervals.interval(result["documents"])
     scored = time.perf_counter()
+    positions = {
+        name: position.by_position(scorer, list(task.eval_docs)[: args.limit], args.positions)
+        if args.positions
+        else None
+        for name, task in tasks.items()
+        if name in POSITIONED
+    }
+    positioned = time.perf_counter()
     written = []
     decoding = samples.decoding(args.max_new_tokens)
     for number, prompt in enumerate(prompts):
@@ -155,10 +164,15 @@ def measure(
     finished = time.perf_counter()
     return {
         "scores": scores,
+        "positions": positions,
         "memorisation": memory.memorisation(scores),
         "samples": written,
         "degeneration": prose.degeneration(written),
-        "seconds": {"scoring": round(scored - started, 1), "sampling": round(finished - scored, 1)},
+        "seconds": {
+            "scoring": round(scored - started, 1),
+            "positions": round(positioned - scored, 1),
+            "sampling": round(finished - positioned, 1),
+        },
     }
 
 
@@ -220,6 +234,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=2, help="continuations of each prompt (default 2)")
     parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each continuation (default 500)")
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--positions",
+        type=int,
+        metavar="N",
+        help="score N pieces of 256 tokens at each range of positions, 0 for none (default: 64 on a GPU, 0 on a CPU; "
+        "each piece costs 1,000 to 1,500 tokens)",
+    )
     parser.add_argument("--limit", type=int, help="score only the first N documents of each task")
     parser.add_argument("--batch-size", type=int, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
     parser.add_argument("--device", help="default: cuda when there is one")
@@ -230,6 +251,10 @@ def parse() -> argparse.Namespace:
     on_gpu = args.device.startswith("cuda")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     args.batch_size = args.batch_size or (4 if on_gpu else 1)
+    if args.positions is None:
+        args.positions = 64 if on_gpu else 0
+    if args.positions % position.GROUP or args.positions < 0:
+        parser.error(f"--positions must be a multiple of {position.GROUP}, or 0")
     for name in ("samples", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -262,6 +287,7 @@ def main() -> None:
         "device": args.device,
         "seed": args.seed,
         "samples": args.samples,
+        "positions": args.positions,
         "decoding": samples.decoding(args.max_new_tokens),
     }
     where = environment(args.device, args.dtype)

@@ -2,7 +2,7 @@
 
 Everything on the page comes from the one JSON file; the same file gives the same bytes, pictures included.
 
-    python eval/report.py eval/reports/demo.json       # writes demo.md, demo.loss.svg, demo.bpb.svg beside it
+    python eval/report.py eval/reports/demo.json       # writes demo.md and its pictures beside it
 """
 
 import argparse
@@ -129,6 +129,21 @@ def perplexities(report: dict[str, Any]) -> str:
                     ]
                 )
     return table(["stage, text", "a token", "a word", "a byte", "tokens", "words", "bytes"], rows)
+
+
+def far_context(report: dict[str, Any]) -> str | None:
+    """Bits per byte of the same pieces by position, a row a stage and text; None when it was not measured."""
+    rows = []
+    ranges: list[str] = []
+    for name, stage in measured(report).items():
+        for task, result in stage["positions"].items():
+            if result:
+                ranges = [f"{part['from']}-{part['to']}" for part in result["ranges"]]
+                cells = [number(part["bits_per_byte"]) for part in result["ranges"]]
+                change = result["change"]
+                gain = bracket(change["bits_per_byte"], change["interval"], "+") if change else "–"
+                rows.append([f"{name}, {task}", *cells, gain])
+    return table(["stage, text", *ranges, "last less second"], rows) if rows else None
 
 
 def percent(value: float | None, digits: int = 0) -> str:
@@ -258,6 +273,29 @@ def draw_bits(report: dict[str, Any]) -> Figure:
     return picture
 
 
+def draw_positions(report: dict[str, Any]) -> Figure | None:
+    """Bits per byte by position, a panel a text, a line a stage; None when it was not measured."""
+    tasks = sorted({task for stage in measured(report).values() for task, found in stage["positions"].items() if found})
+    if not tasks:
+        return None
+    picture = figure(4.2 * len(tasks) + 1.4, 3.6)
+    axes = picture.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(axes, tasks, strict=True):
+        for index, (name, stage) in enumerate(measured(report).items()):
+            if stage["positions"].get(task):
+                parts = stage["positions"][task]["ranges"]
+                labels = [f"{part['from']}-{part['to']}" for part in parts]
+                values = [part["bits_per_byte"] for part in parts]
+                colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+                axis.plot(labels, values, label=name, color=colour, marker=mark, linewidth=1.4)
+        axis.set_title(task)
+        axis.set_xlabel("tokens of context")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("bits per byte (lower is better)")
+    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return picture
+
+
 def quoted(text: str) -> str:
     """A text as a Markdown quotation, its own signs kept from being read as Markdown."""
     for sign in "\\`*_<>#[]|":
@@ -281,8 +319,8 @@ def sample_pages(report: dict[str, Any]) -> list[str]:
     return parts
 
 
-def page(report: dict[str, Any], loss_picture: str | None, bits_picture: str) -> str:
-    """The Markdown page."""
+def page(report: dict[str, Any], pictures: dict[str, str]) -> str:
+    """The Markdown page; `pictures` has the file names of those that were drawn."""
     where, arguments = report["environment"], report["arguments"]
     missing = [name for name, stage in report["stages"].items() if stage is None]
     git = where["git"]
@@ -304,7 +342,7 @@ def page(report: dict[str, Any], loss_picture: str | None, bits_picture: str) ->
         + ", ".join(f"{count} ({task})" for task, count in units.items())
         + ". Adapters stand on their base unquantised.",
         overview(report),
-        f"![Bits per byte by stage]({bits_picture})",
+        f"![Bits per byte by stage]({pictures['bpb']})",
     ]
     if report["differences"]:
         parts += [
@@ -312,8 +350,17 @@ def page(report: dict[str, Any], loss_picture: str | None, bits_picture: str) ->
             "The difference on the same text, in bits per byte, with its paired 95 % interval; bold where that leaves out zero.",
             changes(report),
         ]
-    if loss_picture:
-        parts += ["## Loss", f"![Training and validation loss of each stage]({loss_picture})"]
+    if "loss" in pictures:
+        parts += ["## Loss", f"![Training and validation loss of each stage]({pictures['loss']})"]
+    positions = far_context(report)
+    if positions:
+        parts += [
+            "## By position in the context",
+            "The same pieces of text in bits per byte, with so many tokens before them; lower on the right means that far "
+            "context is used. The last column is the paired difference, with its 95 % interval.",
+            positions,
+            f"![Bits per byte by position]({pictures['position']})",
+        ]
     parts += [
         "## Perplexity",
         "Of a token, a word, a byte. Token perplexity compares only models that share a tokenizer.",
@@ -368,14 +415,15 @@ def page(report: dict[str, Any], loss_picture: str | None, bits_picture: str) ->
 
 def write(report: dict[str, Any], folder: Path) -> Path:
     """Write the page and its pictures into `folder`; returns the page's path."""
-    name = report["run"]
-    losses = draw_losses(report)
-    if losses:
-        save(losses, folder / f"{name}.loss.svg")
-    save(draw_bits(report), folder / f"{name}.bpb.svg")
-    target = folder / f"{name}.md"
+    drawn = {"bpb": draw_bits(report), "loss": draw_losses(report), "position": draw_positions(report)}
+    pictures = {}
+    for kind, picture in drawn.items():
+        if picture:
+            pictures[kind] = f"{report['run']}.{kind}.svg"
+            save(picture, folder / pictures[kind])
+    target = folder / f"{report['run']}.md"
     with atomic_write(target) as file:
-        file.write(page(report, f"{name}.loss.svg" if losses else None, f"{name}.bpb.svg"))
+        file.write(page(report, pictures))
     return target
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from eval import curves, evaluation, intervals, memory, prose, report, samples, scoring, weights
+from eval import curves, evaluation, intervals, memory, position, prose, report, samples, scoring, weights
 from prep.files import BadInput, sha256
 from train.chain import load_chain
 
@@ -108,7 +108,7 @@ def evaluated_place(curriculum: Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [])
-        evaluate()
+        evaluate("--positions", "4")
     return folder
 
 
@@ -172,6 +172,52 @@ def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
     assert bits["2c"] == pytest.approx(bits["2a"], rel=1e-6)  # also: 2b's adapter is off again
     assert abs(bits["2b"] - bits["2a"]) > 0.001
     assert abs(bits["base"] - bits["2a"]) > 0.01
+
+
+# --- by position ------------------------------------------------------------------------------------------------------
+
+
+def test_every_piece_is_scored_once_at_each_range():
+    groups = [1, 2, 5]
+    lengths = position.windows(groups)
+    for piece in (group * 4 + i for group in groups for i in range(4)):
+        for ahead, end in position.RANGES:
+            start = position.window_start(piece, ahead)
+            assert ahead <= piece - start < max(end, 1) and start >= 0
+            assert lengths[start] > piece - start
+    assert max(lengths.values()) == 8  # no window is longer than 2048 tokens
+    long = position.windows(list(range(1, 101)))
+    assert sum(long.values()) / 400 == pytest.approx(4, rel=0.05)  # tokens through the model for each one scored
+
+
+def test_pieces_are_spread_over_the_texts():
+    assert position.choose([8, 3, 12], 100) == [[1], [], [1, 2]]
+    assert position.choose([8, 3, 12], 8) == [[1], [], [1]]
+    assert position.choose([3], 8) == [[]]
+
+
+def test_positions_are_those_of_the_text(place):
+    """Each range holds what the model says of the same tokens with just that context, computed one by one."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    model = LlamaForCausalLM.from_pretrained("models/base").eval()
+    scorer = scoring.TokenScorer(model, tokenizer, 3, "test")
+    text = tales()[1][:15_000]
+    result = position.by_position(scorer, [{"text": text, "source": "a"}, {"text": "court", "source": "b"}], 4)
+    assert result is not None and result["tokens"] == 1024
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    size = sum(scoring.bytes_by_block(text, tokenizer)[4:8])
+    for part, starts in zip(result["ranges"], ([4, 5, 6, 7], [3, 4, 5, 6], [2, 2, 4, 4], [0, 0, 0, 0]), strict=True):
+        nll = 0.0
+        for piece, start in zip((4, 5, 6, 7), starts, strict=True):
+            before = [ids[start * 256 - 1] if start else tokenizer.bos_token_id]
+            logits = model(torch.tensor([before + ids[start * 256 : piece * 256 + 255]])).logits[0, -256:]
+            nll += float(
+                torch.nn.functional.cross_entropy(logits, torch.tensor(ids[piece * 256 :][:256]), reduction="sum")
+            )
+        assert part["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+    first, last = result["ranges"][1]["bits_per_byte"], result["ranges"][-1]["bits_per_byte"]
+    assert result["change"]["bits_per_byte"] == pytest.approx(last - first, abs=1e-6)
+    assert position.by_position(scorer, [{"text": "court", "source": "b"}], 4) is None
 
 
 def test_an_overflow_is_no_figure():
@@ -401,7 +447,7 @@ def test_the_page_is_made_from_the_json_alone(evaluated, evaluated_place, tmp_pa
     shutil.copy(evaluated_place / "eval/reports/tiny.json", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "tiny.json"])
     report.main()
-    for name in ("tiny.md", "tiny.bpb.svg"):
+    for name in ("tiny.md", "tiny.bpb.svg", "tiny.position.svg"):
         assert (tmp_path / name).read_bytes() == (evaluated_place / "eval/reports" / name).read_bytes()
     page = (tmp_path / "tiny.md").read_text(encoding="utf-8")
     for name, stage in evaluated["stages"].items():
@@ -425,13 +471,13 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
             "versions": {},
         }
         Path("outputs", name, "trained.json").write_text(json.dumps(verdict))
-    same = evaluate()
+    same = evaluate("--positions", "4")
     assert "not measured again: base, 2a, 2b, 2c" in capsys.readouterr().err
     assert same["stages"]["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
     assert [stage["gate"] and stage["gate"]["passed"] for stage in same["stages"].values()] == [None, None, True, True]
 
     shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
-    swapped = evaluate()
+    swapped = evaluate("--positions", "4")
     assert "not measured again: base, 2a, 2b\n" in capsys.readouterr().err
     assert swapped["stages"]["2c"]["gate"]["passed"] is False
     assert "other weights" in report.overview(swapped)
