@@ -12,7 +12,8 @@ the middle: the opening says who the people are, the end is where the continuati
 It begins and ends with a paragraph, holds whole windows, and is the same for every seed, so that runs compare. The text
 before it and the text after it are cut separately; each is written once for each start (0, 512, 1024, 1536 tokens in,
 at the nearest word), and Axolotl's slices of 2048 of these are the windows of stride 512. With --holdout 0, for the
-last run on the whole book, `2c.heldout.jsonl` has no row: any text in it would be text the model was trained on.
+last run on the whole book, `2c.heldout.jsonl` is empty: any text in it would be text the model was trained on. Axolotl
+cannot load an empty file, so that run has to leave out the recipe's `test_datasets`.
 """
 
 import argparse
@@ -204,6 +205,8 @@ def main() -> None:
     print(f"{args.book}: {len(paragraphs):,} paragraphs; {', '.join(f'{v:,} {k}' for k, v in counts.items())}")
     if block:
         print(f"held out: paragraphs {block.start + 1:,} to {block.end:,}, {manifest['heldout']['windows']} windows")
+    else:
+        print("held out: nothing; train without the recipe's test_datasets, since the held-out file is empty")
     print(f"{args.out}: {manifest['train']['rows']:,} rows, {manifest['train']['windows']:,} windows of {length}")
 
 

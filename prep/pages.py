@@ -28,8 +28,9 @@ class Cleaned(NamedTuple):
 def clean_pages(text: str) -> Cleaned:
     """Paragraphs of a paged text (a scan, a PDF's text layer or plain text with blank lines between paragraphs).
 
-    Counts: `page_numbers`, `running_headers`, `missing_text` (lines taken away), `hyphens_joined`, `hyphens_kept`
-    (words cut at a line's end), `page_breaks_joined` (paragraphs that ran across a page break).
+    Counts: `page_numbers`, `running_headers`, `title_page`, `missing_text` (lines or marks taken away; a header with a
+    number is both), `hyphens_joined`, `hyphens_kept` (words cut at a line's end), `page_breaks_joined` (places where a
+    paragraph ran across a page break).
     """
     counts: Counter[str] = Counter()
     text = clean_characters(text).replace("\f", f"\n{_PAGE_END}\n")

@@ -154,7 +154,11 @@ def test_without_holdout_the_whole_book_is_trained_on(prepared, tokenizer, tmp_p
     assert result.returncode == 0, result.stderr
     rows = read_rows(tmp_path / "data" / "2c.jsonl")
     assert {row["part"].split()[1] for row in rows} == {"1/1"}
+    # In one row each phase would be longer than the 64 windows Axolotl takes.
+    windows = len(axolotl_windows([row["text"] for row in rows], tokenizer, 2048)[1])
+    assert windows > 4 * 64
     manifest = json.loads((tmp_path / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
+    assert windows == manifest["train"]["windows"]
     assert manifest["heldout"]["rows"] == 0 and (tmp_path / "data" / "2c.heldout.jsonl").read_bytes() == b""
     assert manifest["documents"]["heldout_paragraphs"] is None
 
@@ -221,6 +225,7 @@ def test_every_kind_of_noise_goes_and_what_only_looks_like_it_stays(tmp_path):
         ("un mot1. Chapitre deux : un mot1, un autre2.", "un mot. Chapitre deux : un mot, un autre."),
         ("le 3 juillet, chambre 15, la 10ème, n°4, 1,50 franc, 10.30", None),
         ("le wagon27 passa", None),
+        ("un mot1, le wagon27, un autre2, puis3", "un mot, le wagon27, un autre, puis"),
         ("page12, page47, page31", None),
         ("sa fatigue¹ et ses pas²", "sa fatigue et ses pas"),
     ],
