@@ -345,7 +345,7 @@ def main() -> None:
         write()  # after each, so that an interrupted run goes on where it was
     result = write()
     page = report.write(result, args.out)
-    print(report.overview(result))
+    print(report.terminal(result))
     print(f"report: {page}")
 
 

@@ -1,7 +1,9 @@
 """Evaluation, on tiny models whose scores are known, through the real lm-eval and the real adapters."""
 
+import html
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +19,21 @@ from peft import LoraConfig, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from eval import curves, evaluation, intervals, memory, position, prose, report, samples, scoring, weights
+from eval import (
+    curves,
+    evaluation,
+    intervals,
+    memory,
+    pictures,
+    position,
+    prose,
+    report,
+    samples,
+    scoring,
+    tables,
+    verdict,
+    weights,
+)
 from prep.files import BadInput, sha256
 from train.chain import load_chain
 
@@ -447,7 +463,7 @@ def test_the_page_is_made_from_the_json_alone(evaluated, evaluated_place, tmp_pa
     shutil.copy(evaluated_place / "eval/reports/tiny.json", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "tiny.json"])
     report.main()
-    for name in ("tiny.md", "tiny.bpb.svg", "tiny.position.svg"):
+    for name in ("tiny.md", "tiny.html", "tiny.bpb.svg", "tiny.position.svg"):
         assert (tmp_path / name).read_bytes() == (evaluated_place / "eval/reports" / name).read_bytes()
     page = (tmp_path / "tiny.md").read_text(encoding="utf-8")
     for name, stage in evaluated["stages"].items():
@@ -463,14 +479,14 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
     monkeypatch.setattr(sys, "argv", [])
     for name, below in (("2b", ["outputs/2a"]), ("2c", ["outputs/2a", "outputs/2b"])):
         files = Path("outputs", name).glob("*.safetensors")
-        verdict = {
+        record = {
             "files": [{"name": path.name, "sha256": sha256(path)} for path in files],
             "inputs": {path: {p.name: sha256(p) for p in Path(path).glob("*.safetensors")} for path in below},
             "steps": {"reached": 4, "planned": 4},
             "data": {},
             "versions": {},
         }
-        Path("outputs", name, "trained.json").write_text(json.dumps(verdict))
+        Path("outputs", name, "trained.json").write_text(json.dumps(record))
     same = evaluate("--positions", "4")
     assert "not measured again: base, 2a, 2b, 2c" in capsys.readouterr().err
     assert same["stages"]["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
@@ -480,7 +496,8 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
     swapped = evaluate("--positions", "4")
     assert "not measured again: base, 2a, 2b\n" in capsys.readouterr().err
     assert swapped["stages"]["2c"]["gate"]["passed"] is False
-    assert "other weights" in report.overview(swapped)
+    assert "other weights" in report.terminal(swapped)
+    assert "did not learn (against 2b)" in verdict.lines(swapped)["2c"]
     change = swapped["differences"]["2c"]["scores"]["novel_heldout"]
     assert change["bits_per_byte"] == 0 and change["interval"] == [0, 0]
 
@@ -514,7 +531,65 @@ def test_markdown_signs_in_samples_are_only_signs():
 
 
 def test_what_was_not_measured_is_a_dash():
-    assert report.number(None) == "–" and report.bracket(None, None) == "–"
+    assert tables.number(None) == "–" and tables.bracket(None, None) == "–"
+
+
+def judged(**changes: Any) -> str:
+    """The verdict on a stage in order, but for the changes."""
+    span = {"spans": 10, "token_probability": 0.1, "best_span_probability": 1e-9, "extractable": 0.0}
+    sound = {"rep_4": 0.02, "looping": 0.0, "not_french": 0.05, "artefacts": 0.0}
+    scores = {"gallica_heldout": {"bits_per_byte": -0.1, "interval": [-0.15, -0.05]}}
+    stage = {
+        "gate": None,
+        "memorisation": {"train": {**span, **changes.get("train", {})}, "heldout": span},
+        "samples": [{"copied": {"words": changes.get("copied", 6)}}],
+        "degeneration": {**sound, **changes.get("degeneration", {})},
+    }
+    return verdict.lines(
+        {
+            "stages": {"2c": stage},
+            "differences": {"2c": {"against": "2b", "scores": changes.get("scores", scores)}},
+            "reference": {"copied": [4, 8], "degeneration": sound},
+        }
+    )["2c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "learned (gallica_heldout -0.100 bits a byte against 2b); did not memorise; did not degenerate."),
+        ({"scores": {"novel_heldout": {"bits_per_byte": -0.1, "interval": [-0.2, 0.01]}}}, "did not learn"),
+        (
+            {"scores": {"novel_heldout": {"bits_per_byte": 0.1, "interval": [0.05, 0.2]}}},
+            "worse on novel_heldout +0.100",
+        ),
+        ({"train": {"extractable": 0.06}}, "memorised (6% of trained passages"),
+        ({"train": {"extractable": 0.04}}, "did not memorise"),
+        ({"copied": 19}, "did not memorise"),
+        ({"copied": 20}, "memorised (a sample copies 20 words)"),
+        ({"degeneration": {"looping": 0.5}}, "degenerated (50% of samples loop)"),
+        ({"degeneration": {"rep_4": 0.2}}, "degenerated (20% of 4-grams"),
+        ({"degeneration": {"not_french": 0.14}}, "did not degenerate"),
+        ({"degeneration": {"not_french": 0.16}}, "degenerated (16% of words are not French)"),
+        ({"degeneration": {"artefacts": 0.6}}, "degenerated (0.6 lines of page noise"),
+    ],
+)
+def test_verdicts(changes, words):
+    assert words in judged(**changes)
+
+
+@pytest.mark.slow
+def test_the_html_page_stands_alone_and_marks_copies(evaluated, tmp_path):
+    """No file or address outside is fetched; a sample's signs are text, and its copied run is marked."""
+    sample = evaluated["stages"]["2c"]["samples"][0]
+    sample.update(text="Il dit <b> & « un homme entra » puis", copied={"words": 3, "start": 15, "end": 29})
+    report.write(evaluated, tmp_path)
+    text = (tmp_path / "tiny.html").read_text(encoding="utf-8")
+    assert "Il dit &lt;b&gt; &amp; « <mark>un homme entra</mark>" in text
+    assert text.count("<figure") == 2 and text.count("<svg") == 2  # no training log, so no loss
+    assert not re.search(r"""(?:src|href)=["'](?!#)""", text) and "@import" not in text and "url(http" not in text
+    for line in verdict.lines(evaluated).values():
+        assert html.escape(line).replace("&#x27;", "&#39;") in text
 
 
 # --- loss curves ------------------------------------------------------------------------------------------------------
@@ -545,7 +620,7 @@ def test_a_run_without_state_has_no_curve(tmp_path):
 def test_losses_are_drawn(tmp_path):
     log = [{"step": 1, "epoch": 1, "tokens": None, "loss": 3.0, "eval_loss": None}]
     log.append({"step": 2, "epoch": 2, "tokens": None, "loss": None, "eval_loss": 2.5})
-    picture = report.draw_losses({"stages": {"base": {"training": None}, "2a": {"training": log}}})
+    picture = pictures.draw_losses({"stages": {"base": {"training": None}, "2a": {"training": log}}})
     assert picture is not None
     [axis] = picture.axes
     drawn = {line.get_label(): [tuple(point) for point in np.asarray(line.get_xydata())] for line in axis.lines}

@@ -1,0 +1,173 @@
+"""The tables of a report: a head and rows of cells, the first of each row a name, the others figures."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def measured(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages that were measured, in the chain's order."""
+    return {name: stage for name, stage in report["stages"].items() if stage}
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def bracket(value: float | None, limits: Sequence[float] | None, sign: str = "") -> str:
+    """A figure with its interval: 1.234 [1.2, 1.3]."""
+    if value is None:
+        return "–"
+    return f"{value:{sign}.3f}" + (f" [{limits[0]:{sign}.3f}, {limits[1]:{sign}.3f}]" if limits else "")
+
+
+def passed(stage: dict[str, Any] | None) -> str:
+    """What the gate says of a stage's training."""
+    if stage is None or stage["recipe"] is None:
+        return "–"
+    if stage["gate"] is None:
+        return "not checked"
+    return "passed" if stage["gate"]["passed"] else "other weights"
+
+
+def overview(report: dict[str, Any]) -> Table:
+    """Bits per byte of every stage on every text, with intervals, and its gate."""
+    tasks = list(report["tasks"])
+    rows = []
+    for name, stage in report["stages"].items():
+        scores = stage["scores"] if stage else {}
+        cells = []
+        for task in tasks:
+            score = scores.get(task)
+            cells.append(bracket(score["bits_per_byte"], score["interval"]["bits_per_byte"]) if score else "–")
+        rows.append([name, *cells, passed(stage)])
+    return ["bits per byte", *tasks, "training"], rows
+
+
+def changes(report: dict[str, Any]) -> Table:
+    """Each stage against the one it builds on, on the same text; a star where the interval leaves out zero."""
+    tasks = list(report["tasks"])
+    rows = []
+    for name, difference in report["differences"].items():
+        cells = []
+        for task in tasks:
+            change = difference["scores"].get(task)
+            text = bracket(change["bits_per_byte"], change["interval"], "+") if change else "–"
+            sure = change and change["interval"] and change["interval"][0] * change["interval"][1] > 0
+            cells.append(f"{text} *" if sure else text)
+        rows.append([f"{name} less {difference['against']}", *cells])
+    return ["change", *tasks], rows
+
+
+def perplexities(report: dict[str, Any]) -> Table:
+    """All figures of all texts, a row a stage and text."""
+    rows = []
+    for name, stage in measured(report).items():
+        for task, score in stage["scores"].items():
+            if score:
+                rows.append(
+                    [
+                        f"{name}, {task}",
+                        *(number(score[f"{unit}_perplexity"], 2) for unit in ("token", "word", "byte")),
+                        *(f"{score[key]:,}" for key in ("tokens", "words", "bytes")),
+                    ]
+                )
+    return ["stage, text", "a token", "a word", "a byte", "tokens", "words", "bytes"], rows
+
+
+def far_context(report: dict[str, Any]) -> Table | None:
+    """Bits per byte of the same pieces by position, a row a stage and text; None when it was not measured."""
+    rows = []
+    ranges: list[str] = []
+    for name, stage in measured(report).items():
+        for task, result in stage["positions"].items():
+            if result:
+                ranges = [f"{part['from']}-{part['to']}" for part in result["ranges"]]
+                cells = [number(part["bits_per_byte"]) for part in result["ranges"]]
+                change = result["change"]
+                gain = bracket(change["bits_per_byte"], change["interval"], "+") if change else "–"
+                rows.append([f"{name}, {task}", *cells, gain])
+    return (["stage, text", *ranges, "last less second"], rows) if rows else None
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share."""
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def spoiled(report: dict[str, Any]) -> Table:
+    """Repetition, loops, early ends, foreign words and page noise in each stage's samples, and in the author's pages."""
+    sides = {name: stage["degeneration"] for name, stage in measured(report).items()}
+    if report["reference"]:
+        sides["the novel itself"] = report["reference"]["degeneration"]
+    rows = [
+        [
+            name,
+            percent(side["rep_4"], 1),
+            number(side["distinct_2"], 2),
+            percent(side["looping"]),
+            percent(side["ended_early"]) if name in report["stages"] else "–",
+            percent(side["not_french"]),
+            number(side["artefacts"], 2),
+        ]
+        for name, side in sides.items()
+    ]
+    head = ["samples of", "rep-4", "distinct-2", "loop", "ended early", "not French", "page noise a sample"]
+    return head, rows
+
+
+def recited(report: dict[str, Any]) -> Table | None:
+    """Probability of the novel's true text, trained and held out, and the longest copies in samples; None if unmeasured."""
+    rows = []
+    for name, stage in measured(report).items():
+        copies = [sample["copied"]["words"] for sample in stage["samples"] if sample["copied"]]
+        memory = stage["memorisation"]
+        if memory or copies:
+            sides = [memory[side] if memory else None for side in ("train", "heldout")]
+            rows.append(
+                [
+                    name,
+                    *(number(side["token_probability"] if side else None) for side in sides),
+                    *(percent(side["extractable"] if side else None, 1) for side in sides),
+                    number(statistics.median(copies) if copies else None, 1),
+                    number(max(copies, default=None), 0),
+                ]
+            )
+    if not rows:
+        return None
+    if report["reference"] and report["reference"]["copied"]:
+        copies = report["reference"]["copied"]
+        rows.append(["the novel itself", *["–"] * 4, number(statistics.median(copies), 1), number(max(copies), 0)])
+    head = [
+        "stage",
+        "p token, trained",
+        "held out",
+        "extractable, trained",
+        "held out",
+        "copied words, median",
+        "longest",
+    ]
+    return head, rows
+
+
+def texts(report: dict[str, Any]) -> Table:
+    """What each task scored."""
+    rows = [
+        [name, str(task["documents"]), task["path"] or "Python's standard library", task["text_sha256"][:16]]
+        for name, task in report["tasks"].items()
+    ]
+    return ["text", "documents", "file", "sha256 of the texts"], rows
+
+
+def files(report: dict[str, Any]) -> Table:
+    """Which weights each stage is, and the seconds it took."""
+    rows = [
+        [name, path, value[:16], *(number(stage["seconds"][key], 1) for key in ("scoring", "positions", "sampling"))]
+        for name, stage in measured(report).items()
+        for path, value in stage["weights"].items()
+        if path.endswith(".safetensors")
+    ]
+    return ["stage", "weights", "sha256", "scoring, s", "positions, s", "sampling, s"], rows
