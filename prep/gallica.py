@@ -462,13 +462,13 @@ def main(argv: list[str] | None = None) -> None:
         origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         manifest = write_prepared(
             args.out,
-            train.draw(shares, cutter, args.seed),
+            tqdm(train.draw(shares, cutter, args.seed), desc="rows", unit="row"),
             heldout.draw(heldout_shares, cutter, args.seed),
             tokenizer=args.tokenizer,
             sequence_len=args.sequence_len,
             source={"path": str(args.source)}
             | {key: origin.get(key) for key in ("repo", "revision")}
-            | {"files": source_files(files)},
+            | {"files": source_files(tqdm(files, desc="checksums", unit="file"))},
             arguments={
                 "windows": wanted,
                 "split": f"{args.split.number}/{args.split.of}",

@@ -87,9 +87,8 @@ class Cutter:
         self.sequence_len = sequence_len
         self.eos = tokenizer.eos_token_id
         self.specials = [token for token in tokenizer.all_special_tokens if token]
-        self._encode = tokenizer.backend_tokenizer.encode
-        self._encode_batch = tokenizer.backend_tokenizer.encode_batch
-        probe = self._encode("a").special_tokens_mask
+        self._tokenizer = tokenizer.backend_tokenizer
+        probe = self._tokenizer.encode("a").special_tokens_mask
         self.before = probe.index(0)  # special tokens ahead of the text: 1 (BOS) or 0
         # A window ends inside a word; the row runs on to the word's end, but over no more than this many characters
         # (unspaced rubbish exists), which are at most half a window even at four byte tokens a character.
@@ -99,13 +98,13 @@ class Cutter:
 
     def count(self, text: str) -> int:
         """Tokens Axolotl makes of a row: those of the text, the special ones the tokenizer adds, and one EOS."""
-        ids = self._encode(text).ids
+        ids = self._tokenizer.encode_batch_fast([text])[0].ids  # without offsets: a third faster
         return len(ids) + (not ids or ids[-1] != self.eos)
 
     def encode(self, texts: list[str]) -> list[Tokens]:
         """Tokenise each text once, keeping offsets. Takes some 200 bytes a token: give a few megabytes at a time."""
         encoded = []
-        for text, encoding in zip(texts, self._encode_batch(texts), strict=True):
+        for text, encoding in zip(texts, self._tokenizer.encode_batch(texts), strict=True):
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             offsets = offsets[np.array(encoding.special_tokens_mask) == 0]
             encoded.append(Tokens(text, offsets[:, 0], offsets[:, 1]))
