@@ -12,6 +12,7 @@ PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
 RUN ?= full#          name of the report
 ARGS ?=#              more --key=value for Axolotl
+TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -22,6 +23,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PIP := $(BIN)/pip install --disable-pip-version-check --require-hashes --no-deps
 
 .PHONY: help
 help: ## This list
@@ -32,17 +34,21 @@ help: ## This list
 .PHONY: setup
 setup: $(READY) ## .venv from the hash-locked requirements (5 GB with the CPU build of torch, once)
 
-$(READY): requirements/base.txt requirements/cuda-constraints.txt
+# The locks are complete, so pip resolves nothing. Without an NVIDIA card the CPU build of torch is taken, where the
+# registry offers it (PyPI does not: README says how); with one, or failing that, the CUDA build.
+$(READY): requirements/base.txt requirements/cuda.txt requirements/torch-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
 		|| { echo "Python 3.11 is needed, and '$(PYTHON)' is not it: install python3.11 (with venv), or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --require-hashes -r requirements/base.txt -c requirements/cuda-constraints.txt
+	if { [ "$(strip $(TORCH))" = cpu ] || { [ "$(strip $(TORCH))" = auto ] && ! command -v nvidia-smi >/dev/null; }; } && $(PIP) -r requirements/torch-cpu.txt; \
+		then $(PIP) -r requirements/base.txt; else $(PIP) -r requirements/base.txt -r requirements/cuda.txt; fi
+	$(BIN)/pip check --disable-pip-version-check
 	echo "$(CURDIR)" > $(VENV)/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.files
 	touch $@
 
 .PHONY: setup-gpu
 setup-gpu: $(READY) ## What only a GPU can use: deepspeed, flash-attn (built here by nvcc, an hour); optional
-	$(BIN)/pip install --disable-pip-version-check --require-hashes --no-deps --no-build-isolation -r requirements/gpu.txt
+	$(PIP) --no-build-isolation -r requirements/gpu.txt
 
 .PHONY: lock
 lock: $(READY) ## Resolve requirements/*.in anew

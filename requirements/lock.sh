@@ -1,32 +1,28 @@
 #!/usr/bin/env bash
 # Resolve base.in and gpu.in into hash-locked files. Run through `make lock`, which brings uv.
 #
-# One lock serves the CPU and the CUDA build of the same torch: base.txt holds what both need, with the hashes of both
-# builds of torch; cuda-constraints.txt holds the packages that only the CUDA build pulls. As constraints they install
-# nothing by themselves, but pip accepts their hashes when torch asks for them.
+# One lock serves the CPU and the CUDA build of the same torch: base.txt holds what both need, cuda.txt what only the CUDA
+# build pulls, torch-cpu.txt the CPU build itself. All are complete, so pip installs them with --no-deps: it has nothing to
+# resolve, and nothing that is not listed can come in. (The other way, cuda.txt as constraints of one resolving install,
+# fails: pip does not take a constraint's hash for a requirement with extras, as torch's cuda-toolkit[cublas,...] is.)
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# The CPU build, torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl, is not in the registry that uv reads.
-torch_cpu=6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
-
-compile() { uv pip compile "$@" --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links; }
+compile() { uv pip compile "$@" --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links; }
 
 all=$(mktemp) && trap 'rm -f "$all" "$all.gpu"' EXIT
 compile base.in --output-file "$all" >/dev/null
-python - "$all" "$torch_cpu" <<'PY'
+python - "$all" <<'PY'
 import re
 import sys
 
-text, torch_cpu = open(sys.argv[1]).read(), sys.argv[2]
-blocks = re.findall(r"^\S.*(?:\n    .*)*", text, re.M)
+blocks = re.findall(r"^\S.*(?:\n    .*)*", open(sys.argv[1]).read(), re.M)
 # nvidia-ml-py is Axolotl's own dependency; every other one of these comes with torch's CUDA build alone.
 cuda = [block for block in blocks if re.match(r"(nvidia-(?!ml-py)|cuda-)", block)]
 base = [block for block in blocks if block not in cuda]
-base = [block + f" \\\n    --hash=sha256:{torch_cpu}" if block.startswith("torch==") else block for block in base]
 note = "# Made by requirements/lock.sh; do not edit.\n"
 open("base.txt", "w").write(note + "\n".join(base) + "\n")
-open("cuda-constraints.txt", "w").write(note + "\n".join(cuda) + "\n")
+open("cuda.txt", "w").write(note + "\n".join(cuda) + "\n")
 PY
 
 compile gpu.in --constraints "$all" --output-file "$all.gpu" >/dev/null
