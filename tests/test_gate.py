@@ -327,6 +327,69 @@ def test_damaged_weights() -> None:
         judge("2a")
 
 
+def test_weights_swapped_after_the_verdict(trained: None) -> None:
+    write_weights(Path("outputs/2a"), {name: tensor + 3e-3 for name, tensor in base_tensors().items()})
+    with pytest.raises(gate.NotTrained, match="not those that passed"):
+        check("2a")
+
+
+def test_inputs_that_changed_during_the_training(trained: None) -> None:
+    started = Path("outputs/2b/started.json")
+    plan = json.loads(started.read_text())
+    plan["inputs"]["outputs/2a"]["model.safetensors"] = "0"
+    started.write_text(json.dumps(plan))
+    with pytest.raises(gate.NotTrained, match="outputs/2a changed while stage 2b was trained"):
+        judge("2b")
+
+
+def test_a_checkpoint_without_its_state() -> None:
+    train_2a(nudge)
+    Path("outputs/2a/checkpoint-20/trainer_state.json").write_text('{"global_step": 20')
+    with pytest.raises(gate.NotTrained, match="not written to its end"):
+        judge("2a")
+
+
+def test_a_checkpoint_without_final_weights() -> None:
+    train_2a(nudge)
+    Path("outputs/2a/model.safetensors").unlink()
+    with pytest.raises(gate.NotTrained, match="holds no weights"):
+        judge("2a")
+
+
+def test_nothing_says_when_it_was_trained(trained: None) -> None:
+    Path("outputs/2a/started.json").unlink()
+    with pytest.raises(gate.NotTrained, match="nothing says when"):
+        judge("2a")
+
+
+def swap(name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Change the tensors that a finished stage wrote, in the final weights and in the last checkpoint."""
+    stage = CHAIN[name]
+    (path,) = stage.output_dir.glob("*.safetensors")
+    save_file(change(load_file(path)), path)
+    write_checkpoint(stage, *(20, 20) if name == "2a" else (10, 10))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("2a", lambda old: {k: v for k, v in old.items() if "norm" not in k}, "lacks 1 tensors"),
+        ("2a", lambda old: old | {"extra.weight": torch.ones(2, 2)}, "no counterpart"),
+        ("2a", lambda old: old | {"model.norm.weight": torch.ones(9)}, "no counterpart"),
+        ("2b", lambda old: old | {"odd.weight": torch.ones(2)}, "no LoRA tensor"),
+        ("2b", lambda old: {k: v * float("inf") for k, v in old.items()}, "diverged"),
+        ("2b", lambda old: {k: v for k, v in old.items() if "q_proj.lora_A" not in k}, "has only lora_B"),
+        ("2c", lambda old: {k: v for k, v in old.items() if "q_proj" not in k}, "lacks 2 tensors"),
+        ("2c", lambda old: {k.replace("q_proj", "k_proj"): v for k, v in old.items()}, "another shape or target"),
+        ("2c", lambda old: {k: v[:2].contiguous() if "lora_A" in k else v for k, v in old.items()}, "another shape"),
+    ],
+)
+def test_tensors_that_do_not_belong(trained: None, name: str, change: Callable, message: str) -> None:
+    swap(name, change)
+    with pytest.raises(gate.NotTrained, match=message):
+        judge(name)
+
+
 # --- before a stage starts ---------------------------------------------------------------------------------------
 
 
@@ -368,3 +431,46 @@ def test_checkpoints_of_a_run_on_other_data_are_not_resumed() -> None:
     prepare_output(CHAIN["2a"], plan)
     with pytest.raises(BadInput, match="a run with other data"):
         prepare_output(CHAIN["2a"], plan | {"data": {"data/2a.jsonl": "0"}})
+
+
+def test_an_adapter_that_is_not_there(trained: None) -> None:
+    Path("outputs/2b/adapter_config.json").unlink()
+    with pytest.raises(BadInput, match="no adapter to continue"):
+        gate.check_adapter_settings(CHAIN["2c"])
+
+
+def test_a_base_that_is_not_there() -> None:
+    Path("models/base/source.json").unlink()
+    with pytest.raises(BadInput, match=r"needs models/base.*make data"):
+        gate.check_inputs(CHAIN["2a"], list(CHAIN.values()))
+
+
+def test_a_stage_without_its_verdict_is_no_input(trained: None) -> None:
+    CHAIN["2a"].verdict.unlink()
+    with pytest.raises(BadInput, match="has not passed its gate"):
+        gate.check_inputs(CHAIN["2b"], list(CHAIN.values()))
+
+
+def test_a_damaged_record_of_the_base() -> None:
+    Path("models/base/source.json").write_text('{"files": [')
+    with pytest.raises(BadInput, match=r"source\.json is damaged"):
+        gate.check_inputs(CHAIN["2a"], list(CHAIN.values()))
+
+
+@pytest.mark.parametrize("missing", ["data/2a.jsonl", "data/2a.heldout.jsonl", "data/2a.manifest.json"])
+def test_rows_that_are_not_there(missing: str) -> None:
+    Path(missing).unlink()
+    with pytest.raises(BadInput, match=rf"{missing} is missing; `make prep-a`"):
+        gate.check_data(CHAIN["2a"])
+
+
+def test_a_damaged_manifest() -> None:
+    Path("data/2a.manifest.json").write_text("{")
+    with pytest.raises(BadInput, match="is damaged"):
+        gate.check_data(CHAIN["2a"])
+
+
+def test_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gate.py", "--recipes", str(RECIPES)])
+    with pytest.raises(BadInput, match="make stage-a"):
+        gate.main()

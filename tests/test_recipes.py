@@ -70,6 +70,11 @@ def test_axolotl_accepts_it(config: dict) -> None:
     assert validated["learning_rate"] == float(config["learning_rate"])
 
 
+def test_axolotl_accepts_it_without_held_out_rows(config: dict) -> None:
+    """What train/stage.py says when the rows were prepared with --holdout 0."""
+    assert not validate(config | {"test_datasets": None, "eval_steps": None})["test_datasets"]
+
+
 def test_axolotl_refuses_what_cannot_work(config: dict) -> None:
     with pytest.raises(ValueError, match="micro_batch_size"):
         validate(config | {"micro_batch_size": "many"})

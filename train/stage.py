@@ -191,6 +191,9 @@ def main() -> int:
         except NotTrained as error:
             raise BadInput(f"{error} (remove {stage.output_dir})") from error
 
+    if not any(path.stat().st_size for path in stage.heldout):
+        # Prepared with --holdout 0, for the run on the whole book: there is nothing to validate on.
+        overrides |= {"test_datasets": None, "eval_steps": None}
     plan = {
         "recipe": config_hash(stage.config),
         "overrides": [*as_arguments(overrides), *more],
