@@ -346,7 +346,7 @@ def main() -> None:
     result = write()
     page = report.write(result, args.out)
     print(report.terminal(result))
-    print(f"report: {page}")
+    print(f"report: {page}, {page.with_suffix('.html')}")
 
 
 def files_of(row: weights.Candidate) -> list[Path]:

@@ -267,7 +267,8 @@ def main() -> None:
     args = parser.parse_args()
     report = load(args.report)
     print(terminal(report))
-    print(f"report: {write(report, args.report.parent)}")
+    page = write(report, args.report.parent)
+    print(f"report: {page}, {page.with_suffix('.html')}")
 
 
 if __name__ == "__main__":

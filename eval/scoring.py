@@ -5,8 +5,11 @@ lm-eval's own returns a sum a window: intervals, and whatever else looks inside 
 The formulas are in eval/README.md.
 """
 
+import contextlib
+import io
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,7 @@ class TokenScorer(HFLM):
             backend="causal",
         )
         self.label = label  # of the progress bar
+        self.screen = sys.stderr  # where the bar goes: lm-eval's own, one a task for no time at all, are left out
         self.logprobs: dict[tuple[str, int], np.ndarray] = {}  # (task, document) -> float32 of shape (tokens,)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -66,7 +70,9 @@ class TokenScorer(HFLM):
 
         scored: list[dict[int, np.ndarray]] = [{} for _ in requests]
         total = sum(len(target) for _, _, target in windows)
-        with tqdm(total=total, unit="tok", desc=f"{self.label}: scoring", disable=disable_tqdm) as bar:
+        with tqdm(
+            total=total, unit="tok", desc=f"{self.label}: scoring", file=self.screen, disable=disable_tqdm
+        ) as bar:
             for start in range(0, len(windows), self.batch_size):
                 batch = windows[start : start + self.batch_size]
                 values = self.batch_logprobs([inputs for _, inputs, _ in batch], [target for _, _, target in batch])
@@ -111,7 +117,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
 
 def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
     """Run the tasks, on the first `limit` documents of each if given; one `summary` a task."""
-    results = lm_eval.evaluate(scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
+    with contextlib.redirect_stderr(io.StringIO()):
+        results = lm_eval.evaluate(scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     return {
         name: summary(
             [

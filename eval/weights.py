@@ -1,11 +1,11 @@
 """From the chain of recipes to models in memory: what is there, what it is made of, and that it fits together."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -147,7 +147,8 @@ def loaded(
     rows: list[Candidate], device: str, dtype: torch.dtype
 ) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
     """Each row's model and tokenizer in turn, a full model read once for itself and for all adapters on it."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     for folder in dict.fromkeys(row.model for row in rows):
         tokenizer = load_tokenizer(folder)
         model = load_model(folder, tokenizer, device, dtype)
