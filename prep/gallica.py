@@ -170,7 +170,7 @@ class Entry(NamedTuple):
     """What planning needs of a book, before its text is read."""
 
     work: str
-    characters: int  # as the catalogue says; 0 where it says nonsense
+    characters: int  # as the catalogue says; 0 where it says nothing
 
 
 def catalogue(files: list[Path]) -> list[Entry]:
@@ -179,9 +179,8 @@ def catalogue(files: list[Path]) -> list[Entry]:
     for path in files:
         for record in _records(path, ("file_id", "title", "character_count"), 10_000):
             size = record.get("character_count")
-            known = isinstance(size, int) and 0 < size < 50_000_000
             work = work_of(_field(record.get("title")), _field(record["file_id"]))
-            entries.append(Entry(work, size if known else 0))  # type: ignore[arg-type]
+            entries.append(Entry(work, max(0, size) if isinstance(size, int) else 0))
     return entries
 
 

@@ -20,8 +20,8 @@ from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 
 from prep.files import BadInput, sha256
-from prep.gallica import SEGMENT, HeldOut, Share, level, main, segments, shares_of, work_of
-from prep.rows import heldout_path, manifest_path
+from prep.gallica import SEGMENT, Book, HeldOut, Share, level, main, rows_of, segments, shares_of, work_of
+from prep.rows import MAX_WINDOWS, Cutter, heldout_path, load_tokenizer, manifest_path
 
 SCRIPT = Path(__file__).parent.parent / "prep" / "gallica.py"
 CORPUS = os.environ.get("CORPUS_DIR")
@@ -255,6 +255,19 @@ def test_every_share_takes_its_own_segments_and_begins_by_the_work():
     assert len(orders) > 1
 
 
+def test_a_long_book_gives_no_more_windows_than_asked_of_it(llama):
+    """And all it has where more is asked, from one segment after the other."""
+    cutter = Cutter(load_tokenizer(llama), 512)
+    book = Book("bpt1", "Contes", "", "1880", "\n\n".join(tale.replace("\n", "\n\n") for tale in tales()))
+    named = Share(1, 1).segments(book.text, "contes", book.source, 1)
+    assert len(named) == 3
+    for most, segments_used in ((5, 1), (60, 2), (10_000, 3)):
+        made = list(rows_of(book, list(named), cutter, most))
+        assert len({row.part.split(" passage")[0] for row in made}) == segments_used
+        assert sum(row.windows for row in made) == most or segments_used == 3
+        assert max(row.windows for row in made) == min(most, MAX_WINDOWS)
+
+
 @pytest.mark.parametrize(
     "titles",
     [
@@ -263,6 +276,7 @@ def test_every_share_takes_its_own_segments_and_begins_by_the_work():
         ("Les Misérables. Tome 1, Fantine", "les miserables / Victor Hugo", "Les misérables. T. V"),
         ("La Sœur du Soleil (L'Usurpateur)", "La soeur du soleil"),
         ("Du côté de chez Swann", "DU COTE DE CHEZ SWANN"),
+        ("[Sans titre]", "(Sans titre)"),
     ],
 )
 def test_editions_are_one_work(titles):
