@@ -2,8 +2,8 @@
 
 The chain is read from the recipes; a stage that has no weights yet is left out, and stands as null in the report.
 Every row is scored on the texts of eval/tasks through lm-eval, in windows of 2048 tokens, and continues the prompts of
-eval/prompts.yml with one seed and one decoding. Adapters are applied to their base as it is stored, unquantised, in the
-precision of --dtype, so a stage trained in 4 bits is judged without the noise of those 4 bits.
+eval/prompts.yml with one seed and one decoding. Adapters stand on their base as their
+recipe quantises it (4-bit NF4), with which they were trained; full models are scored in the precision of --dtype.
 
 Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its pictures from it.
 A stage whose weights, texts and settings are those of the report already there is not measured again.

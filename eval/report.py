@@ -84,7 +84,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "Bits per byte",
             f"Lower is better. In brackets the 95 % bootstrap interval, over {', '.join(units.values())}. Adapters stand on "
-            "their base unquantised.",
+            "their base as their recipes quantise it.",
             "bpb",
             tables.overview(report),
         ),

@@ -3,12 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from prep.files import BadInput
 from train.chain import Stage
@@ -25,6 +32,15 @@ class Candidate:
     adapter: Path | None
     parent: str | None  # the row it is to be better than
     stage: Stage | None  # None for the base
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the recipe rounds the base under its adapter: arguments of BitsAndBytesConfig; None for full precision."""
+        if self.stage is None or not self.adapter:
+            return None
+        config = self.stage.config
+        bits = {key: True for key in ("load_in_4bit", "load_in_8bit") if config.get(key)}
+        return {**bits, **config.get("bnb_config_kwargs", {})} if bits else None
 
     @property
     def weights(self) -> list[Path]:
@@ -99,10 +115,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    dtype: torch.dtype,
+    quantization: dict[str, Any] | None = None,
+) -> PreTrainedModel:
     """The full model, in evaluation mode. Raises BadInput when it cannot be read, or has fewer rows than tokens."""
+    rounded = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization) if quantization else None
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, quantization_config=rounded, device_map={"": device}
+        )
     except Exception as error:  # safetensors, json and Transformers each raise their own on a torn file
         raise BadInput(f"the model in {folder} cannot be read: {brief(error)}") from error
     rows = model.config.get_text_config().vocab_size
@@ -110,7 +135,6 @@ def load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str, dt
         raise BadInput(
             f"the tokenizer of {folder} has {len(tokenizer)} tokens, its model {rows}: they are not of one model"
         )
-    torch.nn.Module.to(model, device)  # not `model.to`, whose decorator hides its types
     return model.eval()
 
 
@@ -146,13 +170,19 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: PreTrainedTo
 def loaded(
     rows: list[Candidate], device: str, dtype: torch.dtype
 ) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
-    """Each row's model and tokenizer in turn, a full model read once for itself and for all adapters on it."""
+    """Each row's model and tokenizer in turn, a full model read once for itself and once for all adapters on it.
+
+    An adapter stands on its base as its recipe quantises it: it was trained to make up for that rounding too, and on
+    other weights it would be another model.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for folder in dict.fromkeys(row.model for row in rows):
-        tokenizer = load_tokenizer(folder)
-        model = load_model(folder, tokenizer, device, dtype)
-        on_it = [row for row in rows if row.model == folder]
+    groups: dict[str, list[Candidate]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.model} {row.quantization}", []).append(row)
+    for on_it in groups.values():
+        tokenizer = load_tokenizer(on_it[0].model)
+        model = load_model(on_it[0].model, tokenizer, device, dtype, on_it[0].quantization)
         for row in sorted(on_it, key=lambda row: row.adapter is not None):  # an adapter changes the model in place
             if row.adapter is None:
                 yield row, model, tokenizer

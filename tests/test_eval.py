@@ -14,6 +14,7 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
@@ -188,6 +189,18 @@ def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
     assert bits["2c"] == pytest.approx(bits["2a"], rel=1e-6)  # also: 2b's adapter is off again
     assert abs(bits["2b"] - bits["2a"]) > 0.001
     assert abs(bits["base"] - bits["2a"]) > 0.01
+
+
+def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(place):
+    recipe = Path("recipes/2b.yml")
+    nf4 = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | nf4))
+    bits, layers = {}, {}
+    for row, model, tokenizer in weights.loaded(weights.candidates(load_chain(Path("recipes"))), "cpu", torch.float32):
+        layers[row.name] = {type(module).__name__ for module in model.modules()}
+        bits[row.name] = scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
+    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2b"}
+    assert 0 < bits["2b"] < 12
 
 
 # --- by position ------------------------------------------------------------------------------------------------------
