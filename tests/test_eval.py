@@ -51,7 +51,7 @@ def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=48,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -192,6 +192,11 @@ def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
 
 
 def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(place):
+    """A hidden size of 64: four-bit blocks are that long."""
+    size = len(AutoTokenizer.from_pretrained("models/base"))
+    tiny_llama(size, seed=1, hidden=64).save_pretrained("outputs/2a")
+    save_adapter(place / "outputs/2a", place / "outputs/2b", "outputs/2a", seed=2)
+    Path("recipes/2c.yml").unlink()
     recipe = Path("recipes/2b.yml")
     nf4 = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}}
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | nf4))
