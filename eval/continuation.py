@@ -476,16 +476,24 @@ def main() -> None:
     done: list[dict[str, Any]] = record["passages"] if record else []
     seconds = record["seconds"] if record else 0.0
 
+    def written() -> list[str]:
+        return [passage["chosen"]["text"] for passage in done]
+
+    def words() -> int:
+        return len("".join(written()).split())
+
+    def faulty() -> int:
+        return sum(bool(passage["chosen"]["faults"]) for passage in done)
+
     def write() -> str:
-        text = "".join(passage["chosen"]["text"] for passage in done).strip() + "\n"
-        faults = sum(bool(passage["chosen"]["faults"]) for passage in done)
+        text = "".join(written()).strip() + "\n"
         result = {
             "format": 1,
             "inputs": inputs,
             **about,
-            "words": len(text.split()),
+            "words": words(),
             "sha256": evaluation.digest(text),
-            "passages_with_faults": faults,
+            "passages_with_faults": faulty(),
             "seconds": round(seconds + time.perf_counter() - started, 1),
             "passages": done,
         }
@@ -496,22 +504,21 @@ def main() -> None:
             file.write(text)
         return text
 
-    def words() -> int:
-        return sum(len(passage["chosen"]["text"].split()) for passage in done)
-
     print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}", end="", flush=True)
-    print("".join(passage["chosen"]["text"] for passage in done), end="", flush=True)
+    print("".join(written()), end="", flush=True)
     if words() < args.words:
         _, model, tokenizer = next(weights.loaded([row], args.device, evaluation.DTYPES[args.dtype]))
-        written = [passage["chosen"]["text"] for passage in done]
+        tokens, room = len(tokenizer.encode(beginning, add_special_tokens=False)) + 1, args.window - args.passage_tokens
+        if args.source and tokens > room:
+            print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)
         with tqdm(
             total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty()
         ) as bar:
-            for passage in passages(model, tokenizer, beginning, settings, trained_on, written):
+            for passage in passages(model, tokenizer, beginning, settings, trained_on, written()):
                 print(passage.chosen.text, end="", flush=True)
                 done.append(asdict(passage))
                 write()  # after each, so that an interrupted run goes on where it was
-                bar.update(len(passage.chosen.text.split()))
+                bar.update(words() - bar.n)
                 if words() >= args.words:
                     break
     text = write()
@@ -520,9 +527,8 @@ def main() -> None:
         f"{len(done)} passages, each the best of {args.candidates} or more. Record: {target.name}."
     )
     write_epub(target.with_suffix(".epub"), "La suite", note, text)
-    faulty = sum(bool(passage["chosen"]["faults"]) for passage in done)
     print(
-        f"\n\n{words()} words in {len(done)} passages, {faulty} of which break a rule: {target.with_suffix('')}.txt, .epub, .json"
+        f"\n\n{words()} words in {len(done)} passages, {faulty()} of which break a rule: {target.with_suffix('')}.txt, .epub, .json"
     )
 
 

@@ -213,15 +213,25 @@ def test_fewest_faults_come_first_then_likelihood():
     assert continuation.best([drawn(" ", 0.0), looping]) is looping
 
 
-def test_what_is_drawn_anew_is_what_broke_a_rule(tokenizer):
-    """With no word allowed in common, every batch fails: three are drawn, with three seeds, and the record says so."""
+def looping_model(tokenizer: Any) -> LlamaForCausalLM:
+    """Whatever it reads, it writes one word for ever."""
     model = model_for(tokenizer)
-    strict = Settings(passage_tokens=12, candidates=2, window=256)
-    passage = next(continuation.passages(model, tokenizer, tales()[0], strict))  # random words end no sentence
-    assert passage.chosen.faults and passage.attempts == 3 and len(passage.candidates) == 6
-    fewest = min(len(candidate["faults"]) for candidate in passage.candidates)
-    likeliest = max(c["log_probability"] for c in passage.candidates if len(c["faults"]) == fewest)
-    assert (len(passage.chosen.faults), passage.chosen.log_probability) == (fewest, likeliest)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5].clone()
+        hidden = model.model(input_ids=torch.tensor([[5]])).last_hidden_state[0, 0]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.encode("la porte", add_special_tokens=False)[-1]] = (
+            200 * hidden / hidden.dot(hidden)
+        )
+    return model
+
+
+def test_a_passage_that_always_breaks_a_rule_is_drawn_three_times_and_the_record_says_so(tokenizer):
+    settings = Settings(passage_tokens=24, candidates=2, window=256)
+    first, second = itertools.islice(continuation.passages(looping_model(tokenizer), tokenizer, "La", settings), 2)
+    for passage in (first, second):
+        assert "loops" in passage.chosen.faults and passage.attempts == 3 and len(passage.candidates) == 6
+    assert "repeats what is written" in second.chosen.faults
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -257,6 +267,7 @@ def test_more_words_prolong_the_same_text(place):
     assert write(words=90)["passages"] == long["passages"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_run_again_it_is_the_same_text(place, how):
     command = [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "400", *SMALL]
@@ -302,6 +313,12 @@ def test_from_a_sentence_and_from_a_file(place):
     Path("page.txt").write_text("L’homme vint.\n\nIl s’assit.", encoding="utf-8")
     assert write("--from", "page.txt", words=5)["beginning"]["source"] == "page.txt"
     assert continuation.beginning_of("page.txt", Path("none"))[0] == "L'homme vint.\n\nIl s'assit."
+
+
+def test_a_prompt_longer_than_the_context_is_said_to_be_cut(place, capsys):
+    Path("page.txt").write_text(tales()[0], encoding="utf-8")
+    assert all(passage["context_tokens"] <= 136 for passage in write("--from", "page.txt", words=5)["passages"])
+    assert "136 fit: the model sees its last pages only" in capsys.readouterr().err
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
