@@ -146,6 +146,7 @@ def sections(reports: Sequence[dict[str, Any]], picture: bool) -> list[Section]:
         Section("What each stage changed", "Paired, within its run.", None, merged(reports, tables.changes)),
         Section("Recited or written?", "As on each run's own page.", None, merged(reports, tables.recited)),
         Section("Spoiled?", "As on each run's own page.", None, merged(reports, tables.spoiled)),
+        Section("Whose manner?", "As on each run's own page.", None, merged(reports, tables.manner)),
         Section("By position in the context", "Bits per byte.", None, merged(reports, tables.far_context)),
         Section(
             "Perplexity",

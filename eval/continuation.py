@@ -49,18 +49,17 @@ from transformers import (
 
 from eval import evaluation, prose, samples, weights
 from eval.scoring import MAX_LENGTH
+from eval.style import END
 from prep.files import BadInput, atomic_write, run, sha256
 from prep.typography import to_convention
 from train.chain import Stage, load_chain
 
 HERE = Path(__file__).resolve().parent
-WRITING = ("continuation.py", "samples.py", "prose.py")  # a text begun by other code is not gone on with
+WRITING = ("continuation.py", "samples.py", "prose.py", "style.py")  # a text begun by other code is not gone on with
 ATTEMPTS = 3  # batches of candidates for one passage
 SHORT = 1 / 3  # of the tokens drawn: fewer left by the cut at a sentence, and their mean likelihood says little
 LEAST_CONTEXT = 64  # tokens of text that a window must have room for
 CHAPTER = 2_000  # words, about: a chapter ends with the paragraph that reaches them
-# A sentence's end; the full stop of an initial (K.) or of M. and MM. is none.
-END = re.compile(r"(?:[!?…]|(?<!\b[A-ZÀ-Þ])(?<!\bMM)\.)(?: ?»)?(?=\s|$)")
 
 
 @dataclass(frozen=True)

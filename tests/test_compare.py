@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from eval import compare, report, tables
@@ -35,9 +36,9 @@ def score(bits: float) -> dict[str, Any]:
 
 def stage(bits: float, losses: list[tuple[float | None, float | None, float | None]] | None) -> dict[str, Any]:
     """A stage whose trainer logged these (tokens, loss, validation loss)."""
-    log = losses and [
+    log = [
         {"step": i, "epoch": None, "tokens": tokens, "loss": loss, "eval_loss": check}
-        for i, (tokens, loss, check) in enumerate(losses, 1)
+        for i, (tokens, loss, check) in enumerate(losses or [], 1)
     ]
     figures = ("rep_4", "distinct_2", "looping", "ended_early", "not_french", "artefacts")
     return {
@@ -48,7 +49,7 @@ def stage(bits: float, losses: list[tuple[float | None, float | None, float | No
         "adapter": None,
         "weights": {"model.safetensors": HASH},
         "gate": None,
-        "training": log,
+        "training": log or None,
         "scores": {"novel_heldout": score(bits)},
         "positions": {},
         "memorisation": None,
@@ -98,7 +99,7 @@ def test_one_axis_holds_every_run(reports):
     picture = compare.draw_losses(reports)
     assert picture
     (axis,) = picture.axes
-    drawn = {line.get_label(): list(line.get_xdata()) for line in axis.lines}
+    drawn = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axis.lines}
     assert drawn["small, training"] == [100, 200] and drawn["large, training"] == [1000]
     assert drawn["small, validation"] == [200] and drawn["large, validation"] == [1500]
     assert axis.get_xscale() == "linear"

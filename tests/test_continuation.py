@@ -213,8 +213,8 @@ def test_fewest_faults_come_first_then_likelihood():
     assert continuation.best([drawn(" ", 0.0), looping]) is looping
 
 
-def looping_model(tokenizer: Any) -> LlamaForCausalLM:
-    """Whatever it reads, it writes one word for ever."""
+def looping_model(tokenizer: Any, token: int) -> LlamaForCausalLM:
+    """Whatever it reads, it writes one token for ever."""
     model = model_for(tokenizer)
     with torch.no_grad():
         model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5].clone()
@@ -228,10 +228,19 @@ def looping_model(tokenizer: Any) -> LlamaForCausalLM:
 
 def test_a_passage_that_always_breaks_a_rule_is_drawn_three_times_and_the_record_says_so(tokenizer):
     settings = Settings(passage_tokens=24, candidates=2, window=256)
-    first, second = itertools.islice(continuation.passages(looping_model(tokenizer), tokenizer, "La", settings), 2)
+    model = looping_model(tokenizer, tokenizer.encode("la porte", add_special_tokens=False)[-1])
+    first, second = itertools.islice(continuation.passages(model, tokenizer, "La", settings), 2)
     for passage in (first, second):
         assert "loops" in passage.chosen.faults and passage.attempts == 3 and len(passage.candidates) == 6
     assert "repeats what is written" in second.chosen.faults
+
+
+def test_the_end_of_the_text_is_never_drawn(tokenizer):
+    """Not even by a model that wants nothing else."""
+    model = looping_model(tokenizer, tokenizer.eos_token_id)
+    ids = continuation.window("Il vint.", "", 80, tokenizer)
+    for _, sequence, _ in continuation.draw(model, tokenizer, ids, 5, Settings(passage_tokens=12)):
+        assert len(sequence) == 12 and tokenizer.eos_token_id not in sequence
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
