@@ -30,7 +30,7 @@ def test_only_frequent_words_count(monkeypatch):
 
 
 def test_a_text_is_nearest_to_its_own_kind():
-    old, new = "il vint et il dit que le soir tombait. " * 60, "tu sais, moi je crois qu'on part ! " * 60
+    old, new = "il vint et il dit que le soir tombait. " * 150, "tu sais, moi je crois qu'on part ! " * 150
     books = {"book": "\n\n".join([new] * 2), "other": old}
     result = style.style(
         {"base": [old], "2a": [new]}, books["book"], new, {"tale": old, "too short": "Un mot."}, "base"
@@ -45,7 +45,7 @@ def test_a_text_is_nearest_to_its_own_kind():
 
 
 def test_too_few_words_have_no_delta():
-    result = style.style({"base": ["Un mot."], "2a": []}, "le " * 200, None, {"tale": "un " * 200}, "base")
+    result = style.style({"base": ["Un mot."], "2a": []}, "le " * 900, None, {"tale": "un " * 900}, "base")
     assert result["base"]["delta"] is None and result["2a"]["delta"] is None and result["2a"]["names"] is None
     assert result["the novel"]["delta"] == {"novel": 0, "gallica": pytest.approx(math.sqrt(2)), "base": None}
 
