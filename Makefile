@@ -11,7 +11,9 @@ HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the wh
 PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
 RUN ?= full#          name of the report
-ARGS ?=#              more --key=value for Axolotl
+ARGS ?=#              more --key=value for Axolotl; for `make continue`, its own options
+RUNS ?=#              names of reports, for `make compare`
+WORDS ?= 800#         how many, for `make continue`
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
 
 SHELL := bash
@@ -95,6 +97,15 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 .PHONY: eval
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
 	$(BIN)/python eval/evaluation.py --recipes recipes --run $(strip $(RUN)) --out eval/reports
+
+.PHONY: continue
+continue: $(READY) ## The novel goes on: WORDS more words by the last stage -> outputs/continuation
+	$(BIN)/python eval/continuation.py --recipes recipes --words $(strip $(WORDS)) $(ARGS)
+
+.PHONY: compare
+compare: $(READY) ## Several reports in one page: make compare RUNS="small full" -> eval/reports/compare.html
+	@test -n "$(strip $(RUNS))" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
+	$(BIN)/python eval/compare.py $(RUNS) --reports eval/reports
 
 # --- small and local ---
 

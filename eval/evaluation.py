@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import curves, intervals, memory, position, prose, report, samples, scoring, weights
+from eval import curves, intervals, memory, position, prose, report, samples, scoring, style, weights
 from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
 from train.chain import load_chain
@@ -194,6 +194,27 @@ def reference(path: str, trained_on: prose.Passages | None, max_new_tokens: int)
     }
 
 
+def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, Any] | None:
+    """The manner of each stage's samples beside the books'; None when the novel's training text is not among the tasks."""
+    if "novel_train" not in paths:
+        return None
+
+    def rows(task: str) -> list[dict[str, str]]:
+        path = paths.get(task)
+        return read_rows(Path(path)) if path else []
+
+    works: dict[str, list[str]] = {}
+    for row in rows("gallica_heldout"):
+        works.setdefault(row["source"], []).append(row["text"])
+    return style.style(
+        {name: [sample["text"] for sample in stage["samples"]] for name, stage in stages.items() if stage},
+        "\n\n".join(row["text"] for row in rows("novel_train")),
+        "\n\n".join(row["text"] for row in rows("novel_heldout")) or None,
+        {source: "\n\n".join(texts) for source, texts in works.items()},
+        weights.BASE,
+    )
+
+
 def differences(stages: dict[str, Any]) -> dict[str, Any]:
     """Each measured stage against what it builds on, text by text."""
     result = {}
@@ -331,6 +352,7 @@ def main() -> None:
             if "novel_heldout" in paths
             else None,
             "stages": stages,
+            "style": styles(stages, paths),
             "differences": differences(stages),
         }
         report.check(result, target)

@@ -119,6 +119,26 @@ def spoiled(report: dict[str, Any]) -> Table:
     return head, rows
 
 
+def manner(report: dict[str, Any]) -> Table | None:
+    """Whose manner: Delta, dialogue, sentences and names of samples and books; None in reports that have no style."""
+    rows = []
+    for name, side in (report.get("style") or {}).items():
+        delta = side["delta"] or {}
+        low, middle, high = side["sentence_words"] or (None, None, None)
+        rows.append(
+            [
+                name,
+                f"{side['words']:,}",
+                *(number(delta.get(key), 2) for key in ("novel", "gallica", "base")),
+                percent(side["dialogue"]),
+                f"{middle:.0f} [{low:.0f}, {high:.0f}]" if middle is not None else "–",
+                number(side["names"], 1),
+            ]
+        )
+    head = ["text", "words", "Delta to the novel", "to Gallica", "to the base", "dialogue", "words a sentence", "names"]
+    return (head, rows) if rows else None
+
+
 def recited(report: dict[str, Any]) -> Table | None:
     """Probability of the novel's true text, trained and held out, and the longest copies in samples; None if unmeasured."""
     rows = []

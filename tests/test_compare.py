@@ -1,0 +1,165 @@
+"""Several runs in one page, out of small reports written by hand."""
+
+import copy
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval import compare, report, tables
+from prep.files import BadInput
+
+HASH = "a" * 64
+
+
+def score(bits: float) -> dict[str, Any]:
+    block = {"nll": 1.0, "bytes": 4}
+    document = {
+        "source": "w",
+        "part": "1",
+        "nll": 1.0,
+        "tokens": 1,
+        "bytes": 4,
+        "words": 1,
+        "spans": [],
+        "blocks": [block],
+    }
+    perplexities = {f"{unit}_perplexity": 2.0 for unit in ("byte", "word", "token")}
+    interval = {"unit": "block", "units": 3, "bits_per_byte": [bits - 0.1, bits + 0.1]}
+    sums = {"nll": 1.0, "tokens": 1, "bytes": 4, "words": 1}
+    return {**sums, **perplexities, "bits_per_byte": bits, "interval": interval, "documents": [document]}
+
+
+def stage(bits: float, losses: list[tuple[float | None, float | None, float | None]] | None) -> dict[str, Any]:
+    """A stage whose trainer logged these (tokens, loss, validation loss)."""
+    log = [
+        {"step": i, "epoch": None, "tokens": tokens, "loss": loss, "eval_loss": check}
+        for i, (tokens, loss, check) in enumerate(losses or [], 1)
+    ]
+    figures = ("rep_4", "distinct_2", "looping", "ended_early", "not_french", "artefacts")
+    return {
+        "inputs": HASH,
+        "parent": None,
+        "recipe": None,
+        "model": "models/base",
+        "adapter": None,
+        "weights": {"model.safetensors": HASH},
+        "gate": None,
+        "training": log or None,
+        "scores": {"novel_heldout": score(bits)},
+        "positions": {},
+        "memorisation": None,
+        "samples": [],
+        "degeneration": dict.fromkeys(figures, 0.0),
+        "seconds": {"scoring": 1.0, "positions": 0.0, "sampling": 1.0},
+    }
+
+
+def small_report(run: str, stages: dict[str, Any], text: str = HASH) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "run": run,
+        "date": "2000-01-01",
+        "seconds": 1.0,
+        "arguments": {"decoding": {}},
+        "environment": {"device": "cpu", "dtype": "float32", "cpu": "small", "versions": {"torch": "1"}, "git": None},
+        "tasks": {"novel_heldout": {"path": None, "file_sha256": None, "documents": 1, "text_sha256": text}},
+        "prompts": [{"name": "p", "text": "K."}],
+        "reference": None,
+        "stages": stages,
+        "differences": {},
+    }
+
+
+@pytest.fixture
+def reports() -> list[dict[str, Any]]:
+    first = {"base": stage(2.0, None), "2a": stage(1.5, [(100, 4.0, None), (200, 3.0, 3.5)]), "2b": None}
+    second = {"base": stage(2.5, None), "2a": stage(1.75, [(1000, 3.9, None)]), "2b": stage(1.25, [(500, 2.0, 2.5)])}
+    return [small_report("small", first), small_report("large", second)]
+
+
+def test_losses_stand_over_all_tokens_of_the_chain(reports):
+    assert compare.curve(tables.measured(reports[0])) == ([[(100, 4.0), (200, 3.0)]], [(200, 3.5)], [])
+    lines, checks, _ = compare.curve(tables.measured(reports[1]))
+    assert lines == [[(1000, 3.9)], [(1500, 2.0)]]  # 2b goes on where 2a ended
+    assert checks == [(1500, 2.5)]
+
+
+def test_a_stage_without_token_counts_is_left_out_and_named(reports):
+    reports[0]["stages"]["2a"]["training"][0]["tokens"] = None
+    assert compare.curve(tables.measured(reports[0])) == ([], [], ["2a"])
+    assert "did not count tokens: small 2a" in compare.sections(reports, True)[0].text
+
+
+def test_one_axis_holds_every_run(reports):
+    picture = compare.draw_losses(reports)
+    assert picture
+    (axis,) = picture.axes
+    drawn = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axis.lines}
+    assert drawn["small, training"] == [100, 200] and drawn["large, training"] == [1000]
+    assert drawn["small, validation"] == [200] and drawn["large, validation"] == [1500]
+    assert axis.get_xscale() == "linear"
+    reports[1]["stages"]["2b"]["training"][0]["tokens"] = 1_000_000
+    far = compare.draw_losses(reports)
+    assert far and far.axes[0].get_xscale() == "log"
+    for each in reports:
+        each["stages"] = {"base": stage(2.0, None)}
+    assert compare.draw_losses(reports) is None
+
+
+def test_bits_stand_side_by_side(reports):
+    head, rows = compare.beside(reports)
+    assert head == ["stage, text", "small", "large"]
+    assert rows == [
+        ["base, novel_heldout", "2.000 [1.900, 2.100]", "2.500 [2.400, 2.600]"],
+        ["2a, novel_heldout", "1.500 [1.400, 1.600]", "1.750 [1.650, 1.850]"],
+        ["2b, novel_heldout", "–", "1.250 [1.150, 1.350]"],
+    ]
+
+
+def test_rows_of_one_name_stand_under_each_other(reports):
+    tables_of = {"small": (["x", "a", "b"], [["2a", "1", "2"], ["2b", "3", "4"]]), "large": (["x", "b"], [["2a", "5"]])}
+    assert compare.merged(reports, lambda each: tables_of[each["run"]]) == (
+        ["x", "a", "b"],
+        [["2a: small", "1", "2"], ["2a: large", "–", "5"], ["2b: small", "3", "4"]],
+    )
+    assert compare.merged(reports, lambda each: None) is None
+
+
+def test_other_texts_are_warned_of(reports):
+    assert compare.warning(reports) == ""
+    reports[1]["tasks"]["novel_heldout"]["text_sha256"] = "b" * 64
+    assert "novel_heldout" in compare.warning(reports)
+    assert compare.warning(reports) in compare.html(reports)
+
+
+def write(folder: Path, reports: list[dict[str, Any]]) -> None:
+    for each in reports:
+        report.check(each, folder)
+        (folder / f"{each['run']}.json").write_text(json.dumps(each))
+
+
+def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, capsys):
+    write(tmp_path, reports)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "small", "large", "--reports", str(tmp_path)])
+    compare.main()
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 1 and "1.750 [1.650, 1.850]" in page and "color-scheme" in page
+    assert not re.search(r'(src|href)="(?!#)', page.replace('xlink:href="#', ""))  # nothing is fetched
+    assert "2.000 [1.900, 2.100]" in capsys.readouterr().out
+    again = copy.deepcopy(reports)
+    assert compare.html(again) == page
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"), [(["small", "small"], "compares with nothing"), (["small", "none"], "no report")]
+)
+def test_bad_input_is_one_message(tmp_path, reports, monkeypatch, runs, message):
+    write(tmp_path, reports)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *runs, "--reports", str(tmp_path)])
+    with pytest.raises(BadInput, match=message):
+        compare.main()

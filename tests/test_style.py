@@ -1,0 +1,78 @@
+"""Style, on texts whose figures are counted by hand."""
+
+import math
+
+import pytest
+
+from eval import style, tables
+
+
+def test_delta_by_hand(monkeypatch):
+    """Two words, two known texts: frequencies of « le » 0.75 and 0.25, z-scores +-1/sqrt 2, those of « un » the reverse."""
+    reference = {"a": "le le le un", "b": "un un un le"}
+    found = style.delta({"a": "Le le le, un.", "middle": "un le", "far": "le le"}, reference)
+    assert found["a"] == pytest.approx({"a": 0, "b": math.sqrt(2)})
+    assert found["middle"] == pytest.approx({"a": math.sqrt(0.5), "b": math.sqrt(0.5)})
+    # « le » 1.00 is 0.5 / sqrt 0.125 = sqrt 2 deviations above the mean; a is half that
+    assert found["far"] == pytest.approx({"a": math.sqrt(0.5), "b": 3 * math.sqrt(0.5)})
+
+
+def test_words_equally_frequent_in_all_are_left_out():
+    reference = {"a": "le le le un et et", "b": "un un un le et et"}
+    assert style.delta({"x": "le le le un et et"}, reference)["x"] == pytest.approx({"a": 0, "b": math.sqrt(2)})
+
+
+def test_only_frequent_words_count(monkeypatch):
+    monkeypatch.setattr(style, "FREQUENT", 2)
+    reference = {"a": "le le le le le le un un château", "b": "un un un un un un le le village"}
+    alone = style.delta({"x": "le le le le le le un un château"}, reference)["x"]["b"]
+    assert style.delta({"x": "le le le le le le un un village"}, reference)["x"]["b"] == pytest.approx(alone)
+
+
+def test_a_text_is_nearest_to_its_own_kind():
+    old, new = "il vint et il dit que le soir tombait. " * 150, "tu sais, moi je crois qu'on part ! " * 150
+    books = {"book": "\n\n".join([new] * 2), "other": old}
+    result = style.style(
+        {"base": [old], "2a": [new]}, books["book"], new, {"tale": old, "too short": "Un mot."}, "base"
+    )
+    assert result["2a"]["delta"]["novel"] < 0.2 < result["2a"]["delta"]["gallica"]
+    assert result["base"]["delta"]["gallica"] < 0.2 < result["base"]["delta"]["novel"]
+    assert result["base"]["delta"]["base"] == pytest.approx(0)
+    assert result["the novel, held out"]["delta"]["novel"] < 0.2
+    assert result["the novel, held out"]["words"] <= max(result["2a"]["words"], result["base"]["words"])
+    table = tables.manner({"style": result})
+    assert table and [row[0] for row in table[1]][:2] == ["base", "2a"] and tables.manner({}) is None
+
+
+def test_too_few_words_have_no_delta():
+    result = style.style({"base": ["Un mot."], "2a": []}, "le " * 900, None, {"tale": "un " * 900}, "base")
+    assert result["base"]["delta"] is None and result["2a"]["delta"] is None and result["2a"]["names"] is None
+    assert result["the novel"]["delta"] == {"novel": 0, "gallica": pytest.approx(math.sqrt(2)), "base": None}
+
+
+def test_dialogue_is_a_share_of_words():
+    assert style.dialogue("Il vint et dit\n\n— Oui non oui\n\n« Non »") == pytest.approx(7 / 11)
+    assert style.dialogue("Il dit — oui — et vint.") == 0 and style.dialogue("") == 0
+
+
+def test_sentences_are_whole_and_an_initial_ends_none():
+    text = "K. vit M. Klamm. Il dit : « Venez ! » Puis rien\n\n— Oui. Non... Et puis il"
+    assert style.sentence_lengths(text) == [
+        4,
+        3,
+        2,
+        1,
+        1,
+    ]  # « Puis rien » ends with its paragraph, « Et puis il » nowhere
+
+
+def test_names_are_what_is_capitalised_inside_sentences():
+    book = (
+        "Alors Barnabé vint. " * 3
+        + "Puis Olga rit. " * 2
+        + "Un Monsieur dit à M. Klamm, K. et Klamm, que Klamm dort. " * 2
+    )
+    book += "Dans Le Monde. " * 3 + "le monde " * 9
+    assert style.names(book) == {"Barnabé", "Klamm"}
+    assert style.name_frequency("Klamm dit oui à Barnabé.", frozenset({"Klamm", "Barnabé"})) == pytest.approx(400)
+    assert style.name_frequency("", frozenset()) is None
