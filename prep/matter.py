@@ -253,7 +253,7 @@ def _drop_title_pages(lines: list[str], counts: Counter[str]) -> list[str]:
 def _drop_stamps(lines: list[str], width: int, counts: Counter[str]) -> list[str]:
     """Take out the library's stamps: short lines before the first full lines of prose that name a library."""
     run = seen = 0
-    kept = []
+    kept: list[str] = []
     for i, line in enumerate(lines):
         if line and line != PAGE_END:
             seen += 1
