@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from rapidfuzz import fuzz
 
+from prep.matter import PAGE_END, drop_matter
 from prep.typography import clean_characters, to_convention
 
 
@@ -28,14 +29,15 @@ class Cleaned(NamedTuple):
 def clean_pages(text: str) -> Cleaned:
     """Paragraphs of a paged text (a scan, a PDF's text layer or plain text with blank lines between paragraphs).
 
-    Counts: `page_numbers`, `running_headers`, `title_page`, `missing_text` (lines or marks taken away; a header with a
-    number is both), `hyphens_joined`, `hyphens_kept` (words cut at a line's end), `page_breaks_joined` (places where a
+    Counts: `page_numbers`, `running_headers`, `page_marks` (sheet numbers, blots), `title_page`, `missing_text`,
+    `legal_notice`, `library_stamps`, `catalogue`, `table_of_contents` (lines or marks taken away; a header with a
+    number is both page number and header), `hyphens_joined`, `hyphens_kept` (words cut at a line's end), `page_breaks_joined` (places where a
     paragraph ran across a page break).
     """
     counts: Counter[str] = Counter()
-    text = clean_characters(text).replace("\f", f"\n{_PAGE_END}\n")
+    text = clean_characters(text).replace("\f", f"\n{PAGE_END}\n")
     lines = [line.strip() for line in text.split("\n")]
-    lines, gaps = _drop_furniture(lines, counts)
+    lines, gaps = _drop_furniture(drop_matter(lines, counts), counts)
     paragraphs = _paragraphs(lines, gaps, counts)
     return Cleaned(to_convention("\n".join(paragraphs)).split("\n") if paragraphs else [], dict(sorted(counts.items())))
 
@@ -143,7 +145,7 @@ def _inside_sentence(lines: list[str], index: int) -> bool:
         after += 1
     if before < 0 or after == len(lines):
         return False
-    return _PAGE_END in (lines[before], lines[after]) or _breaks_off(lines[before]) or lines[after][0].islower()
+    return PAGE_END in (lines[before], lines[after]) or _breaks_off(lines[before]) or lines[after][0].islower()
 
 
 def _key(line: str) -> str:
@@ -151,20 +153,24 @@ def _key(line: str) -> str:
     return "".join(filter(str.isalpha, line)).upper()
 
 
-_PAGE_END = "\x00"  # stands for a form feed, which is a space to Python; clean_characters leaves no such character
 _PAGE, _BLANK = 1, 2  # what stood between a line and the one before it; 0: nothing
 
 
 def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], list[int]]:
     """The lines of the work, and for each what stood before it: a page's end, a blank line, or nothing."""
-    drop = [line == _PAGE_END for line in lines]
+    drop = [line == PAGE_END for line in lines]
     chained = _chain(_numbers(lines), lines)
     for number in chained:
         drop[number.line] = True
+    marks = _page_marks(lines, chained)
+    if marks:
+        counts["page_marks"] = len(marks)
+    for i in marks:
+        drop[i] = True
     edges = [i for i in (0, len(lines) - 1) if lines[i]]  # first and last lines of pages
     for number in chained:
         edges += [number.line, *_neighbours(lines, number.line)]
-    blank = [i for i, line in enumerate(lines) if not line or line == _PAGE_END]
+    blank = [i for i, line in enumerate(lines) if not line or line == PAGE_END]
     for i in blank:
         edges += _neighbours(lines, i)
     headers = _headers([lines[i] for i in sorted(set(edges))], lines)
@@ -212,10 +218,32 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
     return kept, gaps
 
 
+_MARK = re.compile(
+    r"(?=.{1,12}$)(?!.*\w\d{2}|.*[^\W\d_]{3})(?:(?:[ITL][.,]? )?[\W\d_]*\d[\W\d_]*|.*[|_*+=<>#\\^{}©®§~].*)"
+)
+
+
+def _page_marks(lines: list[str], chained: list[_Number]) -> set[int]:
+    """Lines at the foot of pages that number the sheets they were printed on, and blots that a scan took for letters.
+
+    A foot is what stands before a form feed, or before a page number: none but such marks stand there as a figure
+    alone. What is longer than two digits, or holds a word of three letters, stays.
+    """
+    numbered = {number.line for number in chained}
+    found = set()
+    for i in [*numbered, *(i for i, line in enumerate(lines) if line == PAGE_END)]:
+        above = i - 1
+        while above >= 0 and above not in numbered and (not lines[above] or _MARK.fullmatch(lines[above])):
+            if lines[above]:
+                found.add(above)
+            above -= 1
+    return found
+
+
 def _neighbours(lines: list[str], index: int) -> Iterable[int]:
     for step in (-1, 1):
         i = index + step
-        while 0 <= i < len(lines) and (not lines[i] or lines[i] == _PAGE_END):
+        while 0 <= i < len(lines) and (not lines[i] or lines[i] == PAGE_END):
             i += step
         if 0 <= i < len(lines):
             yield i

@@ -220,7 +220,70 @@ def test_title_page_goes_with_the_header_that_repeats_it(novel):
     body = "\n \n".join("\n".join([f"{n} {TITLE}. ", *lines]) for n, lines in enumerate(pages(novel), 6))
     found = clean_pages(title + body)
     assert " ".join(found.paragraphs) == " ".join(novel)
-    assert found.counts["title_page"] == 3
+    assert found.counts["title_page"] == 2 and found.counts["library_stamps"] == 1
+
+
+NOTICE = """\
+Source gallica.bnf.fr / Bibliothèque nationale de France
+1/ Les contenvs accessibles sur le site Gallica sont pour la plupart
+des reproductions numériqnes d'oeuvres tombées dans le domaine public.
+- La réutilisation non commercia1e de ces contenus est libre
+2/ Les contenus de Gallica sont 1a propriété de la BnF au sens de l'article
+6/ L'utilisatcur s'engage à respecter les présentes conditions d'utilisation
+7/ Pour obtenir un docunent de Gallica en haute définition, contacter
+utilisation.commerciale@ bnf.fr."""
+CONTENTS = "\n".join(
+    ["TABLE DES MATIÈRES", *(f"{roman(n).upper()}. — Le bac et la grille. . . . . {7 * n}" for n in range(1, 15))]
+)
+CATALOGUE = "\n".join(f"La Grille rouge, {n}e édition. 1 vol. in-18 ... 3 fr. 50" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    ("front", "back", "kind"),
+    [
+        (NOTICE, "", "legal_notice"),
+        ("DÉPÔT LÉGAL\nSeine\nBIBLIOTHÈQUE IMPÉRIALE", "", "library_stamps"),
+        ("", CONTENTS, "table_of_contents"),
+        (CONTENTS, "", "table_of_contents"),
+        ("", CATALOGUE, "catalogue"),
+        (CATALOGUE, "", "catalogue"),
+    ],
+    ids=["notice", "stamps", "contents behind", "contents before", "catalogue behind", "catalogue before"],
+)
+def test_what_stands_before_and_after_the_work_goes(novel, front, back, kind):
+    body = "\n".join(line for sheet in pages(novel) for line in sheet)
+    found = clean_pages("\n\n".join([front, body, back]))
+    text = " ".join(found.paragraphs)
+    assert text.replace("Seine ", "") == " ".join(novel)
+    assert found.counts[kind] >= len((front or back).splitlines()) - 1
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        ["— Oui.", "— Non.", "— Jamais !", "— Alors ?"] * 8,
+        ["La rivière descend,", "Le passeur la regarde,", "Il n'est plus temps."] * 8,
+        [f"Au bac, le {n} mai 1870" for n in range(3, 20)],
+        [". . . . . . . . . . . . . ."] * 8,
+        [f"Il avait compté les maisons du village. ({n})" for n in range(3, 20)],
+        ["Il paya le passage 3 fr.", "On rit.", "Le livre était un in-18.", "Personne ne répondit."],
+    ],
+    ids=["replies", "verse", "dates", "dots", "numbers in brackets", "a price"],
+)
+def test_an_end_that_only_looks_like_a_list_stays(novel, end):
+    found = clean_pages("\n".join([*novel, *end]))
+    assert not {"catalogue", "table_of_contents", "legal_notice"} & found.counts.keys()
+    assert len(" ".join(found.paragraphs)) > len(" ".join(novel))
+
+
+def test_sheet_numbers_and_blots_at_a_pages_foot_go_and_title_pages_before_the_text(novel):
+    novel = novel[10:70]  # after the heads of the tale, which stand in lines of their own
+    sheets = [["BAC", "1870"], *pages(novel)]
+    text = "\f".join("\n".join([*lines, *(["4 |"] if n % 3 == 2 else [])]) for n, lines in enumerate(sheets))
+    found = clean_pages(text)
+    assert " ".join(found.paragraphs) == " ".join(novel)
+    assert found.counts["page_marks"] == sum(n % 3 == 2 for n in range(len(sheets)))
+    assert found.counts["title_page"] == 2
 
 
 def test_empty_and_tiny_texts():
