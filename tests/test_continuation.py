@@ -220,9 +220,7 @@ def looping_model(tokenizer: Any, token: int) -> LlamaForCausalLM:
         model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5].clone()
         hidden = model.model(input_ids=torch.tensor([[5]])).last_hidden_state[0, 0]
         model.lm_head.weight.zero_()
-        model.lm_head.weight[tokenizer.encode("la porte", add_special_tokens=False)[-1]] = (
-            200 * hidden / hidden.dot(hidden)
-        )
+        model.lm_head.weight[token] = 200 * hidden / hidden.dot(hidden)
     return model
 
 
