@@ -42,7 +42,11 @@ def main() -> None:
     for folder in ("models", "data", "outputs", "eval/reports"):
         if not os.access(folder, os.W_OK):
             raise BadInput(f"{Path(folder).resolve()} cannot be written to")
-    if Path("/proc/driver/nvidia/version").exists() and os.environ.get("NVIDIA_VISIBLE_DEVICES", "void") not in ("", "void", "none"):
+    if Path("/proc/driver/nvidia/version").exists() and os.environ.get("NVIDIA_VISIBLE_DEVICES", "void") not in (
+        "",
+        "void",
+        "none",
+    ):
         seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         if seen.returncode or "GPU" not in seen.stdout:
             raise BadInput(f"the GPU does not answer ({(seen.stdout + seen.stderr).strip()}): restart the container")

@@ -118,14 +118,18 @@ def copy(step: Step, state: State, context: Path) -> None:
     """COPY SOURCE... TARGET, from the context."""
     *sources, target = shlex.split(state.expand(step.value))
     if any(source.startswith("--") for source in sources):
-        raise BadInput(f"docker/steps.py cannot carry out COPY {step.value}; build the stage it copies from by --target")
+        raise BadInput(
+            f"docker/steps.py cannot carry out COPY {step.value}; build the stage it copies from by --target"
+        )
     folder = state.root / Path(state.folder, target).relative_to("/")
     for source in sources:
         wanted = [path for path in context_files(context) if source == "." or path.is_relative_to(source)]
         if not wanted:
             raise BadInput(f"COPY {step.value}: .dockerignore leaves nothing of {source}")
         for path in wanted:
-            inside = path if source == "." else path.relative_to(source) if (context / source).is_dir() else Path(path.name)
+            inside = (
+                path if source == "." else path.relative_to(source) if (context / source).is_dir() else Path(path.name)
+            )
             (folder / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(context / path, folder / inside, follow_symlinks=False)
 
@@ -139,7 +143,16 @@ def inside(state: State, arguments: list[str], binds: list[Path]) -> list[str]:
         make = f"mkdir -p {target}" if bind.is_dir() else f"mkdir -p $(dirname {target}) && touch {target}"
         mounts.append(f"{make} && mount --bind {shlex.quote(str(bind))} {target}")
     settings = [f"{key}={value}" for key, value in (state.environment | state.declared).items()]
-    called = ["chroot", f"--userspec={state.user}", str(state.root), "/usr/bin/env", "-i", "-C", state.folder, *settings]
+    called = [
+        "chroot",
+        f"--userspec={state.user}",
+        str(state.root),
+        "/usr/bin/env",
+        "-i",
+        "-C",
+        state.folder,
+        *settings,
+    ]
     script = " && ".join([*mounts, f"exec {shlex.join([*called, *arguments])}"])
     return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", script]
 
@@ -231,11 +244,15 @@ def main() -> None:
         "--bind", type=Path, action="append", default=[], metavar="PATH",
         help="a file or folder of this machine shown inside at the same path: a package mirror, its certificates",
     )  # fmt: skip
-    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set inside at every step, and at the start")
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", help="set inside at every step, and at the start"
+    )
     parser.add_argument("--list", action="store_true", help="print the steps and leave")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, command = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
-    pairs: dict[str, Any] = {name: dict(pair.split("=", 1) for pair in getattr(args, name)) for name in ("build_arg", "env")}
+    pairs: dict[str, Any] = {
+        name: dict(pair.split("=", 1) for pair in getattr(args, name)) for name in ("build_arg", "env")
+    }
 
     if args.list:
         base, steps = line(args.target, HERE / "Dockerfile", pairs["build_arg"])

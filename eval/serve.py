@@ -18,6 +18,8 @@ from prep.files import BadInput, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "/voila/render/eval/workbench.ipynb"
+# Voilà's template asks two content networks for fonts and formulas that the page does not use: nothing is loaded from elsewhere.
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:; frame-ancestors 'self'"
 
 
 def check_port(ip: str, port: int) -> None:
@@ -33,17 +35,18 @@ def check_port(ip: str, port: int) -> None:
             ) from error
 
 
-def command(ip: str, port: int, root: Path) -> list[str]:
+def command(ip: str, port: int) -> list[str]:
     """The call of JupyterLab. Nothing in it is secret: anybody on the machine can list it."""
     settings = {
         "ServerApp.ip": ip,
         "ServerApp.port": port,
         "ServerApp.port_retries": 0,
-        "ServerApp.root_dir": root,
+        "ServerApp.root_dir": ROOT,
         "ServerApp.open_browser": False,
+        "ServerApp.tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
         "ServerApp.log_level": "ERROR",  # its log would print the token again and again
         "LabApp.default_url": PAGE,
-        "LabApp.news_url": None,  # it works offline, and tells nobody that it runs
+        "LabApp.news_url": "",  # it works offline, and tells nobody that it runs
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
         "ServerApp.allow_root": True,  # asked above
         "VoilaConfiguration.show_tracebacks": True,
@@ -58,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ip", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder that is served (default: the repository)")
+    parser.add_argument("--dir", type=Path, help="working directory to show, instead of the repository and the demo's")
     parser.add_argument("--allow-root", action="store_true", help="run as root all the same")
     args = parser.parse_args()
     if not 0 < args.port < 65536:
@@ -82,7 +85,11 @@ def main() -> None:
         "JUPYTER_TOKEN": token,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    arguments = command(args.ip, args.port, args.root.resolve())
+    if args.dir:
+        if not args.dir.is_dir():
+            raise BadInput(f"--dir {args.dir} is not a folder (looked from {Path.cwd()})")
+        environment["WORKBENCH_DIR"] = str(args.dir.resolve())
+    arguments = command(args.ip, args.port)
     os.execve(arguments[0], arguments, environment)
 
 

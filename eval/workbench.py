@@ -23,10 +23,12 @@ HEADROOM = 1.25  # of the weights' bytes, for what is computed with them and the
 
 
 def places() -> list[Path]:
-    """The working directories there are: the repository itself, and the demo's, which a demo makes.
+    """The working directories there are: the one asked for, or else the repository and, once there is one, the demo's.
 
     The one in which something was last trained comes first.
     """
+    if asked := os.environ.get("WORKBENCH_DIR"):
+        return [Path(asked)]
     found = [ROOT, *(path for path in [ROOT / "demo/run"] if (path / "outputs").is_dir())]
     return sorted(found, key=lambda path: latest(path / "outputs"), reverse=True)
 
@@ -120,6 +122,9 @@ class Models:
         model: Any = weights.load_model(row.model, tokenizer, self.device, dtype)
         if row.adapter:
             model = weights.load_adapter(model, row, tokenizer)
+        for parameter in model.parameters():
+            # What safetensors reads stays tied to the file; a training that writes over it would change, or end, this.
+            parameter.data = parameter.data.clone()
         self.held[name] = (files, model, tokenizer)
         return model, tokenizer
 
