@@ -285,14 +285,11 @@ def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_pat
     assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
     last = "assert ready.wait(240)\nrefresh_stages()\nprint(numbers.value, said.value, page.value, [len(c.options) for c in choices], len(chart.value))"
     notebook.cells.append(nbformat.v4.new_code_cell(last))
-    os.environ["WORKBENCH_DIR"] = str(working)
-    try:
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    finally:
-        del os.environ["WORKBENCH_DIR"]
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute(env=ENVIRONMENT | {"WORKBENCH_DIR": str(working)})
     text = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     if where == "empty":
-        assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 0] 0" in text
+        assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 1] 0" in text
         assert "No report yet" in text or list((ROOT / "eval/reports").glob("*.json"))
     else:
         assert "trained, past its gate" in text and "[3, 4]" in text
