@@ -12,6 +12,7 @@ PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
 RUN ?= full#          name of the report
 ARGS ?=#              more --key=value for Axolotl
+PORT ?= 8000#         of `make notebook`
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
 
 SHELL := bash
@@ -95,6 +96,10 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 .PHONY: eval
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
 	$(BIN)/python eval/evaluation.py --recipes recipes --run $(strip $(RUN)) --out eval/reports
+
+.PHONY: notebook
+notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
+	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))
 
 # --- small and local ---
 

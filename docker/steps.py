@@ -231,7 +231,7 @@ def play(state: State, command: list[str], binds: list[Path]) -> None:
             time.sleep(1)
         print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
     finally:
-        process.terminate()
+        process.kill()  # unshare waits through gentler signals; with it goes all that runs inside
         process.wait()
 
 
