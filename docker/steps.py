@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from dockerfile_parse import DockerfileParser
 from pathspec import PathSpec
 
@@ -231,7 +232,9 @@ def play(state: State, command: list[str], binds: list[Path]) -> None:
             time.sleep(1)
         print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
     finally:
-        process.kill()  # unshare waits through gentler signals; with it goes all that runs inside
+        # unshare waits through signals; with its child, process 1 of the namespace, all that runs inside is ended.
+        for child in psutil.Process(process.pid).children():
+            child.kill()
         process.wait()
 
 
