@@ -11,9 +11,10 @@ HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the wh
 PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
 RUN ?= full#          name of the report
-ARGS ?=#              more --key=value for Axolotl; for `make continue`, its own options
+ARGS ?=#              more --key=value for Axolotl; for `make continue` and `make notebook`, their own options
 RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
+PORT ?= 8000#         of `make notebook`
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
 
 SHELL := bash
@@ -106,6 +107,10 @@ continue: $(READY) ## The novel goes on: WORDS more words by the last stage -> o
 compare: $(READY) ## Several reports in one page: make compare RUNS="small full" -> eval/reports/compare.html
 	@test -n "$(strip $(RUNS))" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
 	$(BIN)/python eval/compare.py $(RUNS) --reports eval/reports
+
+.PHONY: notebook
+notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
+	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))
 
 # --- small and local ---
 

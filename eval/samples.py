@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import yaml
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from eval.scoring import MAX_LENGTH
 from prep.files import BadInput
@@ -71,11 +72,13 @@ def continuations(
     count: int,
     seed: int,
     parameters: dict[str, Any],
+    streamer: BaseStreamer | None = None,
 ) -> list[dict[str, Any]]:
     """`count` continuations of one prompt by a model, drawn together from one seed, as {text, tokens, ended}.
 
     One batch is one prompt, so nothing is padded: the repetition penalty would count padding as text already written.
-    `ended` says that the model closed the text itself. Raises BadInput when prompt and continuation exceed the context.
+    `ended` says that the model closed the text itself. A `streamer` is handed each token of a single continuation as it
+    is drawn. Raises BadInput when prompt and continuation exceed the context.
     """
     ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
     if len(ids) + parameters["max_new_tokens"] > MAX_LENGTH:
@@ -96,7 +99,9 @@ def continuations(
     torch.manual_seed(seed)
     inputs = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
-        output = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+        output = model.generate(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, streamer=streamer
+        )
     written = str(tokenizer.decode(ids, skip_special_tokens=True))
     results = []
     for sequence in output[:, len(ids) :].tolist():

@@ -35,3 +35,6 @@ base, gpu = ({block.split("==")[0]: block for block in re.findall(r"^\S.*(?:\n  
 new = [block for name, block in gpu.items() if name not in base]
 open("gpu.txt", "w").write("# Made by requirements/lock.sh; do not edit.\n" + "\n".join(new) + "\n")
 PY
+
+compile nvcc.in --constraints "$all" --output-file nvcc.txt >/dev/null
+sed -i '1i # Made by requirements/lock.sh; do not edit.' nvcc.txt

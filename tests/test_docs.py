@@ -15,7 +15,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(
         path
-        for folder in ("recipes", "prep", "eval", "train", "demo")
+        for folder in ("recipes", "prep", "eval", "train", "demo", "docker")
         for path in sorted((ROOT / folder).glob("README.md"))
     ),
 ]

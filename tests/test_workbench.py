@@ -1,0 +1,428 @@
+"""The workbench: live logs, models that fit or do not, the notebook run from top to bottom, and the page in a real browser."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from peft import LoraConfig, get_peft_model
+from small_tokenizers import llama_like
+from torch.utils.tensorboard import SummaryWriter
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval import live, workbench
+from prep.files import BadInput
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "eval/workbench.ipynb"
+SCREENSHOTS = ROOT / "tests/screenshots"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+
+
+def log(writer: SummaryWriter, step: int, loss: float, at: float | None = None) -> None:
+    """What the trainer logs at a step, under the names it uses (tests/test_smoke.py holds them to the real one)."""
+    for name, value in (
+        ("train/loss", loss),
+        ("train/learning_rate", 1e-4),
+        ("train/epoch", step / 40),
+        ("train/tokens/total", step * 2048),
+        ("train/tokens/train_per_sec_per_gpu", 150.0),
+        ("train/memory/device_reserved (GiB)", 0.0),
+    ):
+        writer.add_scalar(name, value, step, walltime=at)
+    writer.flush()
+
+
+# --- live logs --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
+    run = live.Run(tmp_path / "outputs/2a")
+    run.refresh()
+    assert live.status(run, 1) is None
+    with SummaryWriter(str(run.folder / "runs/x")) as writer:
+        log(writer, 1, 4.0)
+        run.refresh()
+        assert run.series("loss") == ([2048], [4.0])
+        log(writer, 2, 3.5)
+        writer.add_scalar("eval/loss", 3.7, 2)
+        writer.flush()
+        run.refresh()
+    assert run.series("loss") == ([2048, 4096], [4.0, 3.5])
+    assert run.series("eval_loss") == ([4096], [pytest.approx(3.7)])
+
+
+def test_a_record_that_is_being_written_waits(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path / "whole/runs/x")) as writer:
+        log(writer, 1, 4.0)
+        log(writer, 2, 3.5)
+    source = next(tmp_path.glob("whole/runs/x/events*"))
+    content = source.read_bytes()
+    target = tmp_path / "2a/runs/x" / source.name
+    target.parent.mkdir(parents=True)
+    run = live.Run(tmp_path / "2a")
+    seen = []
+    for end in range(0, len(content) + 40, 40):
+        target.write_bytes(content[:end]) if end == 0 else target.open("ab").write(content[end - 40 : end])
+        run.refresh()
+        seen.append(len(run.series("loss")[1]))
+    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 2
+
+
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
+    folder = tmp_path / "2a"
+    with SummaryWriter(str(folder / "runs/a")) as writer:
+        for step in range(1, 8):
+            log(writer, step, 4.0, at=1000.0 + step)
+    os.rename(next(folder.glob("runs/a/*")), folder / "runs/a/events.out.tfevents.1.host")
+    with SummaryWriter(str(folder / "runs/b")) as writer:
+        for step in range(5, 7):
+            log(writer, step, 3.0, at=2000.0 + step)
+    os.rename(next(folder.glob("runs/b/*")), folder / "runs/b/events.out.tfevents.2.host")
+    run = live.Run(folder)
+    run.refresh()
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
+    shutil.rmtree(folder / "runs/b")
+    run.refresh()
+    assert run.series("loss")[1] == [4.0] * 7
+
+
+def test_progress_and_time_left(tmp_path: Path) -> None:
+    folder = tmp_path / "2a"
+    with SummaryWriter(str(folder / "runs/a")) as writer:
+        for step in (1, 2, 3, 4):
+            log(writer, step, 4.0, at=1000.0 + 10 * step)
+    run = live.Run(folder)
+    run.refresh()
+    one = live.status(run, 1, now=1041.0)
+    assert one and one.state == "running" and one.step == 4
+    assert one.planned == 40  # by the share of the epoch
+    assert one.seconds_left == pytest.approx(36 * 10)
+    assert one.figures["memory"] is None
+    (folder / "started.json").write_text(json.dumps({"overrides": ["--max_steps=20"]}))
+    assert (two := live.status(run, 1, now=1041.0)) and two.planned == 20
+    (folder / "checkpoint-4").mkdir()
+    (folder / "checkpoint-4/trainer_state.json").write_text('{"max_steps": 30, "torn')
+    assert (three := live.status(run, 1, now=1041.0)) and three.planned == 20
+    (folder / "checkpoint-4/trainer_state.json").write_text('{"max_steps": 30}')
+    assert (four := live.status(run, 1, now=1041.0 + 3600)) and (four.planned, four.state) == (30, "stopped")
+    (folder / "trained.json").write_text("{}")
+    assert (five := live.status(run, 1, now=1041.0)) and five.state == "trained"
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory as a small training leaves it: base, 2a, 2b on it, their logs; nothing of 2c."""
+    cwd = tmp_path_factory.mktemp("trained")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    for folder in ("models/base", "outputs/2a"):
+        model = LlamaForCausalLM(config)
+        model.save_pretrained(cwd / folder)
+        tokenizer.save_pretrained(cwd / folder)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = "outputs/2a"
+    adapted.save_pretrained(str(cwd / "outputs/2b"))
+    tokenizer.save_pretrained(cwd / "outputs/2b")
+    for name in ("2a", "2b"):
+        with SummaryWriter(str(cwd / f"outputs/{name}/runs/x")) as writer:
+            for step in range(1, 11):
+                log(writer, step, 4 - step / 10)
+    (cwd / "outputs/2a/trained.json").write_text("{}")
+    return cwd
+
+
+@pytest.fixture
+def folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to work in."""
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files in which Linux tells a container its limit."""
+    (folder / "memory.max").write_text(str(10**9 + free))
+    (folder / "memory.current").write_text(str(10**9))
+    monkeypatch.setattr(workbench, "CGROUP", folder)
+
+
+def test_stages_that_are_there(folder: Path) -> None:
+    assert workbench.stages() == {"base": "base", "2a": "2a", "2b": "2b (no verdict: half trained?)"}
+    shutil.rmtree(folder / "outputs/2a")
+    assert list(workbench.stages()) == ["base"]  # 2b stands on 2a
+
+
+def test_two_models_or_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = workbench.Models("cpu")
+    said: list[str] = []
+    models.get("2a", said.append)
+    models.get("2b", said.append)
+    assert list(models.held) == ["2a", "2b"] and not any("one model at a time" in text for text in said)
+    read = len(said)
+    models.get("2a", said.append)
+    assert len(said) == read  # not read again
+    size = workbench.elements(folder / "outputs/2a/model.safetensors") * 4
+    limit_memory(folder, round(size * 0.5), monkeypatch)
+    with pytest.raises(BadInput, match="needs about"):
+        models.get("base", said.append)
+    assert any("one model at a time" in text for text in said) and not models.held
+    limit_memory(folder, round(size * 1.3), monkeypatch)
+    models.get("base", said.append)
+    assert list(models.held) == ["base"]
+
+
+def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
+    models = workbench.Models("cpu")
+    said: list[str] = []
+    first, _ = models.get("2a", said.append)
+    path = folder / "outputs/2a/model.safetensors"
+    path.write_bytes((folder / "models/base/model.safetensors").read_bytes())
+    second, _ = models.get("2a", said.append)
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="is it being written"):
+        models.get("2a", said.append)
+    shutil.rmtree(folder / "outputs/2a")
+    with pytest.raises(BadInput, match="stage 2a is missing"):
+        models.get("2a", said.append)
+
+
+def test_a_stream_is_the_report_s_text_and_stops(folder: Path) -> None:
+    from eval import samples
+
+    model, tokenizer = workbench.Models("cpu").get("2a", lambda _: None)
+    parameters = samples.decoding(40)
+    shown: list[str] = []
+    text = workbench.stream(model, tokenizer, "K. ouvrit la porte.", 7, parameters, shown.append, threading.Event())
+    again = samples.continuations(model, tokenizer, "K. ouvrit la porte.", 1, 7, parameters)[0]["text"]
+    assert text == again and len(text) > 20
+    assert len(shown) > 3 and all(b.startswith(a) for a, b in pairwise(shown))
+    stop = threading.Event()
+    stop.set()
+    short = workbench.stream(model, tokenizer, "K. ouvrit la porte.", 7, parameters, shown.append, stop)
+    assert len(short) < len(text)
+    for bad in ("", " " * 5, "mot " * 3000):
+        with pytest.raises(BadInput):
+            workbench.stream(model, tokenizer, bad, 7, parameters, shown.append, threading.Event())
+
+
+def test_two_pages_keep_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "outputs/kept.jsonl"
+    code = f"from eval.workbench import keep\nfrom pathlib import Path\nfor n in range(300): keep(Path({str(path)!r}), {{'text': 'é' * 3000, 'n': n}})"
+    writers = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert len(path.read_text().splitlines()) == len(workbench.kept(path)) == 600
+    with path.open("a") as file:
+        file.write('{"text": "half')
+    assert len(workbench.kept(path)) == 600
+
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+def serve(*arguments: str, token: str | None = None, expect_failure: bool = False) -> subprocess.Popen:
+    settings = ENVIRONMENT | ({} if token is None else {"JUPYTER_TOKEN": token})
+    call = [sys.executable, str(ROOT / "eval/serve.py"), "--allow-root", *arguments]
+    return subprocess.Popen(
+        call, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        process = serve("--port", str(port))
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "Traceback" not in output
+    assert f"port {port}" in output and f"make notebook PORT={port + 1}" in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked")
+def test_root_is_asked() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval/serve.py"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1 and "--allow-root" in done.stderr
+
+
+# --- the notebook -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["empty", "trained"])
+def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_path: Path) -> None:
+    working = trained if where == "trained" else tmp_path
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
+    last = "assert ready.wait(240)\nrefresh_stages()\nprint(numbers.value, said.value, page.value, [len(c.options) for c in choices], len(chart.value))"
+    notebook.cells.append(nbformat.v4.new_code_cell(last))
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    client.execute(env=ENVIRONMENT | {"WORKBENCH_DIR": str(working)})
+    text = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
+    if where == "empty":
+        assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 1] 0" in text
+        assert "No report yet" in text or list((ROOT / "eval/reports").glob("*.json"))
+    else:
+        assert "trained, past its gate" in text and "[3, 4]" in text
+        assert "No stage" not in text
+
+
+# --- the browser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    driver = shutil.which("chromedriver")
+    if not driver or not shutil.which("chromium"):
+        message = "needs Debian's packages chromium and chromium-driver"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    # Nothing but this machine can be reached: the page has to do without.
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1900",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield chrome
+    chrome.quit()
+
+
+def fetch(address: str) -> int:
+    try:
+        return urllib.request.urlopen(address, timeout=30).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
+    """On port 8000: refused without the token; with it, a growing curve, two streams, and a kept sample on the disk."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    began = time.monotonic()
+    server = serve("--port", "8000", "--dir", str(folder), token="")  # an empty token is none: one is made
+    writing = threading.Event()
+    try:
+        assert server.stdout
+        line = server.stdout.readline()
+        found = re.search(r"(http://localhost:8000/)\?token=(\S+)", line)
+        assert found, line
+        address, token = found.groups()
+        assert len(token) >= 32
+        for _ in range(240):
+            try:
+                fetch(address + "api")
+                break
+            except OSError:
+                assert server.poll() is None
+                time.sleep(0.25)
+
+        assert fetch(address + "api/contents/eval/workbench.ipynb") == 403
+        assert fetch(address + "api/kernels?token=wrong") == 403
+        browser.get(address)
+        assert "login" in browser.current_url and "Watch" not in browser.page_source
+
+        browser.get(f"{address}?token={token}")
+        wait = WebDriverWait(browser, 180)
+        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
+        print(f"first page {time.monotonic() - began:.1f} s after the start")
+        assert "Folder" in browser.page_source and browser.find_element(By.ID, "Watch")
+
+        def train() -> None:
+            with SummaryWriter(str(folder / "outputs/2c/runs/x")) as writer:
+                step = 0
+                while not writing.wait(0.3):
+                    step += 1
+                    log(writer, step, 2 + 2 * math.exp(-step / 20))
+
+        threading.Thread(target=train, daemon=True).start()
+        steps = "return [...document.querySelectorAll('table.runs tr')].map(r => r.innerText).filter(t => t.startsWith('2c')).map(t => parseInt(t.split('\\t')[2]))[0] || 0"
+        curve = "return Math.max(0, ...[...document.querySelectorAll('.chart path[style*=\"#009e73\"]')].map(p => p.getAttribute('d').split('L').length))"
+        wait.until(lambda page: page.execute_script(steps) > 2 and page.execute_script(curve) > 2)
+        before = browser.execute_script(steps), browser.execute_script(curve)
+        wait.until(
+            lambda page: page.execute_script(steps) > before[0] + 5 and page.execute_script(curve) > before[1] + 5
+        )
+
+        wait.until(lambda page: "Ready" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        selects = [Select(element) for element in browser.find_elements(By.CSS_SELECTOR, "select")]
+        left, right = [one for one in selects if "base" in [option.text for option in one.options]]
+        left.select_by_visible_text("2a")
+        right.select_by_visible_text("2b (no verdict: half trained?)")
+        browser.execute_script(
+            "window.seen = [[], []]; [0, 1].forEach(i => new MutationObserver(() => window.seen[i].push("
+            "document.querySelector('.try-pane-' + i).innerText.length)).observe("
+            "document.querySelector('.try-pane-' + i), {childList: true, subtree: true, characterData: true}))"
+        )
+        browser.find_element(By.CSS_SELECTOR, ".try-go").click()
+        wait.until(lambda page: "Written" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        for lengths in browser.execute_script("return window.seen"):
+            assert len(set(lengths)) >= 4, lengths  # it grew piece by piece
+            assert lengths[-1] > 60
+        texts = [browser.find_element(By.CSS_SELECTOR, f".try-pane-{place}").text for place in range(2)]
+        assert texts[0] != texts[1] and all(text.startswith("K. ouvrit la porte.") for text in texts)
+
+        browser.find_element(By.CSS_SELECTOR, ".try-keep-1").click()
+        wait.until(lambda page: "Kept in" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        sample = json.loads((folder / "outputs/kept.jsonl").read_text())
+        assert sample["stage"] == "2b" and sample["seed"] == 42 and sample["temperature"] == 0.8
+        assert (sample["prompt"] + sample["text"]).split() == texts[1].split()
+
+        SCREENSHOTS.mkdir(exist_ok=True)
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": 1280, "height": 1900, "deviceScaleFactor": 1, "mobile": False},
+        )
+        browser.save_screenshot(str(SCREENSHOTS / "workbench.png"))
+
+        # A stage removed while the page is open; a second page beside the first.
+        shutil.rmtree(folder / "outputs/2a")
+        wait.until(lambda page: "2a" not in [option.text for option in left.options])
+        browser.switch_to.new_window("tab")
+        browser.get(f"{address}?token={token}")
+        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
+        wait.until(lambda page: "Ready" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        loaded = [
+            entry["message"] for entry in browser.get_log("browser") if "ERR_NAME_NOT_RESOLVED" in entry["message"]
+        ]
+        assert not loaded  # nothing was even asked of another host
+    finally:
+        writing.set()
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
