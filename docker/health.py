@@ -34,7 +34,7 @@ def main() -> None:
     if not servers:
         raise BadInput("no notebook server is running")
     for server in servers:
-        base = f"http://localhost:{server['port']}{server['base_url']}"
+        base = f"http://127.0.0.1:{server['port']}{server['base_url']}"
         if (found := status(f"{base}{PAGE}&token={server['token']}")) != 200:
             raise BadInput(f"the workbench is not served: status {found}")
         if status(base + PAGE) == 200:

@@ -135,6 +135,13 @@ def copy(step: Step, state: State, context: Path) -> None:
             shutil.copy2(context / path, folder / inside, follow_symlinks=False)
 
 
+def called(state: State, arguments: list[str]) -> list[str]:
+    """`arguments` in the root, with the state's environment, folder and user, and no other."""
+    settings = [f"{key}={value}" for key, value in (state.environment | state.declared).items()]
+    there = ["chroot", f"--userspec={state.user}", str(state.root), "/usr/bin/env", "-i", "-C", state.folder]
+    return [*there, *settings, *arguments]
+
+
 def inside(state: State, arguments: list[str], binds: list[Path]) -> list[str]:
     """The call that runs `arguments` in the root: its own mounts and processes, the state's environment, folder, user."""
     root = shlex.quote(str(state.root))
@@ -143,18 +150,7 @@ def inside(state: State, arguments: list[str], binds: list[Path]) -> list[str]:
         target = shlex.quote(f"{state.root}{bind}")
         make = f"mkdir -p {target}" if bind.is_dir() else f"mkdir -p $(dirname {target}) && touch {target}"
         mounts.append(f"{make} && mount --bind {shlex.quote(str(bind))} {target}")
-    settings = [f"{key}={value}" for key, value in (state.environment | state.declared).items()]
-    called = [
-        "chroot",
-        f"--userspec={state.user}",
-        str(state.root),
-        "/usr/bin/env",
-        "-i",
-        "-C",
-        state.folder,
-        *settings,
-    ]
-    script = " && ".join([*mounts, f"exec {shlex.join([*called, *arguments])}"])
+    script = " && ".join([*mounts, f"exec {shlex.join(called(state, arguments))}"])
     return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", script]
 
 
@@ -226,7 +222,11 @@ def play(state: State, command: list[str], binds: list[Path]) -> None:
     started = time.monotonic()
     process = subprocess.Popen(inside(state, entry + json.loads(state.start["CMD"]), binds))
     try:
-        while (found := subprocess.run(inside(state, check, binds), capture_output=True, text=True)).returncode:
+        while not (children := psutil.Process(process.pid).children()):
+            time.sleep(0.1)
+        # As an engine does: among the container's own processes.
+        beside = ["nsenter", f"--target={children[0].pid}", "--mount", "--pid", *called(state, check)]
+        while (found := subprocess.run(beside, capture_output=True, text=True)).returncode:
             if process.poll() is not None or time.monotonic() - started > 300:
                 raise BadInput(f"the container's command did not become healthy: {found.stderr.strip()}")
             time.sleep(1)
