@@ -115,7 +115,7 @@ notebook: $(READY) ## Watch trainings, write with the stages, read reports: a pa
 # --- small and local ---
 
 .PHONY: demo
-demo: $(READY) ## All of the above, small, on a CPU, in demo/run: 25 minutes
+demo: $(READY) ## All of the above, small, on a CPU, in demo/run: 20 to 40 minutes on two cores
 	demo/demo.sh
 
 .PHONY: clean-demo

