@@ -321,9 +321,10 @@ def main() -> None:
     where = environment(args.device, args.dtype)
     code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
     hashes = {row.name: {str(path): sha256(path) for path in files_of(row)} for row in chosen}
+    same_for_all = [settings, described, prompts, where["versions"], code]
     inputs = {
-        row.name: digest([settings, described, prompts, where["versions"], code, row.form, row.quantization, files])
-        for row, files in ((row, sorted(hashes[row.name].values())) for row in chosen)
+        row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
+        for row in chosen
     }
 
     known = {} if args.fresh else previous(target)

@@ -232,7 +232,8 @@ def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
     assert [row.name for row in weights.present(rows, ["2c"])] == ["2c", "2c merged"]
     with pytest.raises(BadInput, match="no stage 2a 4-bit in the recipes"):
         weights.present(rows, ["2a 4-bit"])
-    shutil.rmtree("outputs/2b"), shutil.rmtree("outputs/2c")
+    for name in ("2b", "2c"):
+        shutil.rmtree(f"outputs/{name}")
     assert [row.name for row in weights.present(rows, None)] == ["base", "2a"]
 
 
