@@ -1,0 +1,223 @@
+"""The planner's arithmetic against what can be had without a GPU: real modules, real optimisers, real 4-bit weights,
+what autograd really saves, and torch's own memory tracker on a simulated training step."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig, PreTrainedModel
+
+from bench import plan as planner
+from bench.plan import GIB, Plan, Tensors, build, fits, layer_activations, load_config, optimizer_state, plan, remedy
+from prep.files import BadInput
+from train.chain import load_recipe
+
+ROOT = Path(__file__).parent.parent
+TINYLLAMA = load_config(ROOT / "bench/tinyllama.json")
+RECIPES = {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yml"))}
+FULL: dict[str, Any] = {
+    "bf16": True, "micro_batch_size": 4, "gradient_accumulation_steps": 2, "sequence_len": 512,
+    "optimizer": "adamw_torch_fused", "attn_implementation": "sdpa", "gradient_checkpointing": True,
+}  # fmt: skip
+LORA = FULL | {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    """TinyLlama's proportions, smaller."""
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = LlamaConfig(**(sizes | heads | {"use_cache": False} | changes))
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def as_axolotl_loads_it(config: LlamaConfig, recipe: dict[str, Any]) -> PreTrainedModel:
+    """Layers in bf16; embeddings, head and norms as `embeddings_width` says; adapters in fp32. All weights are zero."""
+    model = build(config, recipe)
+    model.enable_input_require_grads()
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            outer = name.endswith(("norm", "embed_tokens", "lm_head")) and planner.embeddings_width(recipe) == 4
+            dtype = torch.float32 if outer or "lora_" in name else torch.bfloat16
+            zeros = torch.zeros(parameter.shape, dtype=dtype)
+            if parameter.requires_grad:
+                setattr(module, key, torch.nn.Parameter(zeros))
+            else:  # the tracker below expects a gradient of every parameter; a frozen one is as good as a buffer
+                delattr(module, key)
+                module.register_buffer(key, zeros)
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, key, torch.zeros(buffer.shape))
+    return model.train()
+
+
+# --- what is counted ----------------------------------------------------------------------------------------------
+
+
+def test_tinyllama_has_its_published_parameters() -> None:
+    counted = sum(sum(kind.elements) for kind in planner.tensors(build(TINYLLAMA, FULL), FULL))
+    assert counted == 1_100_048_384  # of TinyLlama v1.1's safetensors
+
+
+def test_the_adapter_has_the_parameters_of_its_rank() -> None:
+    (adapter,) = (
+        kind for kind in planner.tensors(build(TINYLLAMA, RECIPES["2b"]), RECIPES["2b"]) if kind.kind == "adapter"
+    )
+    h, i, k, r = 2048, 5632, 256, 64
+    assert sum(adapter.elements) == 22 * r * (2 * (h + h) + 2 * (h + k) + 3 * (h + i)) and adapter.trained
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit"])
+def test_optimiser_states_are_those_of_the_real_optimiser(name: str) -> None:
+    """Every tensor of the state, counted after one step; a norm and an odd length are among the parameters."""
+    import bitsandbytes
+    import torchao
+
+    shapes = {"matrix": (512, 704), "embedding": (1000, 256), "norm": (256,), "head": (77, 61)}
+    width = {"matrix": 2}
+    kinds = [Tensors(kind, (torch.Size(shape).numel(),), width.get(kind, 4), True) for kind, shape in shapes.items()]
+    module = torch.nn.ModuleDict(
+        {kind: torch.nn.Embedding(*shape) for kind, shape in shapes.items() if kind == "embedding"}
+    )
+    parameters = [
+        module["embedding"].weight
+        if kind.kind == "embedding"
+        else torch.nn.Parameter(
+            torch.zeros(shapes[kind.kind], dtype=torch.bfloat16 if kind.width == 2 else torch.float32)
+        )
+        for kind in kinds
+    ]
+    optimizer: torch.optim.Optimizer
+    if name == "adamw_torch_fused":
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+    elif name == "adamw_torch_8bit":
+        optimizer = torchao.optim.AdamW8bit(parameters)
+        for parameter in parameters:  # the state that a step would make, without compiling the step
+            optimizer.state[parameter]["exp_avg"] = optimizer._new_buffer(parameter, True)
+            optimizer.state[parameter]["exp_avg_sq"] = optimizer._new_buffer(parameter, False)
+    else:
+        bitsandbytes.optim.GlobalOptimManager.get_instance().register_module_override(
+            module["embedding"], "weight", {"optim_bits": 32}
+        )
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+        optimizer.check_overrides()
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.zeros_like(parameter)
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+
+    shared = {"qmap1", "qmap2"}  # bitsandbytes' code tables serve all tensors
+
+    def held(value: Any) -> int:
+        if hasattr(value, "__tensor_flatten__"):  # a quantised tensor of torchao: codes, scales, table
+            return sum(held(getattr(value, part)) for part in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size() if torch.is_tensor(value) and value.dim() else 0
+
+    if name == "adamw_torch_fused":
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    real = sum(held(value) for state in optimizer.state.values() for key, value in state.items() if key not in shared)
+    assert optimizer_state(name, kinds) == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_nf4_takes_what_bitsandbytes_makes_of_a_weight(double: bool) -> None:
+    import bitsandbytes
+
+    elements = 2048 * 5632
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(2048, 5632), quant_type="nf4", compress_statistics=double
+    )
+    real = packed.numel() * packed.element_size() + state.absmax.numel() * state.absmax.element_size()
+    if double:
+        real += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    recipe = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": double}}
+    assert planner.quantised_width(recipe) * elements == pytest.approx(real, rel=0.001)
+
+
+# --- activations --------------------------------------------------------------------------------------------------
+
+
+def saved_by_one_layer(config: LlamaConfig, recipe: dict[str, Any], tokens: tuple[int, int]) -> float:
+    """Bytes a token that autograd keeps of one layer: each storage once, no parameter, no copy of one."""
+    model = as_axolotl_loads_it(config, recipe)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    inside = False
+
+    def enter(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal inside
+        inside = True
+        storage = inputs[0].untyped_storage()  # the layer's input: what a checkpoint keeps
+        kept[storage.data_ptr()] = (storage.nbytes(), inputs[0])
+
+    def leave(*_: object) -> None:
+        nonlocal inside
+        inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Weights, and autocast's copies of them, have other first dimensions: 2, 8, 64, 256, 704.
+        if inside and tensor.dim() and tensor.shape[0] in (tokens[0], tokens[0] * tokens[1]):
+            storage = tensor.untyped_storage()
+            kept.setdefault(storage.data_ptr(), (storage.nbytes(), tensor))
+        return tensor
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave)
+    ids = torch.zeros(tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids)
+    return sum(size for size, _ in kept.values()) / (tokens[0] * tokens[1])
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize(
+    "recipe", [FULL, FULL | {"attn_implementation": "flash_attention_2"}, LORA], ids=["fp32", "bf16", "lora"]
+)
+def test_a_layer_saves_what_autograd_saves(recipe: dict[str, Any], heads: int) -> None:
+    config = llama(num_key_value_heads=heads)
+    assert layer_activations(config, recipe) == pytest.approx(saved_by_one_layer(config, recipe, (3, 128)), rel=0.03)
+
+
+def simulated_peak(config: LlamaConfig, recipe: dict[str, Any]) -> float:
+    """Peak bytes of two micro-steps, by torch's tracker on tensors that have shapes and no storage; no optimiser."""
+    shape = (recipe["micro_batch_size"], recipe["sequence_len"])
+    with FakeTensorMode():
+        model = as_axolotl_loads_it(config, recipe)
+        if recipe.get("gradient_checkpointing"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids = torch.zeros(shape, dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+            return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 512], ids=["loss", "layers"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_the_peak_is_the_simulated_one(recipe: dict[str, Any], checkpointing: bool, vocabulary: int) -> None:
+    config = llama(
+        vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632, num_hidden_layers=3,
+        num_attention_heads=32, num_key_value_heads=4,
+    )  # fmt: skip
+    recipe = recipe | {"gradient_checkpointing": checkpointing}
+    planned = plan(config, recipe)
+    simulated = simulated_peak(config, recipe)
+    static = planned.weights + planned.adapter + planned.gradients
+    print(
+        f"{planned.moment}: {planned.peak - planned.optimizer:.4g} {simulated:.4g} dynamic {planned.peak - planned.optimizer - static:.4g} {simulated - static:.4g}"
+    )
+    assert planned.peak - planned.optimizer == pytest.approx(simulated, rel=0.10)
+    assert planned.activations + planned.logits == pytest.approx(simulated - static, rel=0.15)
