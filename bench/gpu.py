@@ -139,7 +139,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="report (default: bench/gpu.json; with --tiny in the work folder)")
     args = parser.parse_args()
     args.work = (args.work or ROOT / "bench/run" / ("gpu-tiny" if args.tiny else "gpu")).absolute()
-    args.out = args.out or (args.work / "gpu.json" if args.tiny else ROOT / "bench/gpu.json")
+    args.out = args.out or (args.work / "report" / "gpu.json" if args.tiny else ROOT / "bench/gpu.json")
     return args
 
 
@@ -147,7 +147,7 @@ def main() -> None:
     args = parse()
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     shipped, reference = load_chain(args.recipes), load_chain(args.reference)
-    # The issue of a continued adapter is the same as of a new one: the reference's last stage adds nothing to measure.
+    # Speed and memory of a continued adapter are those of a new one: nothing more to measure of the reference.
     reference = [stage for stage in reference if not stage.adapter_from]
     runs = choose(schedule(shipped, reference, load_levers(args.levers), args.repetitions), args.only, args.profile)
     base = tiny_config() if args.tiny else load_config(args.base)

@@ -84,10 +84,15 @@ def make_inputs(work: Path, config: PretrainedConfig, chain: list[Stage], tokens
         "tokens": tokens,
         "recipes": {stage.name: [stage.config.get("lora_r"), stage.config["sequence_len"]] for stage in chain},
     }
-    stamp = work / "inputs.json"
+    ours, stamp = work / "made-by-bench-gpu", work / "inputs.json"
+    if work.exists() and any(work.iterdir()) and not ours.exists():
+        raise BadInput(f"{work} holds other things; name an empty or a new folder with --work")
     if stamp.exists() and json.loads(stamp.read_text()) == json.loads(json.dumps(wanted)):
         return
     check_disk(work, bytes_needed(config, tokens, len(chain)))
+    work.mkdir(parents=True, exist_ok=True)
+    ours.touch()
+    stamp.unlink(missing_ok=True)
     for folder in ("models", "outputs", "data"):
         shutil.rmtree(work / folder, ignore_errors=True)
     made_by = {stage.output_dir: stage for stage in chain}

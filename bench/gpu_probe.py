@@ -6,6 +6,7 @@ ends when enough steps were timed, before Axolotl saves weights that nobody want
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ class Probe(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         settings = ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields if cfg[key] is not None})
-        return [Stopwatch(settings, trainer.model)]
+        stopwatch = Stopwatch(settings)
+        trainer.compute_loss = stopwatch.counting(trainer.compute_loss)
+        return [stopwatch]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         raise SystemExit(0)
@@ -46,15 +49,20 @@ class Probe(BasePlugin):
 class Stopwatch(TrainerCallback):
     """Times every step, counts its tokens, and writes the record when the training ends."""
 
-    def __init__(self, settings: ProbeArgs, model: torch.nn.Module) -> None:
+    def __init__(self, settings: ProbeArgs) -> None:
         self.settings = settings
         self.tokens = 0
         self.record: dict[str, Any] = {"step_seconds": [], "step_tokens": [], "memory": {}}
         self.profiler: torch.profiler.profile | None = None
-        model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.tokens += kwargs["input_ids"].numel()
+    def counting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+        """The trainer's method, counting tokens; a hook of the model would be compiled with it by torch_compile."""
+
+        def counted(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self.tokens += inputs["input_ids"].numel()
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        return counted
 
     def now(self) -> float:
         """Seconds, once the GPU has finished what it was given."""

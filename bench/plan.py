@@ -225,9 +225,13 @@ def layer_activations(config: PretrainedConfig, recipe: dict[str, Any]) -> float
 def layer_backward(config: PretrainedConfig, recipe: dict[str, Any]) -> float:
     """Bytes a token of the gradients alive in the middle of a layer's backward pass.
 
-    The gradient of the residual stream, and in the MLP those of the input of `down`, of gate and of up, in bf16.
+    The gradient of the residual stream, and in the MLP those of the input of `down`, of gate and of up, in bf16. PEFT's
+    adapters work in fp32: the input of `down`, cast, its gradient there, and the same in bf16 come on top, unless
+    the LoRA kernel does the MLP.
     """
-    return embeddings_width(recipe) * config.hidden_size + 2 * 3 * config.intermediate_size
+    h, i = config.hidden_size, config.intermediate_size
+    casts = 6 * i if recipe.get("adapter") and not recipe.get("lora_mlp_kernel") else 0
+    return embeddings_width(recipe) * h + 2 * 3 * i + casts
 
 
 def loss_memory(config: PretrainedConfig, recipe: dict[str, Any], tokens: int) -> float:
@@ -256,9 +260,9 @@ def check_planned(recipe: dict[str, Any]) -> None:
     """Raises BadInput on what the arithmetic here does not cover."""
     if recipe.get("bf16") not in (True, "auto"):
         raise BadInput("the planner counts a training in bf16; the recipe says `bf16: " + str(recipe.get("bf16")) + "`")
-    for key in ("activation_offloading", "layer_offloading", "torch_compile"):
+    for key in ("activation_offloading", "layer_offloading", "selective_checkpointing", "torch_compile"):
         if recipe.get(key):
-            raise BadInput(f"the planner does not count what `{key}` saves; `make bench-gpu` measures it")
+            raise BadInput(f"the planner does not count what `{key}` does to memory; `make bench-gpu` measures it")
 
 
 def plan(config: PretrainedConfig, recipe: dict[str, Any]) -> Plan:
@@ -272,6 +276,8 @@ def plan(config: PretrainedConfig, recipe: dict[str, Any]) -> Plan:
         kept, top = layers * width * tokens, (layer - width + layer_backward(config, recipe)) * tokens
     else:
         kept, top = layers * layer * tokens, layer_backward(config, recipe) * tokens
+    if quantised_width(recipe) < 2:
+        top += 2 * config.hidden_size * config.intermediate_size  # the matrix at hand, back in bf16
     adapter = sum(kind.bytes for kind in kinds if kind.kind == "adapter")
     weights = sum(kind.bytes for kind in kinds) - adapter
     gradients = sum(kind.bytes for kind in kinds if kind.trained)
