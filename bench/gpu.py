@@ -18,6 +18,7 @@ import argparse
 import fnmatch
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -138,13 +139,30 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder for weights, rows and logs (default: bench/run/gpu)")
     parser.add_argument("--out", type=Path, help="report (default: bench/gpu.json; with --tiny in the work folder)")
     args = parser.parse_args()
+    if args.warmup < 1 or args.seconds <= 0 or args.repetitions < 1:
+        raise BadInput("--warmup and --repetitions are 1 at least, --seconds more than 0")
     args.work = (args.work or ROOT / "bench/run" / ("gpu-tiny" if args.tiny else "gpu")).absolute()
     args.out = args.out or (args.work / "report" / "gpu.json" if args.tiny else ROOT / "bench/gpu.json")
     return args
 
 
+def new_report(args: argparse.Namespace, base: PretrainedConfig) -> dict[str, Any]:
+    """A report without runs: what is measured, where, and with what. Raises BadInput where there is no GPU to measure."""
+    return {
+        "what": gpu_report.NOT_RECIPES if args.tiny else gpu_report.RECIPES,
+        "machine": machine(gpu=not args.tiny),
+        "versions": {package: version(package) for package in PACKAGES},
+        "commit": commit(),
+        "model": {"parameters": build(base, {}).num_parameters(), **json.loads(base.to_json_string())},
+        "settings": {"seconds": args.seconds, "warmup": args.warmup},
+        "matrix_products": [],
+        "runs": [],
+    }
+
+
 def main() -> None:
     args = parse()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the training too
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     shipped, reference = load_chain(args.recipes), load_chain(args.reference)
     # Speed and memory of a continued adapter are those of a new one: nothing more to measure of the reference.
@@ -158,16 +176,7 @@ def main() -> None:
             print(f"{item.id:60} {done.get(item.id, '')}")
         return
 
-    fresh = {
-        "what": gpu_report.NOT_RECIPES if args.tiny else gpu_report.RECIPES,
-        "machine": machine(gpu=not args.tiny),
-        "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit(),
-        "model": {"parameters": build(base, {}).num_parameters(), **json.loads(base.to_json_string())},
-        "settings": {"seconds": args.seconds, "warmup": args.warmup},
-        "matrix_products": [],
-        "runs": [],
-    }
+    fresh = new_report(args, base)
     if report:
         gpu_report.check_same(args.out, report, fresh)
     report = report or fresh

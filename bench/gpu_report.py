@@ -178,7 +178,7 @@ def page(report: dict[str, Any]) -> str:
     if peak:
         product = report["matrix_products"][-1]
         lines += [
-            f"Achievable peak: {peak / 1e12:,.2f} TFLOP/s, by {product['dtype']} products of "
+            f"Achievable peak: {peak / 1e12:,.3g} TFLOP/s, by {product['dtype']} products of "
             f"{product['n']} x {product['n']} matrices.",
             "",
         ]
