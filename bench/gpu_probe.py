@@ -52,6 +52,7 @@ class Stopwatch(TrainerCallback):
     def __init__(self, settings: ProbeArgs) -> None:
         self.settings = settings
         self.tokens = 0
+        self.losses: list[torch.Tensor] = []  # of the first micro-step and of the last
         self.record: dict[str, Any] = {"step_seconds": [], "step_tokens": [], "memory": {}}
         self.profiler: torch.profiler.profile | None = None
 
@@ -60,7 +61,9 @@ class Stopwatch(TrainerCallback):
 
         def counted(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self.tokens += inputs["input_ids"].numel()
-            return compute_loss(model, inputs, *args, **kwargs)
+            loss = compute_loss(model, inputs, *args, **kwargs)
+            self.losses = [*self.losses[:1], loss.detach()]
+            return loss
 
         return counted
 
@@ -133,5 +136,6 @@ class Stopwatch(TrainerCallback):
                 "peak_reserved": torch.cuda.max_memory_reserved(),
                 "retries": stats["num_alloc_retries"],  # the allocator emptied its cache because the card was full
             }
+        self.record["losses"] = [loss.item() for loss in self.losses]
         self.record["warmup"] = self.settings.probe_warmup
         Path(self.settings.probe_record).write_text(json.dumps(self.record))

@@ -21,6 +21,8 @@ def load(path: Path) -> dict[str, Any] | None:
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(report, dict):
+            raise TypeError("a JSON object is expected")
         missing = KEYS - set(report)
         for run in report.get("runs", []):
             missing |= RUN_KEYS - set(run)

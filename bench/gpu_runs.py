@@ -5,6 +5,7 @@ Its YAML is written out, not given as overrides: a lever also takes keys away, a
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -200,7 +201,9 @@ def verdict(log: str, returncode: int) -> dict[str, str]:
 def summary(record: dict[str, Any]) -> dict[str, Any]:
     """Figures of the steps after the warm-up that had as many tokens as most: the last of an epoch may have fewer."""
     steps = list(zip(record["step_seconds"], record["step_tokens"], strict=True))[record["warmup"] :]
-    result: dict[str, Any] = {"memory": record["memory"]}
+    result: dict[str, Any] = {"memory": record["memory"], "losses": record["losses"]}
+    if not all(math.isfinite(loss) and loss > 0 for loss in record["losses"]):
+        return result | {"status": "failed", "reason": f"losses of {record['losses']}: this trains nothing"}
     if "profile" in record:
         return result | {"profile": record["profile"]}
     if not steps:
