@@ -162,7 +162,6 @@ def new_report(args: argparse.Namespace, base: PretrainedConfig) -> dict[str, An
 
 def main() -> None:
     args = parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the training too
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     shipped, reference = load_chain(args.recipes), load_chain(args.reference)
     # Speed and memory of a continued adapter are those of a new one: nothing more to measure of the reference.
@@ -212,4 +211,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill ends the training too
     run(main)

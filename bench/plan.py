@@ -87,7 +87,7 @@ def load_config(base: Path) -> PretrainedConfig:
         raise BadInput(f"{path} is no config.json of a Transformers model: {error}") from error
     with torch.device("meta"):
         names = {name.rsplit(".", 1)[-1] for name, _ in AutoModelForCausalLM.from_config(config).named_modules()}
-    if not names.issuperset(LINEARS) or not hasattr(config, "num_key_value_heads"):
+    if not names.issuperset(LINEARS):
         raise BadInput(f"{path}: the planner knows Llama's kind of layer; {config.model_type} has another")
     return config
 
@@ -99,7 +99,7 @@ def build(config: PretrainedConfig, recipe: dict[str, Any]) -> PreTrainedModel:
         return with_adapter(model, recipe) if recipe.get("adapter") else model
 
 
-def with_adapter(model: PreTrainedModel, recipe: dict[str, Any]) -> PreTrainedModel:
+def with_adapter(model: PreTrainedModel, recipe: dict[str, Any]) -> Any:
     """A new LoRA adapter as Axolotl makes it of the same keys (`lora_target_linear`: every linear but the head)."""
     return get_peft_model(
         model,
@@ -260,7 +260,8 @@ def check_planned(recipe: dict[str, Any]) -> None:
     """Raises BadInput on what the arithmetic here does not cover."""
     if recipe.get("bf16") not in (True, "auto"):
         raise BadInput("the planner counts a training in bf16; the recipe says `bf16: " + str(recipe.get("bf16")) + "`")
-    for key in ("activation_offloading", "layer_offloading", "selective_checkpointing", "torch_compile"):
+    uncounted = ("activation_offloading", "layer_offloading", "selective_checkpointing", "torch_compile")
+    for key in (*uncounted, "lora_modules_to_save", "unfrozen_parameters", "peft_use_dora"):
         if recipe.get(key):
             raise BadInput(f"the planner does not count what `{key}` does to memory; `make bench-gpu` measures it")
 

@@ -15,7 +15,7 @@ from test_recipes import unknown_keys, validate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bench import gpu_report
+from bench import gpu, gpu_report
 from bench.gpu_inputs import check_disk, make_inputs, save_rows, save_tokenizer
 from bench.gpu_runs import CARD, effective, fingerprint, flops_per_token, load_levers, schedule, summary, verdict
 from bench.plan import load_config
@@ -162,7 +162,8 @@ def test_operations_are_those_that_torch_counts() -> None:
 
 def test_a_frozen_base_costs_no_gradient_of_its_weights() -> None:
     config = load_config(ROOT / "bench/tinyllama.json")
-    full, adapter = (flops_per_token(config, stage.config | {"sequence_len": 2048}) for stage in SHIPPED[:2])
+    lora = {"adapter": "lora", "lora_r": 64, "lora_alpha": 16, "lora_target_linear": True}
+    full, adapter = (flops_per_token(config, recipe | {"sequence_len": 2048}) for recipe in ({}, lora))
     matrices = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32_000 * 2048
     assert full == 6 * matrices + 6 * 22 * 2048 * 2048
     assert full - adapter == 2 * matrices - 6 * 50_462_720
@@ -302,19 +303,36 @@ def test_without_a_gpu_it_says_so_and_names_the_way(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_recipe_is_said(tmp_path: Path) -> None:
-    said = bench("--tiny", "--only", "9z,*", "--work", tmp_path, cwd=tmp_path, status=1)
-    assert "no run is called '9z,*'" in said and "2a, 2b, 2c" in said
+def in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
+    gpu.main()
+
+
+def test_an_unknown_recipe_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match=r"no run is called '9z,\*'; recipes are 2a, 2b, 2c"):
+        in_this_process(monkeypatch, "--tiny", "--only", "9z,*", "--work", tmp_path)
+    with pytest.raises(BadInput, match="--warmup"):
+        in_this_process(monkeypatch, "--warmup", 0)
+
+
+def test_the_list_says_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu_report.save(tmp_path / "gpu.json", FULL_REPORT)
+    in_this_process(monkeypatch, "--list", "--out", tmp_path / "gpu.json")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(RUNS)
+    assert lines[0].split("  ")[0] == "2a, shipped, 11 GiB, 1" and lines[0].endswith("ok")
+    assert lines[4].startswith("2b, reference") and lines[4].endswith("out of memory")
 
 
 @pytest.mark.slow
-def test_the_bench_on_a_tiny_model(tmp_path: Path) -> None:
-    """Trains, continues an adapter, survives a run that fails, goes on, profiles; the same command then has nothing to do."""
-    levers = [
-        {"recipe": "2b", "name": "cannot be", "changes": {"attn_implementation": "flash_attention_2"}},
-        {"recipe": "2c", "name": "no packing", "changes": {"sample_packing": False}},
-    ]
-    (tmp_path / "levers.yml").write_text(yaml.safe_dump(levers))
+def test_the_bench_on_a_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Continues an adapter, survives a run that fails, goes on where it stopped, profiles; then has nothing to do."""
+    lever = {"recipe": "2c", "name": "cannot be", "changes": {"attn_implementation": "flash_attention_2"}}
+    (tmp_path / "levers.yml").write_text(yaml.safe_dump([lever]))
     shared = [
         "--tiny",
         "--levers",
@@ -322,26 +340,26 @@ def test_the_bench_on_a_tiny_model(tmp_path: Path) -> None:
         "--work",
         tmp_path / "work",
         "--out",
-        tmp_path / "r" / "gpu.json",
+        tmp_path / "r/gpu.json",
     ]
-    shared += ["--seconds", 0.5, "--warmup", 1, "--tokens", 100_000, "--limit", 800]
+    shared += ["--seconds", 0.5, "--warmup", 1, "--tokens", 100_000, "--limit", 800, "--only", "2c, *, 11 GiB, 1"]
 
-    said = bench(*shared, "--only", "2c, shipped, 11 GiB, 1", "--minutes", 0.001, cwd=tmp_path)
-    assert "1 of 1 runs are left" in said and not (tmp_path / "r").exists()
-    bench(*shared, "--only", "2b, cannot be*", cwd=tmp_path)
-    bench(*shared, "--only", "2c, shipped, 11 GiB, 1", cwd=tmp_path)
-    assert "are in" in bench(*shared, "--only", "2c, shipped, 11 GiB, 1", cwd=tmp_path)
-    bench(*shared, "--profile", "2c, no packing, *", cwd=tmp_path)
+    in_this_process(monkeypatch, *shared, "--minutes", 0.001)
+    assert "2 of 2 runs are left" in capsys.readouterr().out and not (tmp_path / "r").exists()
+    bench(*shared, cwd=tmp_path)
+    in_this_process(monkeypatch, *shared)
+    assert "all 2 runs are in" in capsys.readouterr().out
+    bench(*shared, "--profile", "2c, shipped, 11 GiB, 1", cwd=tmp_path)
 
-    report = gpu_report.load(tmp_path / "r" / "gpu.json")
+    report = gpu_report.load(tmp_path / "r/gpu.json")
     assert report and report["what"] == gpu_report.NOT_RECIPES
-    failed, trained, profiled = report["runs"]
+    trained, failed, profiled = report["runs"]
     assert failed["status"] == "failed" and "flash" in failed["reason"].lower()
     assert trained["status"] == "ok" and trained["tokens_a_step"] == 2048  # 1 x 1 x 2048, as the smoke test has it
     assert all(6 < loss < 8 for loss in trained["losses"])  # random tokens of 1,000: ln 1000 = 6.9
     assert trained["tokens_per_s"] > 0 and trained["steps"] >= 1 and trained["planned"].keys() == {"none"}
     assert profiled["profile"][0]["microseconds"] >= profiled["profile"][-1]["microseconds"] > 0
-    page = (tmp_path / "r" / "gpu.md").read_text()
+    page = (tmp_path / "r/gpu.md").read_text()
     assert "no measurement of the recipes" in page and "## Where the time goes" in page and "**failed**" in page
 
     written = load_recipe(tmp_path / "work/runs/2c-shipped-11-GiB-1/config.yml")
