@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bench import gpu, gpu_report
+from bench.gpu_device import only
 from bench.gpu_inputs import check_disk, make_inputs, save_rows, save_tokenizer
 from bench.gpu_runs import CARD, effective, fingerprint, flops_per_token, load_levers, schedule, summary, verdict
 from bench.plan import load_config
@@ -303,6 +304,14 @@ def test_without_a_gpu_it_says_so_and_names_the_way(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_nothing_can_be_held() -> None:
+    with only(None) as free:
+        assert free is None
+    with pytest.raises(BadInput, match="ended with status 1"), only(11.0):
+        pytest.fail("a training would have started")
+
+
 def in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["gpu.py", *map(str, arguments)])
     gpu.main()
@@ -359,6 +368,7 @@ def test_the_bench_on_a_tiny_model(
     assert all(6 < loss < 8 for loss in trained["losses"])  # random tokens of 1,000: ln 1000 = 6.9
     assert trained["tokens_per_s"] > 0 and trained["steps"] >= 1 and trained["planned"].keys() == {"none"}
     assert profiled["profile"][0]["microseconds"] >= profiled["profile"][-1]["microseconds"] > 0
+    assert len(report["matrix_products"]) == 2 and all(each["flops"] > 1e6 for each in report["matrix_products"])
     page = (tmp_path / "r/gpu.md").read_text()
     assert "no measurement of the recipes" in page and "## Where the time goes" in page and "**failed**" in page
 
