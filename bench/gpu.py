@@ -11,7 +11,7 @@ rest), and with all of it.
   python bench/gpu.py --list                   what would run, and in which order
   python bench/gpu.py --only '2a, *, whole*'   some of it
   python bench/gpu.py --profile '2a, shipped, whole card, 1'   which kernels take the time
-  python bench/gpu.py --tiny --only '*, 11 GiB, 1'             on a CPU: a test of the bench, no measurement
+  python bench/gpu.py --tiny --only '*, shipped, 11 GiB, 1'    on a CPU: a test of the bench, no measurement
 """
 
 import argparse
