@@ -15,6 +15,7 @@ ARGS ?=#              more --key=value for Axolotl; for `make continue` and `mak
 RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
 PORT ?= 8000#         of `make notebook`
+MINUTES ?=#           for `make bench-gpu`: stop in time, to go on another time
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
 
 SHELL := bash
@@ -111,6 +112,14 @@ compare: $(READY) ## Several reports in one page: make compare RUNS="small full"
 .PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
 	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))
+
+# --- measurements ---
+
+.PHONY: plan bench-gpu
+plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--base models/base recipes/2a.yml")
+	$(BIN)/python bench/plan.py $(ARGS)
+bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/gpu.json, .md (bench/README.md)
+	$(BIN)/python bench/gpu.py $(if $(strip $(MINUTES)),--minutes $(strip $(MINUTES))) $(ARGS)
 
 # --- small and local ---
 

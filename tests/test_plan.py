@@ -1,0 +1,329 @@
+"""The planner's arithmetic against what can be had without a GPU: real modules, real optimisers, real 4-bit weights,
+what autograd really saves, and torch's own memory tracker on a simulated training step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig, PreTrainedModel
+
+from bench import plan as planner
+from bench.plan import GIB, Tensors, build, fits, layer_activations, load_config, optimizer_state, plan, remedy
+from prep.files import BadInput
+from train.chain import load_recipe
+
+ROOT = Path(__file__).parent.parent
+TINYLLAMA = load_config(ROOT / "bench/tinyllama.json")
+RECIPES = {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yml"))}
+FULL: dict[str, Any] = {
+    "bf16": True, "micro_batch_size": 4, "gradient_accumulation_steps": 2, "sequence_len": 512,
+    "optimizer": "adamw_torch_fused", "attn_implementation": "sdpa", "gradient_checkpointing": True,
+}  # fmt: skip
+LORA = FULL | {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    """TinyLlama's proportions, smaller."""
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = LlamaConfig(**(sizes | heads | {"use_cache": False} | changes))
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def as_axolotl_loads_it(config: LlamaConfig, recipe: dict[str, Any]) -> PreTrainedModel:
+    """Layers in bf16; embeddings, head and norms as `embeddings_width` says; adapters in fp32. All weights are zero."""
+    model = build(config, recipe)
+    model.enable_input_require_grads()
+    for name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            outer = name.endswith(("norm", "embed_tokens", "lm_head")) and planner.embeddings_width(recipe) == 4
+            dtype = torch.float32 if outer or "lora_" in name else torch.bfloat16
+            zeros = torch.zeros(parameter.shape, dtype=dtype)
+            if parameter.requires_grad:
+                setattr(module, key, torch.nn.Parameter(zeros))
+            else:  # the tracker below expects a gradient of every parameter; a frozen one is as good as a buffer
+                delattr(module, key)
+                module.register_buffer(key, zeros)
+        for key, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, key, torch.zeros(buffer.shape))
+    return model.train()
+
+
+# --- what is counted ----------------------------------------------------------------------------------------------
+
+
+def test_tinyllama_has_its_published_parameters() -> None:
+    counted = sum(sum(kind.elements) for kind in planner.tensors(build(TINYLLAMA, FULL), FULL))
+    assert counted == 1_100_048_384  # of TinyLlama v1.1's safetensors
+
+
+def test_the_adapter_has_the_parameters_of_its_rank() -> None:
+    (adapter,) = (
+        kind for kind in planner.tensors(build(TINYLLAMA, RECIPES["2b"]), RECIPES["2b"]) if kind.kind == "adapter"
+    )
+    h, i, k, r = 2048, 5632, 256, RECIPES["2b"]["lora_r"]
+    assert sum(adapter.elements) == 22 * r * (2 * (h + h) + 2 * (h + k) + 3 * (h + i)) and adapter.trained
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_torch_8bit", "adamw_8bit"])
+def test_optimiser_states_are_those_of_the_real_optimiser(name: str) -> None:
+    """Every tensor of the state; a norm and an odd length are among the parameters."""
+    import bitsandbytes
+    import torchao
+
+    shapes = {"matrix": (512, 704), "embedding": (1000, 256), "norm": (256,), "head": (77, 61)}
+    width = {"matrix": 2}
+    kinds = [Tensors(kind, (torch.Size(shape).numel(),), width.get(kind, 4), True) for kind, shape in shapes.items()]
+    embedding = torch.nn.Embedding(1000, 256)
+    parameters = [
+        embedding.weight
+        if kind.kind == "embedding"
+        else torch.nn.Parameter(
+            torch.zeros(shapes[kind.kind], dtype=torch.bfloat16 if kind.width == 2 else torch.float32)
+        )
+        for kind in kinds
+    ]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer: Any
+    if name == "adamw_torch_fused":
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        optimizer.step()
+    elif name == "adamw_torch_8bit":
+        optimizer = torchao.optim.AdamW8bit(parameters)
+        for parameter in parameters:  # the state that a step would make, without compiling the step
+            optimizer.state[parameter]["exp_avg"] = optimizer._new_buffer(parameter, True)
+            optimizer.state[parameter]["exp_avg_sq"] = optimizer._new_buffer(parameter, False)
+    else:  # likewise, and the embedding as Transformers registers it
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        manager.register_module_override(embedding, "weight", {"optim_bits": 32})
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+        optimizer.check_overrides()
+        for index, parameter in enumerate(parameters):
+            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
+
+    shared = {"qmap1", "qmap2"}  # bitsandbytes' code tables serve all tensors
+
+    def held(value: Any) -> int:
+        if hasattr(value, "__tensor_flatten__"):  # a quantised tensor of torchao: codes, scales, table
+            return sum(held(getattr(value, part)) for part in value.__tensor_flatten__()[0])
+        return value.numel() * value.element_size() if torch.is_tensor(value) and value.dim() else 0
+
+    real = sum(held(value) for state in optimizer.state.values() for key, value in state.items() if key not in shared)
+    assert optimizer_state(name, kinds) == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_nf4_takes_what_bitsandbytes_makes_of_a_weight(double: bool) -> None:
+    import bitsandbytes
+
+    elements = 2048 * 5632
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        torch.randn(2048, 5632), quant_type="nf4", compress_statistics=double
+    )
+    real = packed.numel() * packed.element_size() + state.absmax.numel() * state.absmax.element_size()
+    if double:
+        real += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    recipe = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": double}}
+    assert planner.quantised_width(recipe) * elements == pytest.approx(real, rel=0.001)
+
+
+# --- activations --------------------------------------------------------------------------------------------------
+
+
+def saved_by_one_layer(config: LlamaConfig, recipe: dict[str, Any], tokens: tuple[int, int]) -> float:
+    """Bytes a token that autograd keeps of one layer: each storage once, no parameter, no copy of one."""
+    model = as_axolotl_loads_it(config, recipe)
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.1"))
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+    inside = False
+
+    def enter(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal inside
+        inside = True
+        storage = inputs[0].untyped_storage()  # the layer's input: what a checkpoint keeps
+        kept[storage.data_ptr()] = (storage.nbytes(), inputs[0])
+
+    def leave(*_: object) -> None:
+        nonlocal inside
+        inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Weights, and autocast's copies of them, have other first dimensions: 2, 8, 64, 256, 704.
+        if inside and tensor.dim() and tensor.shape[0] in (tokens[0], tokens[0] * tokens[1]):
+            storage = tensor.untyped_storage()
+            kept.setdefault(storage.data_ptr(), (storage.nbytes(), tensor))
+        return tensor
+
+    layer.register_forward_pre_hook(enter)
+    layer.register_forward_hook(leave)
+    ids = torch.zeros(tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=ids, labels=ids)
+    return sum(size for size, _ in kept.values()) / (tokens[0] * tokens[1])
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize(
+    "recipe", [FULL, FULL | {"attn_implementation": "flash_attention_2"}, LORA], ids=["fp32", "bf16", "lora"]
+)
+def test_a_layer_saves_what_autograd_saves(recipe: dict[str, Any], heads: int) -> None:
+    config = llama(num_key_value_heads=heads)
+    assert layer_activations(config, recipe) == pytest.approx(saved_by_one_layer(config, recipe, (3, 128)), rel=0.03)
+
+
+def simulated_peak(config: LlamaConfig, recipe: dict[str, Any]) -> float:
+    """Peak bytes of two micro-steps, by torch's tracker on tensors that have shapes and no storage; no optimiser."""
+    shape = (recipe["micro_batch_size"], recipe["sequence_len"])
+    with FakeTensorMode():
+        model = as_axolotl_loads_it(config, recipe)
+        if recipe.get("gradient_checkpointing"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        ids = torch.zeros(shape, dtype=torch.long)
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            for _ in range(2):
+                tracker.reset_mod_stats()
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+            return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 512], ids=["loss", "layers"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+def test_the_peak_is_the_simulated_one(recipe: dict[str, Any], checkpointing: bool, vocabulary: int) -> None:
+    config = llama(
+        vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632, num_hidden_layers=3,
+        num_attention_heads=32, num_key_value_heads=4,
+    )  # fmt: skip
+    recipe = recipe | {"gradient_checkpointing": checkpointing}
+    planned, simulated = plan(config, recipe), simulated_peak(config, recipe)
+    static = planned.weights + planned.adapter + planned.gradients
+    assert planned.moment == ("loss" if vocabulary == 32000 else "last layer's backward")
+    assert planned.peak - planned.optimizer == pytest.approx(simulated, rel=0.10)
+    assert planned.activations + planned.logits == pytest.approx(simulated - static, rel=0.10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["recipes/2a.yml", "recipes/2b.yml", "bench/reference/2a.yml", "bench/reference/2b.yml"]
+)
+def test_axolotl_loads_weights_as_wide_as_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Axolotl's own loader, told that there is a GPU of Ampere's kind, on a CPU without Liger's kernels."""
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.loaders import ModelLoader, load_tokenizer
+    from axolotl.utils.config import normalize_config, validate_config
+    from axolotl.utils.dict import DictDefault
+    from small_tokenizers import save_llama_like
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    save_llama_like(tmp_path / "models/base")
+    config = llama(vocab_size=3200)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "models/base")
+    recipe = {
+        key: value for key, value in load_recipe(ROOT / name).items() if not key.startswith(("liger_", "plugins"))
+    }
+    cfg = DictDefault(recipe | {"base_model": "models/base"})
+    prepare_plugins(cfg)
+    gpu = {"bf16": True, "tf32": True, "fp8": False, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_86"}
+    cfg = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
+    cfg.torch_dtype = torch.bfloat16
+    normalize_config(cfg)
+    cfg.torch_dtype, cfg.device, cfg.device_map = torch.bfloat16, "cpu", None
+    model, _ = ModelLoader(cfg, load_tokenizer(cfg)).load()
+
+    outer = {
+        parameter.element_size() for key, parameter in model.named_parameters() if "embed" in key or "lm_head" in key
+    }
+    norms = {parameter.element_size() for key, parameter in model.named_parameters() if "norm" in key}
+    adapters = {parameter.element_size() for key, parameter in model.named_parameters() if "lora_" in key}
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert outer == norms == {planner.embeddings_width(recipe)}
+    assert adapters == ({4} if recipe.get("adapter") else set())
+    assert all("lora_" in key for key in trained) if recipe.get("adapter") else len(trained) == 21
+
+
+# --- what is made of it -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_shipped_recipes_are_planned_to_fit_a_12_gb_card(name: str) -> None:
+    assert fits(plan(TINYLLAMA, RECIPES[name]), 12)
+
+
+def test_fused_cross_entropy_and_checkpoints_save_what_they_are_for() -> None:
+    plain = plan(TINYLLAMA, RECIPES["2a"] | {"liger_fused_linear_cross_entropy": False})
+    kept = plan(TINYLLAMA, RECIPES["2a"] | {"gradient_checkpointing": False})
+    fused = plan(TINYLLAMA, RECIPES["2a"])
+    assert plain.moment == "loss" and plain.peak - fused.peak > 1.5 * GIB
+    assert kept.peak - fused.peak > 8 * GIB
+
+
+def test_chunked_cross_entropy_is_between_plain_and_fused() -> None:
+    plain = RECIPES["2a"] | {"liger_fused_linear_cross_entropy": False}
+    peaks = [plan(TINYLLAMA, recipe).peak for recipe in (RECIPES["2a"], plain | {"chunked_cross_entropy": True}, plain)]
+    assert peaks == sorted(peaks) and len(set(peaks)) == 3
+
+
+def test_a_remedy_makes_it_fit() -> None:
+    """The line is YAML: putting it into the recipe must do what it promises."""
+    recipe = RECIPES["2a"] | {"micro_batch_size": 64, "gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    assert not fits(plan(TINYLLAMA, recipe), 12)
+    changes: dict[str, Any] = {}
+    for change in remedy(TINYLLAMA, recipe, 12).split(", "):
+        changes |= yaml.safe_load(change)
+    changed = recipe | changes
+    assert fits(plan(TINYLLAMA, changed), 12)
+    assert changed["micro_batch_size"] * changed["gradient_accumulation_steps"] == 64
+    # and no more than needed is changed
+    assert not fits(plan(TINYLLAMA, changed | {"micro_batch_size": 2 * changed["micro_batch_size"]}), 12)
+
+
+def test_what_cannot_be_made_to_fit_is_said() -> None:
+    assert remedy(TINYLLAMA, RECIPES["2a"], 4).startswith("nothing here")
+
+
+def test_what_it_does_not_know_is_said(tmp_path: Path) -> None:
+    for change, words in (
+        ({"bf16": False}, "bf16"),
+        ({"torch_compile": True}, "torch_compile"),
+        ({"lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save"),
+        ({"optimizer": "muon"}, "optimizer muon"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            plan(TINYLLAMA, RECIPES["2a"] | change)
+    (tmp_path / "gpt2.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    with pytest.raises(BadInput, match="gpt2 has another"):
+        load_config(tmp_path / "gpt2.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(BadInput, match=r"config\.json is no config"):
+        load_config(tmp_path)
+    with pytest.raises(BadInput, match="missing"):
+        load_config(tmp_path / "nowhere.json")
+
+
+def test_the_command_says_planned(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["plan.py", str(ROOT / "recipes/2a.yml")])
+    planner.main()
+    said = capsys.readouterr().out
+    total = plan(TINYLLAMA, RECIPES["2a"])
+    assert f"| **planned peak, allocator** | {total.peak / GIB:.2f} |" in said
+    assert (
+        "| fits in 12 GB | yes |" in said
+        and "| fits in 8 GB | no |" in said
+        and "not measured" in said
+        and "recipes/2a.yml in 8 GB" in said
+    )
+    monkeypatch.setattr("sys.argv", ["plan.py", "recipes/9z.yml"])
+    with pytest.raises(BadInput, match="no recipe"):
+        planner.main()
