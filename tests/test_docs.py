@@ -18,11 +18,21 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(
         path
-        for folder in ("recipes", "prep", "eval", "train", "demo", "docker")
+        for folder in ("recipes", "prep", "eval", "train", "demo", "docker", "bench")
         for path in sorted((ROOT / folder).glob("README.md"))
     ),
 ]
-PRODUCED = ("models/", "data/", "outputs/", "demo/run", ".venv", "eval/reports/", "recipes/3")  # or yet to be made
+PRODUCED = (
+    "bench/gpu.",
+    "bench/run",
+    "models/",
+    "data/",
+    "outputs/",
+    "demo/run",
+    ".venv",
+    "eval/reports/",
+    "recipes/3",
+)  # or yet to be made
 
 
 def ids(path: Path) -> str:
