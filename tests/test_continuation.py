@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from test_eval import RECIPES, save_adapter, tiny_llama
+from tiny_curriculum import save_curriculum, tiny_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import continuation, prose
@@ -30,21 +30,7 @@ SMALL = ["--passage-tokens", "24", "--candidates", "2", "--window", "160", "--de
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a base, 2a, two adapters, and a book."""
-    folder = tmp_path_factory.mktemp("trained")
-    for name in ("models", "data", "outputs", "recipes"):
-        (folder / name).mkdir()
-    for name, text in RECIPES.items():
-        (folder / "recipes" / f"{name}.yml").write_text(text)
-    base = save_llama_like(folder / "models" / "base")
-    size = len(AutoTokenizer.from_pretrained(base))
-    tiny_llama(size, seed=0).save_pretrained(base)
-    after = shutil.copytree(base, folder / "outputs" / "2a")
-    tiny_llama(size, seed=1).save_pretrained(after)
-    for seed, name in enumerate(("2b", "2c")):
-        save_adapter(after, folder / "outputs" / name, "outputs/2a", seed=seed)
-    (folder / "data" / "2c.txt").write_text(tales()[3], encoding="utf-8")
-    return folder
+    return save_curriculum(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
