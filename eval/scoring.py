@@ -24,6 +24,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.memory import CONTEXT, SPAN
 from prep.files import BadInput
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
@@ -31,9 +32,6 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults tha
 TASKS = Path(__file__).parent / "tasks"
 MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model's config allows
 BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
-
-SPAN = 50  # tokens whose joint probability tells memorised text, as in the work on extraction: see eval/README.md
-CONTEXT = 200  # tokens of true text before them
 
 
 class TokenScorer(HFLM):
