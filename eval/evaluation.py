@@ -2,8 +2,9 @@
 
 The chain is read from the recipes; a stage that has no weights yet is left out, and stands as null in the report.
 Every row is scored on the texts of eval/tasks through lm-eval, in windows of 2048 tokens, and continues the prompts of
-eval/prompts.yml with one seed and one decoding. Adapters stand on their base as their
-recipe quantises it (4-bit NF4), with which they were trained; full models are scored in the precision of --dtype.
+eval/prompts.yml with one seed and one decoding. Adapters stand on their base as their recipe quantises it (4-bit NF4),
+with which they were trained; full models are scored in the precision of --dtype. Two rows more are scored only: the
+model under an adapter, rounded as the adapter's recipe rounds it, and the last adapter merged into its unrounded base.
 
 Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its pictures from it.
 A stage whose weights, texts and settings are those of the report already there is not measured again.
@@ -147,7 +148,7 @@ def measure(
     scored = time.perf_counter()
     positions = {
         name: position.by_position(scorer, list(task.eval_docs)[: args.limit], args.positions)
-        if args.positions
+        if args.positions and not row.form
         else None
         for name, task in tasks.items()
         if name in POSITIONED
@@ -155,6 +156,8 @@ def measure(
     positioned = time.perf_counter()
     written = []
     decoding = samples.decoding(args.max_new_tokens)
+    if row.form:
+        prompts = []
     for number, prompt in enumerate(prompts):
         print(f"{row.name}: writing after prompt {number + 1} of {len(prompts)}, {prompt['name']}", file=sys.stderr)
         drawn = samples.continuations(model, tokenizer, prompt["text"], args.samples, args.seed, decoding)
@@ -167,7 +170,7 @@ def measure(
         "positions": positions,
         "memorisation": memory.memorisation(scores),
         "samples": written,
-        "degeneration": prose.degeneration(written),
+        "degeneration": prose.degeneration(written) if written else None,
         "seconds": {
             "scoring": round(scored - started, 1),
             "positions": round(positioned - scored, 1),
@@ -207,7 +210,11 @@ def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, An
     for row in rows("gallica_heldout"):
         works.setdefault(row["source"], []).append(row["text"])
     return style.style(
-        {name: [sample["text"] for sample in stage["samples"]] for name, stage in stages.items() if stage},
+        {
+            name: [sample["text"] for sample in stage["samples"]]
+            for name, stage in stages.items()
+            if stage and stage["samples"]
+        },
         "\n\n".join(row["text"] for row in rows("novel_train")),
         "\n\n".join(row["text"] for row in rows("novel_heldout")) or None,
         {source: "\n\n".join(texts) for source, texts in works.items()},
@@ -290,7 +297,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     target = args.out / f"{args.run}.json"
 
-    rows = weights.candidates(load_chain(args.recipes))
+    rows = weights.with_forms(weights.candidates(load_chain(args.recipes)))
     chosen = weights.present(rows, args.stages)
     prompts = samples.load_prompts(args.prompts)
     tasks = scoring.load_tasks(args.tasks)
@@ -314,8 +321,9 @@ def main() -> None:
     where = environment(args.device, args.dtype)
     code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
     hashes = {row.name: {str(path): sha256(path) for path in files_of(row)} for row in chosen}
+    same_for_all = [settings, described, prompts, where["versions"], code]
     inputs = {
-        row.name: digest([settings, described, prompts, where["versions"], code, sorted(hashes[row.name].values())])
+        row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
         for row in chosen
     }
 
@@ -328,16 +336,18 @@ def main() -> None:
         stages: dict[str, Any] = {row.name: None for row in rows}
         for row in chosen:
             if row.name in measured:
+                trained = row.stage if row.form is None else None
                 stages[row.name] = {
                     **measured[row.name],
                     "inputs": inputs[row.name],
                     "parent": row.parent,
-                    "recipe": row.stage.recipe.name if row.stage else None,
+                    "form": row.form,
+                    "recipe": trained.recipe.name if trained else None,
                     "model": str(row.model),
                     "adapter": str(row.adapter) if row.adapter else None,
                     "weights": hashes[row.name],
-                    "gate": gate(row, hashes[row.name]),
-                    "training": curves.training_log(row.stage.output_dir) if row.stage else None,
+                    "gate": gate(row, hashes[row.name]) if trained else None,
+                    "training": curves.training_log(trained.output_dir) if trained else None,
                 }
         result = {
             "format": 1,

@@ -122,7 +122,7 @@ def draw_positions(report: dict[str, Any]) -> Figure | None:
 def draw_memory(report: dict[str, Any]) -> Figure | None:
     """Left, how probable the novel's passages of 50 tokens are to each stage, trained beside held out; right, the longest
     run of the novel's words in each sample, and in the author's own held-out pages. None when neither was measured."""
-    stages = measured(report)
+    stages = {name: stage for name, stage in measured(report).items() if not stage["form"]}
     spans = {
         (name, task): [
             span / math.log(10)

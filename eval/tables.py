@@ -100,7 +100,7 @@ def percent(value: float | None, digits: int = 0) -> str:
 
 def spoiled(report: dict[str, Any]) -> Table:
     """Repetition, loops, early ends, foreign words and page noise in each stage's samples, and in the author's pages."""
-    sides = {name: stage["degeneration"] for name, stage in measured(report).items()}
+    sides = {name: stage["degeneration"] for name, stage in measured(report).items() if stage["degeneration"]}
     if report["reference"]:
         sides["the novel itself"] = report["reference"]["degeneration"]
     rows = [
@@ -143,6 +143,8 @@ def recited(report: dict[str, Any]) -> Table | None:
     """Probability of the novel's true text, trained and held out, and the longest copies in samples; None if unmeasured."""
     rows = []
     for name, stage in measured(report).items():
+        if stage["form"]:
+            continue
         copies = [sample["copied"]["words"] for sample in stage["samples"] if sample["copied"]]
         memory = stage["memorisation"]
         if memory or copies:

@@ -41,6 +41,16 @@ def learned(name: str, report: dict[str, Any]) -> str | None:
     return line + (f", worse on {', '.join(worse)}" if worse else "")
 
 
+def price(name: str, report: dict[str, Any]) -> str:
+    """What another form of the same weights costs on held-out text; less than nothing when it gains."""
+    difference = report["differences"].get(name)
+    if not difference:
+        return "not compared"
+    changes = [(task, difference["scores"].get(task)) for task in HELDOUT]
+    figures = [f"{task} {change['bits_per_byte']:+.3f} bits a byte" for task, change in changes if change]
+    return f"the weights of {difference['against']} in another form: {', '.join(figures) or 'not compared'}"
+
+
 def memorised(stage: dict[str, Any], report: dict[str, Any]) -> str | None:
     """From the probability of trained passages, and from copies in samples; None when neither was measured."""
     reasons = []
@@ -82,6 +92,9 @@ def lines(report: dict[str, Any]) -> dict[str, str]:
     for name, stage in report["stages"].items():
         if stage is None:
             result[name] = "not measured"
+            continue
+        if stage["form"]:
+            result[name] = f"{price(name, report)}."
             continue
         parts = [learned(name, report), memorised(stage, report), degenerated(stage, report)]
         if stage["gate"] and not stage["gate"]["passed"]:

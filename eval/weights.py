@@ -1,7 +1,7 @@
 """From the chain of recipes to models in memory: what is there, what it is made of, and that it fits together."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from train.chain import Stage
 BASE = "base"  # the report's name for what the first stage starts from
 
 
+ROUNDED, MERGED = "rounded", "merged"  # the forms in which weights are measured besides the one they were trained in
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A row of the report: a full model, or an adapter on one."""
@@ -30,17 +33,10 @@ class Candidate:
     name: str
     model: Path  # folder of the full model
     adapter: Path | None
-    parent: str | None  # the row it is to be better than
+    parent: str | None  # the row it is compared with
     stage: Stage | None  # None for the base
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        """How the recipe rounds the base under its adapter: arguments of BitsAndBytesConfig; None for full precision."""
-        if self.stage is None or not self.adapter:
-            return None
-        config = self.stage.config
-        bits = {key: True for key in ("load_in_4bit", "load_in_8bit") if config.get(key)}
-        return {**bits, **config.get("bnb_config_kwargs", {})} if bits else None
+    quantization: dict[str, Any] | None = None  # arguments of BitsAndBytesConfig for `model`; None: not rounded
+    form: str | None = None  # None: as trained
 
     @property
     def weights(self) -> list[Path]:
@@ -48,6 +44,12 @@ class Candidate:
         if self.adapter:
             return sorted(self.adapter.glob("adapter_model.safetensors"))
         return sorted(self.model.glob("model*.safetensors"))
+
+
+def quantization_of(stage: Stage) -> dict[str, Any] | None:
+    """How a recipe rounds the base under its adapter; None for full precision."""
+    bits = {key: True for key in ("load_in_4bit", "load_in_8bit") if stage.config.get(key)}
+    return {**bits, **stage.config.get("bnb_config_kwargs", {})} if stage.adapter and bits else None
 
 
 def candidates(chain: list[Stage]) -> list[Candidate]:
@@ -59,22 +61,51 @@ def candidates(chain: list[Stage]) -> list[Candidate]:
     for stage in chain:
         model = stage.base_model if stage.adapter else stage.output_dir
         adapter = stage.output_dir if stage.adapter else None
-        rows.append(Candidate(stage.name, model, adapter, stage.parent or BASE, stage))
+        rows.append(Candidate(stage.name, model, adapter, stage.parent or BASE, stage, quantization_of(stage)))
     return rows
 
 
+def with_forms(rows: list[Candidate]) -> list[Candidate]:
+    """The rows, and between them the same weights in other forms: the price of each is its own difference.
+
+    A model that an adapter's recipe rounds stands once more as that recipe rounds it, and the adapter is compared with
+    that, which is what it started from. An adapter that no other continues stands once more merged into its unrounded
+    base, the model that people pass on.
+    """
+    by_name = {row.name: row for row in rows}
+    continued = {row.parent for row in rows}
+    result: dict[str, Candidate] = {}
+    for row in rows:
+        parent = by_name[row.parent] if row.parent else None
+        if row.quantization and parent and not parent.adapter:
+            name = f"{parent.name} {'4-bit' if row.quantization.get('load_in_4bit') else '8-bit'}"
+            result[name] = replace(parent, name=name, parent=parent.name, quantization=row.quantization, form=ROUNDED)
+            row = replace(row, parent=name)
+        result[row.name] = row
+        if row.adapter and row.name not in continued:
+            name = f"{row.name} merged"
+            result[name] = replace(row, name=name, parent=row.name, quantization=None, form=MERGED)
+    return list(result.values())
+
+
 def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
-    """The rows to evaluate: those wanted, or all that have weights.
+    """The rows to evaluate: those wanted, or all that have weights; other forms go with the rows that need them.
 
     Raises BadInput when a wanted row has none, or when one is missing that a later one builds on.
     """
-    names = [row.name for row in rows]
+    names = [row.name for row in rows if row.form is None]
     unknown = sorted(set(wanted or []) - set(names))
     if unknown:
         raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(names)}")
     by_name = {row.name: row for row in rows}
     missing = {row.name for row in rows if not row.weights}
-    chosen = [by_name[name] for name in names if (name in wanted if wanted else name not in missing)]
+    taken = {name for name in names if (name in wanted if wanted else name not in missing)}
+    for row in rows:
+        if (row.form == ROUNDED and any(by_name[name].parent == row.name for name in taken)) or (
+            row.form == MERGED and row.parent in taken
+        ):
+            taken.add(row.name)
+    chosen = [row for row in rows if row.name in taken]
     for row in chosen:
         ancestor: Candidate | None = row
         while ancestor:
@@ -177,9 +208,10 @@ def loaded(
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    groups: dict[str, list[Candidate]] = {}
+    groups: dict[tuple[Any, ...], list[Candidate]] = {}
     for row in rows:
-        groups.setdefault(f"{row.model} {row.quantization}", []).append(row)
+        alone = row.name if row.form == MERGED else None  # merging changes the base for good
+        groups.setdefault((row.model, str(row.quantization), alone), []).append(row)
     for on_it in groups.values():
         tokenizer = load_tokenizer(on_it[0].model)
         model = load_model(on_it[0].model, tokenizer, device, dtype, on_it[0].quantization)
@@ -188,6 +220,9 @@ def loaded(
                 yield row, model, tokenizer
             else:
                 adapted = load_adapter(model, row, tokenizer)
-                yield row, adapted, tokenizer
-                model = adapted.unload()
+                if row.form == MERGED:
+                    yield row, adapted.merge_and_unload(), tokenizer
+                else:
+                    yield row, adapted, tokenizer
+                    model = adapted.unload()
         del model

@@ -44,6 +44,7 @@ def stage(bits: float, losses: list[tuple[float | None, float | None, float | No
     return {
         "inputs": HASH,
         "parent": None,
+        "form": None,
         "recipe": None,
         "model": "models/base",
         "adapter": None,

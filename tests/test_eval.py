@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from tiny_curriculum import save_adapter, save_curriculum, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -132,21 +133,67 @@ def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
     assert abs(bits["base"] - bits["2a"]) > 0.01
 
 
-def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(place):
-    """A hidden size of 64: four-bit blocks are that long."""
+@pytest.fixture
+def in_four_bits(place: Path) -> Path:
+    """The curriculum with recipes that round the base under the adapters. A hidden size of 64: blocks are that long."""
     size = len(AutoTokenizer.from_pretrained("models/base"))
     tiny_llama(size, seed=1, hidden=64).save_pretrained("outputs/2a")
-    save_adapter(place / "outputs/2a", place / "outputs/2b", "outputs/2a", seed=2)
-    Path("recipes/2c.yml").unlink()
-    recipe = Path("recipes/2b.yml")
     nf4 = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}}
-    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | nf4))
+    for seed, name in ((2, "2b"), (3, "2c")):
+        save_adapter(place / "outputs/2a", place / "outputs" / name, "outputs/2a", seed=seed)
+        recipe = Path(f"recipes/{name}.yml")
+        recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | nf4))
+    return place
+
+
+def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(in_four_bits):
+    """And the other forms: the model below it rounded alike, and the last adapter merged, unrounded."""
+    rows = weights.with_forms(weights.candidates(load_chain(Path("recipes"))))
+    assert [(row.name, row.parent) for row in rows] == [
+        ("base", None), ("2a", "base"), ("2a 4-bit", "2a"), ("2b", "2a 4-bit"), ("2c", "2b"), ("2c merged", "2c")
+    ]  # fmt: skip
     bits, layers = {}, {}
-    for row, model, tokenizer in weights.loaded(weights.candidates(load_chain(Path("recipes"))), "cpu", torch.float32):
+    for row, model, tokenizer in weights.loaded(rows, "cpu", torch.float32):
         layers[row.name] = {type(module).__name__ for module in model.modules()}
         bits[row.name] = scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2b"}
-    assert 0 < bits["2b"] < 12
+    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2a 4-bit", "2b", "2c"}
+    assert {name for name, types in layers.items() if "PeftModel" in types} == {"2b", "2c"}
+    assert len(set(bits.values())) == len(rows) and all(0 < value < 12 for value in bits.values())
+
+    plain = LlamaForCausalLM.from_pretrained("outputs/2a")
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    by_hand = PeftModel.from_pretrained(plain, "outputs/2c").eval()
+    expected = scores_of(by_hand, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
+    assert bits["2c merged"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
+    rows = weights.with_forms(weights.candidates(load_chain(Path("recipes"))))
+    assert [row.name for row in weights.present(rows, ["base", "2a"])] == ["base", "2a"]
+    assert [row.name for row in weights.present(rows, ["2b"])] == ["2a 4-bit", "2b"]
+    assert [row.name for row in weights.present(rows, ["2c"])] == ["2c", "2c merged"]
+    with pytest.raises(BadInput, match="no stage 2a 4-bit in the recipes"):
+        weights.present(rows, ["2a 4-bit"])
+    for name in ("2b", "2c"):
+        shutil.rmtree(f"outputs/{name}")
+    assert [row.name for row in weights.present(rows, None)] == ["base", "2a"]
+
+
+def test_the_report_prices_rounding_and_merging(in_four_bits):
+    result = evaluate("--tasks", "gallica_heldout", "novel_heldout", "--samples", "1", "--limit", "1")
+    bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}
+    for name, against in (("2a 4-bit", "2a"), ("2b", "2a 4-bit"), ("2c merged", "2c")):
+        change = result["differences"][name]
+        assert change["against"] == against
+        assert change["scores"]["novel_heldout"]["bits_per_byte"] == pytest.approx(bits[name] - bits[against], abs=1e-6)
+    for name in ("2a 4-bit", "2c merged"):
+        stage = result["stages"][name]
+        assert (stage["samples"], stage["degeneration"], stage["gate"], stage["training"]) == ([], None, None, None)
+    lines = verdict.lines(result)
+    assert lines["2a 4-bit"].startswith("the weights of 2a in another form: gallica_heldout ")
+    assert "against 2a 4-bit" in lines["2b"]
+    page = Path("eval/reports/tiny.md").read_text(encoding="utf-8")
+    assert "2c merged less 2c" in page and "**2c merged**" in page
 
 
 # --- by position ------------------------------------------------------------------------------------------------------
@@ -398,15 +445,16 @@ def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
 
 @pytest.mark.slow
 def test_the_report_holds_every_stage(evaluated):
-    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c"]
+    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c", "2c merged"]
     for stage in evaluated["stages"].values():
         assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
         assert all(score["bits_per_byte"] > 0 for score in stage["scores"].values())
-        assert len(stage["samples"]) == 2 * len(evaluated["prompts"])
+        assert len(stage["samples"]) == (0 if stage["form"] else 2 * len(evaluated["prompts"]))
     assert {name: change["against"] for name, change in evaluated["differences"].items()} == {
         "2a": "base",
         "2b": "2a",
         "2c": "2b",
+        "2c merged": "2c",
     }
     change = evaluated["differences"]["2c"]["scores"]["novel_heldout"]["bits_per_byte"]
     bits = [evaluated["stages"][name]["scores"]["novel_heldout"]["bits_per_byte"] for name in ("2b", "2c")]
@@ -447,9 +495,11 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
         }
         Path("outputs", name, "trained.json").write_text(json.dumps(record))
     same = evaluate("--positions", "4")
-    assert "not measured again: base, 2a, 2b, 2c" in capsys.readouterr().err
+    assert "not measured again: base, 2a, 2b, 2c, 2c merged" in capsys.readouterr().err
     assert same["stages"]["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
-    assert [stage["gate"] and stage["gate"]["passed"] for stage in same["stages"].values()] == [None, None, True, True]
+    assert [stage["gate"] and stage["gate"]["passed"] for stage in same["stages"].values()] == [
+        *(None, None, True, True, None)
+    ]
 
     shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
     swapped = evaluate("--positions", "4")
@@ -501,6 +551,7 @@ def judged(**changes: Any) -> str:
     stage = {
         "gate": None,
         "memorisation": {"train": {**span, **changes.get("train", {})}, "heldout": span},
+        "form": None,
         "samples": [{"copied": {"words": changes.get("copied", 6)}}],
         "degeneration": {**sound, **changes.get("degeneration", {})},
     }
