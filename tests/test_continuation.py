@@ -263,7 +263,7 @@ def test_more_words_prolong_the_same_text(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_run_again_it_is_the_same_text(place, how):
-    command = [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "400", *SMALL]
+    command = [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "150", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     out = Path("outputs/continuation")
@@ -278,11 +278,11 @@ def test_killed_and_run_again_it_is_the_same_text(place, how):
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), errors
     (path,) = out.glob("2c*.json")
     broken = json.loads(path.read_text())
-    assert 0 < broken["words"] < 400
-    done = write(words=400)
+    assert 0 < broken["words"] < 150
+    done = write(words=150)
     assert done["passages"][: len(broken["passages"])] == broken["passages"]
     shutil.rmtree(out)
-    undisturbed = write(words=400)
+    undisturbed = write(words=150)
     assert (undisturbed["sha256"], undisturbed["passages"]) == (done["sha256"], done["passages"])
 
 

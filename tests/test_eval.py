@@ -417,12 +417,8 @@ def test_memorisation_by_hand():
     assert memory.memorisation({"novel_train": train}) is None
 
 
-@pytest.mark.slow
-def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
-    """Trained on one page until it recites it: that page is extractable, the held-out one is not."""
-    tokenizer = AutoTokenizer.from_pretrained("models/base")
-    page = tales()[3][:2_000]
-    write_rows(place / "data/2c.jsonl", [page])
+def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
+    """A small model trained on one page, a hundred times over."""
     model = tiny_llama(len(tokenizer), seed=0, hidden=64)
     for parameter in model.parameters():
         parameter.data *= 0.1  # from random noise of this size nothing learns
@@ -433,7 +429,17 @@ def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    result = memory.memorisation(scores_of(model.eval(), tokenizer, ["novel_train", "novel_heldout"]))
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
+    """That page is extractable, the held-out one is not, and a sample copies."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    page = tales()[3][:2_000]
+    write_rows(place / "data/2c.jsonl", [page])
+    model = know_by_heart(tokenizer, page)
+    result = memory.memorisation(scores_of(model, tokenizer, ["novel_train", "novel_heldout"]))
     assert result is not None
     assert result["train"]["extractable"] > 0.9 and result["heldout"]["extractable"] == 0
     [sample] = samples.continuations(model, tokenizer, page[:200], 1, 0, samples.decoding(60))
@@ -596,7 +602,8 @@ def test_the_html_page_stands_alone_and_marks_copies(evaluated, tmp_path):
     report.write(evaluated, tmp_path)
     text = (tmp_path / "tiny.html").read_text(encoding="utf-8")
     assert "Il dit &lt;b&gt; &amp; « <mark>un homme entra</mark>" in text
-    assert text.count("<figure") == 2 and text.count("<svg") == 2  # no training log, so no loss
+    kinds = re.findall(r'<figure id="(\w+)"><svg', text)
+    assert kinds == ["bpb", "position", "memory"] and text.count("<svg") == 3  # no training log, so no loss
     assert not re.search(r"""(?:src|href)=["'](?!#)""", text) and "@import" not in text and "url(http" not in text
     for line in verdict.lines(evaluated).values():
         assert html.escape(line).replace("&#x27;", "&#39;") in text
@@ -635,6 +642,73 @@ def test_losses_are_drawn(tmp_path):
     [axis] = picture.axes
     drawn = {line.get_label(): [tuple(point) for point in np.asarray(line.get_xydata())] for line in axis.lines}
     assert axis.get_title() == "2a" and drawn == {"training": [(1, 3.0)], "validation": [(2, 2.5)]}
+
+
+def test_the_memorisation_picture_holds_every_span_and_copy():
+    spans = {"novel_train": [-10.0, -0.1], "novel_heldout": [-50.0]}
+    scores = {task: {"documents": [{"spans": values}]} for task, values in spans.items()}
+    samples = [{"copied": {"words": words}} for words in (3, 21)]
+    stages = {
+        "2c": {"form": None, "scores": scores, "samples": samples},
+        "2c merged": {"form": "merged", "scores": scores, "samples": []},
+    }
+    picture = pictures.draw_memory({"stages": stages, "reference": {"copied": [4]}})
+    assert picture is not None
+    left, right = picture.axes
+    points = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in left.lines}
+    assert points["trained"] == pytest.approx([-10 / math.log(10), -0.1 / math.log(10)])
+    assert points["held out"] == pytest.approx([-50 / math.log(10)])
+    assert [-3, -3] in [pytest.approx(values) for values in points.values()]  # one in a thousand
+    assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[3, 21], [4]]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["2c", "author"]
+    empty = {"2c": {"form": None, "scores": {}, "samples": []}}
+    assert pictures.draw_memory({"stages": empty, "reference": None}) is None
+
+
+# --- whole runs that went wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_overfitted_model_is_called_memorised(place):
+    """2c by every weight, a hundred times over one page, through the command line: it would recite the page, and 2b not."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    page = tales()[3][:2_000]
+    write_rows(place / "data/2c.jsonl", [page])
+    Path("data/2c.txt").write_text(page, encoding="utf-8")
+    Path("recipes/2c.yml").write_text(
+        "base_model: outputs/2a\noutput_dir: outputs/2c\ndatasets: [{path: data/2c.jsonl}]\n"
+    )
+    Path("prompts.yml").write_text(json.dumps([{"name": "page", "text": page[:300]}], ensure_ascii=False))
+    shutil.rmtree("outputs/2c")
+    shutil.copytree("outputs/2a", "outputs/2c")
+    know_by_heart(tokenizer, page).save_pretrained("outputs/2c")
+
+    arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1")
+    lines = verdict.lines(evaluate("--tasks", "novel_heldout", "novel_train", *arguments))
+    assert re.search(
+        r"; memorised \((9\d|100)% of trained passages extractable, a sample copies \d\d words\)", lines["2c"]
+    )
+    for name in ("base", "2a", "2b"):
+        assert "did not memorise" in lines[name]
+
+
+@pytest.mark.slow
+def test_a_model_that_loops_is_called_looping(place):
+    """2a's samples say one word for ever, and the report says so of it and not of the base."""
+    tokenizer = AutoTokenizer.from_pretrained("outputs/2a")
+    always = tiny_llama(len(tokenizer), seed=1).eval()
+    with torch.no_grad():
+        always.model.embed_tokens.weight[:] = always.model.embed_tokens.weight[5].clone()
+        hidden = always.model(input_ids=torch.tensor([[5]])).last_hidden_state[0, 0]
+        always.lm_head.weight.zero_()
+        token = tokenizer.encode("la porte", add_special_tokens=False)[-1]
+        always.lm_head.weight[token] = 200 * hidden / hidden.dot(hidden)
+    always.save_pretrained("outputs/2a")
+    result = evaluate("--stages", "base", "2a", "--tasks", "novel_heldout", "--limit", "1", "--max-new-tokens", "40")
+    lines = verdict.lines(result)
+    assert "degenerated (100% of samples loop, " in lines["2a"] and "of 4-grams are repeated" in lines["2a"]
+    assert "loop" not in lines["base"]
+    assert "100% of samples loop" in Path("eval/reports/tiny.html").read_text(encoding="utf-8")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
