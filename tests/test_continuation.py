@@ -140,8 +140,11 @@ def test_likelihoods_are_the_models_own(tokenizer):
     """The log-probabilities of drawn tokens are those of a plain pass over window and passage together."""
     model, settings = model_for(tokenizer), Settings(passage_tokens=12, candidates=3)
     ids = continuation.window(tales()[0], "", 80, tokenizer)
-    drawn = continuation.draw(model, tokenizer, ids, 5, settings)
+    drawn = continuation.draw(model, tokenizer, ids, continuation.read(model, ids), 5, settings)
     assert len(drawn) == 3 and len({text for text, _, _ in drawn}) == 3
+    seen = continuation.read(model, ids)
+    again = [continuation.draw(model, tokenizer, ids, seen, 5, settings) for _ in range(2)]
+    assert again == [drawn, drawn]  # what was seen is not written over
     for text, sequence, logprobs in drawn:
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids + sequence])).logits[0].log_softmax(-1)
@@ -223,7 +226,8 @@ def test_the_end_of_the_text_is_never_drawn(tokenizer):
     """Not even by a model that wants nothing else."""
     model = looping_model(tokenizer, tokenizer.eos_token_id)
     ids = continuation.window("Il vint.", "", 80, tokenizer)
-    for _, sequence, _ in continuation.draw(model, tokenizer, ids, 5, Settings(passage_tokens=12)):
+    seen = continuation.read(model, ids)
+    for _, sequence, _ in continuation.draw(model, tokenizer, ids, seen, 5, Settings(passage_tokens=12)):
         assert len(sequence) == 12 and tokenizer.eos_token_id not in sequence
 
 

@@ -121,6 +121,17 @@ def test_scores_are_those_of_lm_eval_alone(place):
             assert result[name][metric] == pytest.approx(expected[name][f"{metric},none"], rel=1e-5)
 
 
+def test_a_batch_is_text_for_nine_tenths():
+    lengths = sorted(np.random.default_rng(0).integers(1, 2049, size=200).tolist(), reverse=True)
+    for size in (1, 4, 16):
+        cuts = list(scoring.batches(lengths, size))
+        assert [first for first, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == len(lengths)
+        assert all(0 < end - first <= size for first, end in cuts)
+        assert all(min(lengths[first:end]) >= 0.9 * lengths[first] for first, end in cuts)
+    assert list(scoring.batches([2048] * 6 + [1800, 1000], 4)) == [(0, 4), (4, 6), (6, 7), (7, 8)]
+    assert list(scoring.batches([], 4)) == []
+
+
 def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
     save_adapter(place / "outputs" / "2a", place / "outputs" / "2c", "outputs/2a", seed=None, targets=("v_proj",))
     rows = weights.candidates(load_chain(Path("recipes")))
@@ -378,6 +389,17 @@ def test_a_copied_passage_is_found_in_its_whole_length():
     assert sample[found["start"] : found["end"]] == "UN HOMME entra dans la salle basse... et s'assit près du"
     assert book.longest("près du feu sans un mot il")["words"] == 4
     assert book.longest("rien de commun ici") == {"words": 0, "start": 0, "end": 0}
+
+
+def test_a_text_that_grows_is_the_whole_text():
+    whole = "Un homme entra dans la salle basse. Il but. Un homme entra sans un mot."
+    grown = prose.Passages([])
+    for part in ("Un homme entra dans", " la", " salle basse. Il but.", "", " Un homme entra sans un mot."):
+        grown.append(part)
+    once = prose.Passages([whole])
+    assert grown.starts == once.starts and grown.tokens == once.tokens[:-1]
+    assert grown.longest("... sans un mot") == once.longest("... sans un mot")  # it ends with the text
+    assert once.longest("sans un mot sans un mot un")["words"] == 3
 
 
 def test_french_words_and_others():
