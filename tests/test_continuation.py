@@ -131,6 +131,32 @@ def test_the_opening_stays_at_the_head_once_the_window_slides(tokenizer, tale):
     assert len(ids) <= 400 and seen.strip().startswith(opening) and text.rstrip().endswith(seen[-200:])
     with pytest.raises(BadInput, match="lower --keep"):
         continuation.window(text, text[:3000], 400, tokenizer)
+    tight = len(tokenizer.encode(opening, add_special_tokens=False)) + 40  # room for a few words: too few to go on from
+    with pytest.raises(BadInput, match="lower --keep"):
+        continuation.window(text, opening, tight, tokenizer)
+
+
+def test_a_text_just_as_long_as_the_room_is_seen_whole(tokenizer, tale):
+    """Though its first paragraphs would otherwise be the ones that go."""
+    text = tale[:1500]
+    whole = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    opening = continuation.head(text, 3)
+    assert continuation.window(text, opening, len(whole), tokenizer) == whole
+    assert continuation.window(text, opening, len(whole) - 1, tokenizer) != whole
+
+
+def test_the_repetition_penalty_counts_the_passage_alone(tokenizer):
+    """A window that says one word for ever does not make that word rarer: the draws differ from penalised ones only
+    where the passage repeats itself, so its first token is drawn as without a penalty."""
+    model, settings = model_for(tokenizer), Settings(passage_tokens=1, candidates=64)
+    ids = continuation.window("porte " * 20, "", 80, tokenizer)
+    drawn = continuation.draw(model, tokenizer, ids, continuation.read(model, ids), 5, settings)
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1] / 0.8
+    order = logits.argsort(descending=True)
+    kept = order[: int((logits.softmax(-1)[order].cumsum(0) < 0.9).sum()) + 1]  # top-p 0.9, unpenalised
+    assert {sequence[0] for _, sequence, _ in drawn} <= set(kept.tolist())
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -178,6 +204,10 @@ def test_rules_are_seen_broken(tokenizer):
     copy = judge(tokenizer, f" {book}", [book])
     assert copy.faults == ("copies",) and copy.copied == len(prose.words(book)) > 12
     assert judge(tokenizer, f" {book}", [book], longest_copy=30).faults == ()
+    assert (
+        judge(tokenizer, f" {book}", [book], longest_copy=len(prose.words(book))).faults == ()
+    )  # so many may be shared
+    assert judge(tokenizer, f" {book}", [], before=book, longest_copy=len(prose.words(book))).faults == ()
     assert judge(tokenizer, f" {book}", [], before=book).faults == ("repeats what is written",)
     assert judge(tokenizer, " Il alla vers la porte, il alla" * 5 + ".", []).faults == ("loops",)
     assert "no sentence ends" in judge(tokenizer, " sans fin, sans porte et sans", []).faults
@@ -220,6 +250,13 @@ def test_a_passage_that_always_breaks_a_rule_is_drawn_three_times_and_the_record
     for passage in (first, second):
         assert "loops" in passage.chosen.faults and passage.attempts == 3 and len(passage.candidates) == 6
     assert "repeats what is written" in second.chosen.faults
+
+
+def test_other_candidates_are_drawn_when_all_break_a_rule(tokenizer):
+    settings = Settings(passage_tokens=24, candidates=2, window=256)
+    passage = next(continuation.passages(model_for(tokenizer), tokenizer, "La", settings))
+    likelihoods = [candidate["log_probability"] for candidate in passage.candidates]
+    assert passage.attempts == 3 and len(set(likelihoods)) == 6  # none of them twice
 
 
 def test_the_end_of_the_text_is_never_drawn(tokenizer):

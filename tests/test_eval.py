@@ -226,6 +226,7 @@ def test_every_piece_is_scored_once_at_each_range():
 def test_pieces_are_spread_over_the_texts():
     assert position.choose([8, 3, 12], 100) == [[1], [], [1, 2]]
     assert position.choose([8, 3, 12], 8) == [[1], [], [1]]
+    assert position.choose([12, 12], 8) == [[1], [1]]
     assert position.choose([3], 8) == [[]]
 
 
@@ -298,6 +299,26 @@ def test_whole_works_are_drawn_where_there_are_enough():
     assert intervals.interval(documents([50.0] * 20, [f"work {i % 9}" for i in range(20)]))["unit"] == "block"
 
 
+def test_a_work_is_all_its_passages():
+    """Twenty passages, two a work: the units are the works' sums, in an order that is the works' own."""
+    parts = documents([float(i) for i in range(20)], [f"work {9 - i % 10}" for i in range(20)])
+    unit, table = intervals.units(parts)
+    assert unit == "work" and table[:, 1].tolist() == [200.0] * 10
+    assert table[:, 0].tolist() == [float(2 * i + 10) for i in range(9, -1, -1)]
+    assert intervals.interval(parts) == intervals.interval(parts[10:] + parts[:10])
+    assert intervals.interval(parts)["bits_per_byte"] == intervals.interval(parts)["bits_per_byte"]  # the same draws
+
+
+def test_a_long_block_weighs_more_than_a_short_one():
+    long, short = documents([300.0, 10.0])
+    long["bytes"] = long["blocks"][0]["bytes"] = 900
+    expected = 310 / 1000 / math.log(2)
+    change = intervals.difference(
+        [long, short], [{**d, "blocks": [{**d["blocks"][0], "nll": 0}]} for d in (long, short)]
+    )
+    assert change is not None and change["bits_per_byte"] == pytest.approx(-expected)
+
+
 def test_texts_that_differ_are_not_compared():
     assert intervals.difference(documents([1, 2]), documents([1, 2, 3])) is None
     longer = documents([1, 2])
@@ -307,6 +328,8 @@ def test_texts_that_differ_are_not_compared():
 
 def test_one_unit_has_no_interval():
     assert intervals.interval(documents([5.0]))["bits_per_byte"] is None
+    alone = intervals.difference(documents([5.0]), documents([4.0]))
+    assert alone is not None and alone["interval"] is None and alone["bits_per_byte"] < 0
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -374,6 +397,10 @@ def test_repetition_and_distinct_ngrams_by_hand():
         ("Il entra, puis il sortit, et la nuit tomba sur le village. " + "la nuit tomba " * 3, True),
         ("un deux trois quatre un deux trois cinq un deux trois six", False),
         ("mot " * 7, False),
+        (" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) * 3, False),  # joined at the seams
+        ((" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) + " ") * 3, True),  # sixty words
+        ((" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(61)) + " ") * 3, False),
+        ("a b c a b d a b e a b f a b g a b h a b i", False),  # what recurs is broken up each time
     ],
 )
 def test_loops(text, looping):
@@ -388,6 +415,8 @@ def test_a_copied_passage_is_found_in_its_whole_length():
     assert found["words"] == 12
     assert sample[found["start"] : found["end"]] == "UN HOMME entra dans la salle basse... et s'assit près du"
     assert book.longest("près du feu sans un mot il")["words"] == 4
+    assert book.longest("dans la salle")["words"] == 3 and book.longest("dans la cave")["words"] == 0
+    assert prose.Passages(["un deux", "trois quatre"]).longest("deux  trois quatre")["words"] == 0
     assert book.longest("rien de commun ici") == {"words": 0, "start": 0, "end": 0}
 
 
@@ -411,6 +440,7 @@ def test_french_words_and_others():
 
 def test_page_noise_is_told_from_what_looks_like_it():
     assert prose.artefacts("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite") == 3
+    assert prose.artefacts("M. KLAMM,\n\nOUI.\n\nCHAPITRE IX") == 2  # six capitals, at least
     assert prose.artefacts("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.") == 0
 
 
@@ -437,6 +467,27 @@ def test_memorisation_by_hand():
     assert result["train"]["best_span_probability"] == pytest.approx(0.5)
     assert result["heldout"]["token_probability"] == pytest.approx(math.exp(-2))
     assert memory.memorisation({"novel_train": train}) is None
+    assert memory.memorisation({"novel_train": train, "novel_heldout": {"documents": [{"spans": []}]}}) is None
+    below = {"documents": [{"spans": [math.log(9e-4)]}]}
+    nearly = memory.memorisation({"novel_train": below, "novel_heldout": heldout})
+    assert nearly is not None and nearly["train"]["extractable"] == 0
+
+
+def test_degeneration_is_the_mean_over_samples():
+    """Two samples by hand; what a sample is too short for does not count."""
+    result = prose.degeneration(
+        [
+            {"text": "le chat le chat le chat", "ended": True},
+            {"text": "un", "ended": False},
+            {"text": "xqzt " * 8, "ended": False},
+        ]
+    )
+    assert result["rep_2"] == pytest.approx((3 / 5 + 6 / 7) / 2) and result["rep_4"] == pytest.approx(
+        (1 / 3 + 4 / 5) / 2
+    )
+    assert result["looping"] == pytest.approx(1 / 3) and result["ended_early"] == pytest.approx(1 / 3)
+    assert result["distinct_1"] == pytest.approx(4 / 15) and result["not_french"] == pytest.approx(1 / 2)
+    assert prose.degeneration([])["rep_4"] is None
 
 
 def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
@@ -587,7 +638,7 @@ def judged(**changes: Any) -> str:
         {
             "stages": {"2c": stage},
             "differences": {"2c": {"against": "2b", "scores": changes.get("scores", scores)}},
-            "reference": {"copied": [4, 8], "degeneration": sound},
+            "reference": {"copied": changes.get("usual", [4, 8]), "degeneration": sound},
         }
     )["2c"]
 
@@ -603,10 +654,14 @@ def judged(**changes: Any) -> str:
         ),
         ({"train": {"extractable": 0.06}}, "memorised (6% of trained passages"),
         ({"train": {"extractable": 0.04}}, "did not memorise"),
-        ({"copied": 19}, "did not memorise"),
-        ({"copied": 20}, "memorised (a sample copies 20 words)"),
+        ({"copied": 14, "usual": [3]}, "did not memorise"),
+        ({"copied": 15, "usual": [3]}, "memorised (a sample copies 15 words)"),
+        ({"copied": 15}, "did not memorise"),
+        ({"copied": 16}, "memorised (a sample copies 16 words)"),
         ({"degeneration": {"looping": 0.5}}, "degenerated (50% of samples loop)"),
-        ({"degeneration": {"rep_4": 0.2}}, "degenerated (20% of 4-grams"),
+        ({"degeneration": {"looping": 0.1}}, "did not degenerate"),
+        ({"degeneration": {"rep_4": 0.065}}, "did not degenerate"),
+        ({"degeneration": {"rep_4": 0.08}}, "degenerated (8% of 4-grams"),
         ({"degeneration": {"not_french": 0.14}}, "did not degenerate"),
         ({"degeneration": {"not_french": 0.16}}, "degenerated (16% of words are not French)"),
         ({"degeneration": {"artefacts": 0.6}}, "degenerated (0.6 lines of page noise"),
