@@ -94,6 +94,8 @@ def test_chapters_end_at_paragraphs_and_lose_nothing():
     assert [len(part) for part in parts] == [3, 3, 3, 2]
     assert list(itertools.chain(*parts)) == text.split("\n\n")
     assert [len(part) for part in continuation.chapters(text, words=500)] == [11]  # 50 words are no chapter
+    ten = text.rpartition("\n\n")[0]
+    assert [len(part) for part in continuation.chapters(ten, words=120)] == [3, 3, 3, 1]  # a quarter of one is
 
 
 # --- the window -------------------------------------------------------------------------------------------------------
@@ -299,6 +301,16 @@ def test_more_words_prolong_the_same_text(place):
     assert long["passages"][: len(short["passages"])] == short["passages"] and long["words"] >= 90
     shutil.rmtree("outputs/continuation")
     assert write(words=90)["passages"] == long["passages"]
+
+
+def test_other_weights_begin_another_text(place):
+    first = write(words=30)
+    shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
+    sys.argv = ["continuation.py", "--words", "30", *SMALL]
+    continuation.main()
+    records = [json.loads(path.read_text()) for path in Path("outputs/continuation").glob("*.json")]
+    assert len(records) == 2 and len({record["inputs"] for record in records}) == 2
+    assert first in records
 
 
 @pytest.mark.slow
