@@ -13,7 +13,7 @@ lm-eval 0.4's `load_in_4bit` does not pass Transformers 5 ("unexpected keyword a
 adapters stand on is saved once, as such, for its command; that is not counted.
 
     cd demo/run && python ../../bench/evaluation.py --recipes ../../recipes --limit 1
-    python bench/evaluation.py --table            # the table of eval/README.md, from bench/reports/eval.json
+    python bench/evaluation.py --table            # what eval/README.md shows, from the two reports
 """
 
 import argparse
@@ -34,6 +34,7 @@ from prep.files import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench/reports/eval.json"
+DEMO = ROOT / "eval/reports/demo.json"
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 AGREE = 1e-3  # bits per byte
 BATCHES = (1, 4, 16)
@@ -228,6 +229,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def demo_cost(report: dict[str, Any]) -> str:
+    """What the demo's evaluation took, out of its own report."""
+    spent = {
+        key: sum(stage["seconds"][key] for stage in report["stages"].values() if stage)
+        for key in ("scoring", "sampling")
+    }
+    tokens = sum(score["tokens"] for stage in report["stages"].values() if stage for score in stage["scores"].values())
+    return (
+        f"The demo's whole evaluation took {report['seconds']:.0f} s on {report['environment']['threads']} threads of "
+        f"{report['environment']['cpu']}: {spent['scoring']:.0f} s to score {tokens:,} tokens, {spent['sampling']:.0f} s to write."
+    )
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
@@ -246,6 +260,7 @@ def main() -> None:
     args = parse()
     if args.table:
         print(table(json.loads(args.out.read_text(encoding="utf-8"))))
+        print(demo_cost(json.loads(DEMO.read_text(encoding="utf-8"))))
         return
     if args.ours:
         args.ours.write_text(json.dumps(ours(args)), encoding="utf-8")

@@ -77,3 +77,9 @@ def test_the_table_is_the_reports() -> None:
     assert result["compared"]["seconds_ours"] < result["compared"]["seconds_lm_eval"]
     assert all(share < 0.1 for share in result["padding"].values())
     assert result["computed"] == bench.computed(result)
+
+
+def test_the_demos_cost_is_its_reports() -> None:
+    readme = (ROOT / "eval/README.md").read_text(encoding="utf-8")
+    block = re.search(r"<!-- demo-cost:begin -->\n(.*?)\n<!-- demo-cost:end -->", readme, re.S)
+    assert block and block[1] == bench.demo_cost(json.loads(bench.DEMO.read_text(encoding="utf-8")))
