@@ -119,8 +119,12 @@ notebook: $(READY) ## Watch trainings, write with the stages, read reports: a pa
 # --- small and local ---
 
 .PHONY: demo
-demo: $(READY) ## All of the above, small, on a CPU, in demo/run: 20 to 40 minutes on two cores
+demo: $(READY) ## All of the above, small, on a CPU, in demo/run: about 25 minutes on two cores
 	demo/demo.sh
+
+.PHONY: readme
+readme: $(READY) ## The demo's figures, from its report into the READMEs
+	$(BIN)/python eval/readme.py
 
 .PHONY: clean-demo
 clean-demo: ## Remove what the demo made

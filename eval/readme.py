@@ -1,0 +1,87 @@
+"""Write the demo's figures into README.md and recipes/README.md, between their marks, from the committed report.
+
+python eval/readme.py       # or: make readme, after a make demo
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from eval import report, tables
+from prep.files import BadInput, atomic_write, run
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "eval/reports/demo.json"
+DURATION = ROOT / "eval/reports/demo.seconds.json"  # demo/demo.sh writes it, when it ran from the beginning to the end
+UNSEEN = ["gallica_heldout", "novel_heldout", "english", "code"]
+
+
+def bits(stage: dict[str, Any], task: str) -> str:
+    return tables.number(stage["scores"][task]["bits_per_byte"])
+
+
+def where(evidence: dict[str, Any]) -> str:
+    """The machine of a report."""
+    machine = evidence["environment"]
+    return f"{machine['cpu']}, {machine['threads']} cores"
+
+
+def scores(evidence: dict[str, Any], minutes: float) -> str:
+    """README's table: bits per byte of every row on every text that no stage was trained on."""
+    rows = [[f"`{name}`", *(bits(stage, task) for task in UNSEEN)] for name, stage in tables.measured(evidence).items()]
+    return (
+        f"{report.markdown_table((['stage', *(f'`{task}`' for task in UNSEEN)], rows))}\n\n"
+        f"Measured by `make demo` on {where(evidence)}, no GPU, in {minutes:.0f} minutes after installation.\n"
+    )
+
+
+def stages(evidence: dict[str, Any]) -> str:
+    """The recipes' table: a row a stage, with its tokens, its validation loss and what it is compared with."""
+    rows = []
+    for name, stage in tables.measured(evidence).items():
+        if not stage["recipe"]:
+            continue
+        losses = [point["eval_loss"] for point in stage["training"] if point["eval_loss"] is not None]
+        tokens = max(point["tokens"] or 0 for point in stage["training"])
+        before = evidence["stages"][stage["parent"]]
+        changes = [f"{bits(before, task)}, {bits(stage, task)}" for task in ("gallica_heldout", "novel_heldout")]
+        rows.append([f"`{name}`", f"{tokens:,.0f}", f"{losses[0]:.3f}, {losses[-1]:.3f}", stage["parent"], *changes])
+    head = ["demo", "tokens", "validation loss, first and last", "compared with", "held-out tales", "held-out novella"]
+    return (
+        f"{report.markdown_table((head, rows))}\n\nValidation loss in nats a token, the others in bits a byte, before and "
+        f"after; {where(evidence)}, no GPU.\n"
+    )
+
+
+def filled(page: str, mark: str, content: str) -> str:
+    """The page with `content` between `<!-- mark:begin -->` and `<!-- mark:end -->`. Raises BadInput without the marks."""
+    begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise BadInput(
+            f"the page has no single pair of marks {begin.strip()} and {end}: put them where the table belongs"
+        )
+    return page[: page.index(begin) + len(begin)] + content + page[page.index(end) :]
+
+
+def pages() -> dict[Path, str]:
+    """Each document as the committed report would have it."""
+    evidence = report.load(REPORT)
+    seconds = json.loads(DURATION.read_text(encoding="utf-8"))["seconds"]
+    contents = {
+        ROOT / "README.md": ("demo", scores(evidence, seconds / 60)),
+        ROOT / "recipes/README.md": ("measured", stages(evidence)),
+    }
+    return {path: filled(path.read_text(encoding="utf-8"), *content) for path, content in contents.items()}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    for path, text in pages().items():
+        with atomic_write(path) as file:
+            file.write(text)
+        print(f"filled: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    run(main)
