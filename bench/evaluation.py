@@ -13,7 +13,6 @@ lm-eval 0.4's `load_in_4bit` does not pass Transformers 5 ("unexpected keyword a
 adapters stand on is saved once, as such, for its command; that is not counted.
 
     cd demo/run && python ../../bench/evaluation.py --recipes ../../recipes --limit 1
-    python bench/evaluation.py --table            # what eval/README.md shows, from the two reports
 """
 
 import argparse
@@ -34,7 +33,6 @@ from prep.files import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench/reports/eval.json"
-DEMO = ROOT / "eval/reports/demo.json"
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 AGREE = 1e-3  # bits per byte
 BATCHES = (1, 4, 16)
@@ -258,10 +256,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    if args.table:
-        print(table(json.loads(args.out.read_text(encoding="utf-8"))))
-        print(demo_cost(json.loads(DEMO.read_text(encoding="utf-8"))))
-        return
     if args.ours:
         args.ours.write_text(json.dumps(ours(args)), encoding="utf-8")
         return

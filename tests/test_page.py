@@ -109,7 +109,9 @@ def test_what_is_drawn(browser: Any, pages: dict[str, Path], name: str, device: 
     assert len(boxes) == {"report": 3, "compare": 1}[name]
     for left, top, width, height in boxes:
         assert width > 500 and height > 150
-        drawn = seen[round(top) : round(top + height), round(left) : round(left + width)].reshape(-1, 3).astype(int)
+        drawn: np.ndarray = (
+            seen[round(top) : round(top + height), round(left) : round(left + width)].reshape(-1, 3).astype(int)
+        )
         background = np.median(drawn, axis=0)
         marks = drawn[np.abs(drawn - background).max(axis=1) > 60]
         assert len(marks) > 0.005 * len(drawn)  # axes, words, curves
