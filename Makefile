@@ -109,6 +109,10 @@ compare: $(READY) ## Several reports in one page: make compare RUNS="small full"
 	@test -n "$(strip $(RUNS))" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
 	$(BIN)/python eval/compare.py $(RUNS) --reports eval/reports
 
+.PHONY: bench-eval
+bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
+	cd demo/run && ../../$(BIN)/python ../../bench/evaluation.py --recipes ../../recipes $(ARGS)
+
 .PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
 	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))

@@ -75,6 +75,7 @@ def draw_losses(reports: Sequence[dict[str, Any]]) -> Figure | None:
             axis.plot(*zip(*checks, strict=True), mark, color=colour, markersize=5, label=f"{name}, validation")
     if max(ends) > LOGARITHMIC * min(ends):
         axis.set_xscale("log")
+    pictures.plain(axis, tokens=True)
     axis.set_xlabel("tokens seen, all stages")
     axis.set_ylabel("loss, nats a token")
     axis.grid(alpha=0.3)

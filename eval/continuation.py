@@ -20,6 +20,7 @@ The text stands on the screen passage by passage, as soon as each is chosen.
 
 import argparse
 import bisect
+import copy
 import html
 import json
 import os
@@ -41,6 +42,7 @@ import mkepub
 import torch
 from tqdm import tqdm
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
@@ -160,10 +162,25 @@ def window(text: str, opening: str, room: int, tokenizer: PreTrainedTokenizerBas
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+def read(model: Any, ids: list[int]) -> DynamicCache | None:
+    """What the model keeps of a window but its last token: once through, for all candidates of a passage."""
+    if len(ids) < 2:
+        return None
+    with torch.inference_mode():
+        inputs = torch.tensor([ids[:-1]], device=model.device)
+        return model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+
 def draw(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], seed: int, settings: Settings
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    seen: DynamicCache | None,
+    seed: int,
+    settings: Settings,
 ) -> list[tuple[str, list[int], list[float]]]:
-    """Candidates for one passage after `ids`, drawn together: text, its token ids, each one's natural log-probability.
+    """Candidates for one passage after `ids`, which `read` has `seen`, drawn together: text, its token ids, each one's
+    natural log-probability.
 
     Temperature and top-p are those of the report's samples; the repetition penalty counts the passage only, since over a
     window of 2,000 tokens it would weigh on every common word. The end of the text is never drawn: the novel goes on.
@@ -184,10 +201,7 @@ def draw(
     inputs = torch.tensor([ids], device=model.device)
     torch.manual_seed(seed)
     with torch.inference_mode():
-        # The window goes through the model once, not once a candidate.
-        cache = (
-            model(input_ids=inputs[:, :-1], use_cache=True, logits_to_keep=1).past_key_values if len(ids) > 1 else None
-        )
+        cache = copy.deepcopy(seen)  # writing makes it grow
         if cache is not None:
             cache.batch_repeat_interleave(settings.candidates)
         inputs = inputs.expand(settings.candidates, -1)
@@ -285,16 +299,18 @@ def passages(
         )
     opening = head(beginning, settings.keep)
     text = beginning.rstrip() + "".join(written)
+    already = prose.Passages([])
+    already.append(text)
     number = len(written)
     while True:
         ids = window(text, opening, room, tokenizer)
-        already = prose.Passages([text])
+        seen = read(model, ids)
         every: list[tuple[int, Drawn]] = []
         for attempt in range(ATTEMPTS):
             seed = settings.seed + 1_000_003 * (ATTEMPTS * number + attempt)  # a seed of its own for every batch
             every += [
                 (seed, judged(*drawn, text, ids, tokenizer, trained_on, already, settings))
-                for drawn in draw(model, tokenizer, ids, seed, settings)
+                for drawn in draw(model, tokenizer, ids, seen, seed, settings)
             ]
             chosen = best([drawn for _, drawn in every])
             if not chosen.faults:
@@ -312,6 +328,7 @@ def passages(
             ],
         )
         text += chosen.text
+        already.append(chosen.text)
         number += 1
 
 
@@ -526,8 +543,11 @@ def main() -> None:
         f"{len(done)} passages, each the best of {args.candidates} or more. Record: {target.name}."
     )
     write_epub(target.with_suffix(".epub"), "La suite", note, text)
+    drawn = sum(len(passage["candidates"]) for passage in done) * args.passage_tokens
+    spent = seconds + time.perf_counter() - started
     print(
-        f"\n\n{words()} words in {len(done)} passages, {faulty()} of which break a rule: {target.with_suffix('')}.txt, .epub, .json"
+        f"\n\n{words()} words in {len(done)} passages, {faulty()} of which break a rule: {target.with_suffix('')}.txt, .epub, "
+        f".json\n{spent:.0f} s, {drawn / spent:.0f} tokens drawn a second, {words() / spent:.1f} words kept"
     )
 
 

@@ -47,6 +47,7 @@ MEASURING = (
     "scoring.py",
     "intervals.py",
     "memory.py",
+    "position.py",
     "prose.py",
     "samples.py",
     "weights.py",

@@ -3,6 +3,10 @@
 Two looks: how probable the true next words of trained pages are to the model (nothing is generated), and the longest
 passage of a free continuation that stands word by word in the training text. Pages held out are the control for the
 first; what the author's own held-out pages share with the others is the control for the second.
+
+The first is the measure of Cooper et al. 2025 (arXiv 2505.12546): the probability that a model, given the text before,
+would write the next 50 tokens exactly, out of one forward pass. They give 50 tokens of text before; here it is all that
+the window holds, 200 at least, which finds more. The threshold on that probability is ours.
 """
 
 import math
@@ -10,9 +14,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from eval.scoring import CONTEXT, SPAN
-
-EXTRACTABLE = 1e-3  # one in a thousand draws would write these 50 tokens: Cooper et al. 2025 count from there
+SPAN = 50  # tokens whose joint probability tells memorised text
+CONTEXT = 200  # tokens of true text before them, at least
+EXTRACTABLE = 1e-3  # one in a thousand draws would write the 50 tokens: 0.87 a token, where held-out prose has 0.05
 
 
 def span_figures(documents: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

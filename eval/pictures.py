@@ -1,11 +1,15 @@
 """The pictures of a report."""
 
 import io
+import math
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
+from eval.memory import EXTRACTABLE
 from eval.tables import measured
 
 # Okabe & Ito's colours, told apart by every kind of eye; enough for as many tasks as there are.
@@ -16,6 +20,13 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 def figure(width: float, height: float) -> Figure:
     """An empty picture, drawn without a display."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def plain(axis: Axes, tokens: bool = False) -> None:
+    """No frame beyond the two axes; thousands of tokens as 20k."""
+    axis.spines[["top", "right"]].set_visible(False)
+    if tokens:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def svg(picture: Figure, name: str) -> str:
@@ -47,6 +58,7 @@ def draw_losses(report: dict[str, Any]) -> Figure | None:
             line = [(x, point[key]) for x, point in zip(positions, log, strict=True) if point[key] is not None]
             if line:
                 axis.plot(*zip(*line, strict=True), label=label, color=colour, marker=mark, markersize=4, linewidth=1.4)
+        plain(axis, unit == "tokens")
         axis.set_title(name)
         axis.set_xlabel(unit)
         axis.grid(alpha=0.3)
@@ -75,10 +87,11 @@ def draw_bits(report: dict[str, Any]) -> Figure:
             x, y, below, above = zip(*points, strict=True)
             colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
             axis.errorbar(x, y, yerr=[below, above], label=task, color=colour, marker=mark, capsize=3, linewidth=1.4)
+    plain(axis)
     axis.set_xticks(range(len(stages)), stages)
     axis.set_ylabel("bits per byte (lower is better)")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # seen on a phone too
     return picture
 
 
@@ -97,9 +110,69 @@ def draw_positions(report: dict[str, Any]) -> Figure | None:
                 values = [part["bits_per_byte"] for part in parts]
                 colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
                 axis.plot(labels, values, label=name, color=colour, marker=mark, linewidth=1.4)
+        plain(axis)
         axis.set_title(task)
         axis.set_xlabel("tokens of context")
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("bits per byte (lower is better)")
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return picture
+
+
+def draw_memory(report: dict[str, Any]) -> Figure | None:
+    """Left, how probable the novel's passages of 50 tokens are to each stage, trained beside held out; right, the longest
+    run of the novel's words in each sample, and in the author's own held-out pages. None when neither was measured."""
+    stages = {name: stage for name, stage in measured(report).items() if not stage["form"]}
+    spans = {
+        (name, task): [
+            span / math.log(10)
+            for document in (stage["scores"].get(task) or {"documents": []})["documents"]
+            for span in document["spans"]
+        ]
+        for name, stage in stages.items()
+        for task in ("novel_train", "novel_heldout")
+    }
+    copies = {name: [s["copied"]["words"] for s in stage["samples"] if s["copied"]] for name, stage in stages.items()}
+    if report["reference"] and report["reference"]["copied"]:
+        copies["author"] = report["reference"]["copied"]
+    copies = {name: values for name, values in copies.items() if values}
+    panels = [bool(any(spans.values())), bool(copies)]
+    if not any(panels):
+        return None
+    picture = figure(4.6 * sum(panels) + 0.8, 3.6)
+    axes = list(picture.subplots(1, sum(panels), squeeze=False)[0])
+    if panels[0]:
+        axis = axes.pop(0)
+        plain(axis)
+        for index, (task, label) in enumerate((("novel_train", "trained"), ("novel_heldout", "held out"))):
+            for place, name in enumerate(stages):
+                values = spans[name, task]
+                # Side by side in the column of their stage, spread in their order so that they do not hide each other.
+                x = [place + (index - 0.5) * 0.4 + 0.24 * ((i * 0.618) % 1 - 0.5) for i in range(len(values))]
+                axis.plot(
+                    x,
+                    values,
+                    MARKS[index],
+                    color=COLOURS[index],
+                    markersize=3,
+                    alpha=0.6,
+                    label=None if place else label,
+                )
+        axis.axhline(math.log10(EXTRACTABLE), color="0.4", linestyle="--", linewidth=1)
+        axis.text(len(stages) - 0.5, math.log10(EXTRACTABLE), "extractable above", ha="right", va="bottom", fontsize=8)
+        axis.set_ylim(top=1)
+        axis.set_xticks(range(len(stages)), list(stages))
+        axis.set_ylabel("log10 of a 50-token passage's probability")
+        axis.legend(frameon=False, loc="lower right", fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    if panels[1]:
+        axis = axes.pop(0)
+        plain(axis)
+        for place, values in enumerate(copies.values()):
+            x = [place + 0.5 * ((i * 0.618) % 1 - 0.5) for i in range(len(values))]
+            axis.plot(x, values, "o", color=COLOURS[2], markersize=4, alpha=0.6)
+        axis.set_ylim(bottom=-0.5)
+        axis.set_xticks(range(len(copies)), list(copies))
+        axis.set_ylabel("longest run of copied words, a sample")
+        axis.grid(axis="y", alpha=0.3)
     return picture

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.intervals import difference, interval
-from eval.scoring import BLOCK, TokenScorer, bytes_by_block
+from eval.scoring import BLOCK, TokenScorer, batches, bytes_by_block
 
 # In pieces of BLOCK tokens: 0-256, 256-512, 512-1024, 1024-2048 tokens.
 RANGES = ((0, 1), (1, 2), (2, 4), (4, 8))
@@ -66,8 +66,8 @@ def by_position(scorer: TokenScorer, documents: list[dict[str, str]], limit: int
     scored: dict[tuple[int, int], np.ndarray] = {}
     total = sum(len(job[3]) for job in jobs)
     with tqdm(total=total, unit="tok", desc=f"{scorer.label}: by position", disable=not jobs) as bar:
-        for i in range(0, len(jobs), scorer.batch_size):
-            batch = jobs[i : i + scorer.batch_size]
+        for first, end in batches([len(job[2]) for job in jobs], scorer.batch_size):
+            batch = jobs[first:end]
             values = scorer.batch_logprobs([job[2] for job in batch], [job[3] for job in batch])
             for (text, start, _, target), logprobs in zip(batch, values, strict=True):
                 scored[text, start] = logprobs

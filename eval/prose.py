@@ -90,10 +90,16 @@ class Passages:
 
     def __init__(self, texts: Sequence[str]):
         self.tokens: list[str] = []
-        for text in texts:
-            self.tokens += [*words(text), ""]  # no passage crosses from one text into the next
         self.starts: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for i, gram in enumerate(ngrams(self.tokens, self.SEED)):
+        for text in texts:
+            self.append(text)
+            self.tokens.append("")  # no passage crosses from one text into the next
+
+    def append(self, text: str) -> None:
+        """More of the last text, or the first of it: a passage may run over the seam."""
+        seam = max(0, len(self.tokens) - self.SEED + 1)
+        self.tokens += words(text)
+        for i, gram in enumerate(ngrams(self.tokens[seam:], self.SEED), seam):
             if "" not in gram:
                 self.starts[gram].append(i)
 
@@ -108,7 +114,8 @@ class Passages:
         for i, gram in enumerate(ngrams(tokens, self.SEED)):
             for place in self.starts.get(gram, ()):
                 length = self.SEED
-                while i + length < len(tokens) and self.tokens[place + length] == tokens[i + length]:
+                most = min(len(tokens) - i, len(self.tokens) - place)
+                while length < most and self.tokens[place + length] == tokens[i + length]:
                     length += 1
                 if length > best:
                     best, where = length, i

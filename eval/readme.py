@@ -1,4 +1,4 @@
-"""Write the demo's figures into README.md and recipes/README.md, between their marks, from the committed report.
+"""Write the figures of the committed reports into the READMEs, between their marks: the demo's, and what evaluation costs.
 
 python eval/readme.py       # or: make readme, after a make demo
 """
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import evaluation as bench
 from eval import report, tables
 from prep.files import BadInput, atomic_write, run
 
@@ -68,11 +69,15 @@ def pages() -> dict[Path, str]:
     """Each document as the committed report would have it."""
     evidence = report.load(REPORT)
     seconds = json.loads(DURATION.read_text(encoding="utf-8"))["seconds"]
-    contents = {
-        ROOT / "README.md": ("demo", scores(evidence, seconds / 60)),
-        ROOT / "recipes/README.md": ("measured", stages(evidence)),
-    }
-    return {path: filled(path.read_text(encoding="utf-8"), *content) for path, content in contents.items()}
+    contents = [
+        (ROOT / "README.md", "demo", scores(evidence, seconds / 60)),
+        (ROOT / "recipes/README.md", "measured", stages(evidence)),
+        (ROOT / "eval/README.md", "demo-cost", f"{bench.demo_cost(evidence)}\n"),
+    ]
+    result: dict[Path, str] = {}
+    for path, mark, content in contents:
+        result[path] = filled(result.get(path) or path.read_text(encoding="utf-8"), mark, content)
+    return result
 
 
 def main() -> None:

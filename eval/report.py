@@ -29,7 +29,7 @@ class Section:
 
     title: str
     text: str = ""
-    picture: str | None = None  # its kind: bpb, loss, position
+    picture: str | None = None  # its kind: bpb, loss, position, memory
     table: Table | None = None
 
 
@@ -114,7 +114,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
             "The typical probability of a true token, and the share of 50-token passages that one draw in a thousand would give "
             "word by word: for pages the last stage was trained on, and for pages held out. Then the longest run of words in "
             "each sample that stands in the training text, beside what the author's held-out pages share with the rest.",
-            table=tables.recited(report),
+            "memory",
+            tables.recited(report),
         )
     )
     parts.append(
@@ -252,6 +253,7 @@ def write(report: dict[str, Any], folder: Path) -> Path:
         "bpb": pictures.draw_bits(report),
         "loss": pictures.draw_losses(report),
         "position": pictures.draw_positions(report),
+        "memory": pictures.draw_memory(report),
     }
     names = {kind: f"{report['run']}.{kind}.svg" for kind, figure in figures.items() if figure}
     drawn = {kind: pictures.svg(figure, names[kind]) for kind, figure in figures.items() if figure}

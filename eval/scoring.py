@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,15 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.memory import CONTEXT, SPAN
 from prep.files import BadInput
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 
 TASKS = Path(__file__).parent / "tasks"
 MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model's config allows
+FILL = 0.9  # of a batch, at least, is text
 BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
-
-SPAN = 50  # tokens whose joint probability tells memorised text, as in the work on extraction: see eval/README.md
-CONTEXT = 200  # tokens of true text before them
 
 
 class TokenScorer(HFLM):
@@ -58,7 +57,7 @@ class TokenScorer(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each request's text, in nats. Windows go through the model longest first, so that the
-        windows of one batch are nearly equal in length; padding is on the right, where a causal model does not look.
+        windows of one batch are nearly equal in length (see `batches`); padding is on the right, where a causal model does not look.
         """
         windows = []
         for index, request in enumerate(requests):
@@ -73,8 +72,8 @@ class TokenScorer(HFLM):
         with tqdm(
             total=total, unit="tok", desc=f"{self.label}: scoring", file=self.screen, disable=disable_tqdm
         ) as bar:
-            for start in range(0, len(windows), self.batch_size):
-                batch = windows[start : start + self.batch_size]
+            for first, end in batches([len(inputs) for _, inputs, _ in windows], self.batch_size):
+                batch = windows[first:end]
                 values = self.batch_logprobs([inputs for _, inputs, _ in batch], [target for _, _, target in batch])
                 for ((index, number), _, target), logprobs in zip(batch, values, strict=True):
                     scored[index][number] = logprobs
@@ -103,6 +102,16 @@ class TokenScorer(HFLM):
             seen = logits[row, len(tokens) - len(target) : len(tokens)].float()
             result.append(-torch.nn.functional.cross_entropy(seen, wanted, reduction="none").cpu().numpy())
         return result
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """First and end of the runs of windows that go through the model together, `lengths` falling: at most `size`, and none
+    shorter than FILL of the longest, so that less than 1 - FILL of a batch is padding."""
+    first = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or end - first == size or lengths[end] < FILL * lengths[first]:
+            yield first, end
+            first = end
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:

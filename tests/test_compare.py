@@ -104,6 +104,10 @@ def test_one_axis_holds_every_run(reports):
     assert drawn["small, training"] == [100, 200] and drawn["large, training"] == [1000]
     assert drawn["small, validation"] == [200] and drawn["large, validation"] == [1500]
     assert axis.get_xscale() == "linear"
+    colours = {
+        str(line.get_label()).partition(",")[0]: line.get_color() for line in axis.lines if "," in str(line.get_label())
+    }
+    assert len(set(colours.values())) == 2
     reports[1]["stages"]["2b"]["training"][0]["tokens"] = 1_000_000
     far = compare.draw_losses(reports)
     assert far and far.axes[0].get_xscale() == "log"
@@ -129,6 +133,7 @@ def test_rows_of_one_name_stand_under_each_other(reports):
         [["2a: small", "1", "2"], ["2a: large", "–", "5"], ["2b: small", "3", "4"]],
     )
     assert compare.merged(reports, lambda each: None) is None
+    assert compare.merged(reports, lambda each: (["x"], [])) is None  # a head alone is no table
 
 
 def test_other_texts_are_warned_of(reports):
@@ -136,6 +141,18 @@ def test_other_texts_are_warned_of(reports):
     reports[1]["tasks"]["novel_heldout"]["text_sha256"] = "b" * 64
     assert "novel_heldout" in compare.warning(reports)
     assert compare.warning(reports) in compare.html(reports)
+
+
+def test_what_no_run_has_is_left_out(reports):
+    titles = [part.title for part in compare.sections(reports, False)]
+    assert titles == ["Bits per byte", "Spoiled?", "Perplexity"]
+    assert compare.sections(reports, True)[0].title == "Loss over tokens"
+
+
+def test_a_run_without_a_stage_has_no_verdict_on_it(reports):
+    del reports[0]["stages"]["2b"]
+    page = compare.html(reports)
+    assert "<dt>2b: large</dt>" in page and "<dt>2a: small</dt>" in page and "2b: small" not in page
 
 
 def write(folder: Path, reports: list[dict[str, Any]]) -> None:
@@ -154,6 +171,13 @@ def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, cap
     assert "2.000 [1.900, 2.100]" in capsys.readouterr().out
     again = copy.deepcopy(reports)
     assert compare.html(again) == page
+
+    (tmp_path / "small.json").rename(tmp_path / "renamed.json")
+    arguments = ["renamed", "large", "--reports", str(tmp_path), "--out", str(tmp_path / "other.html")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    compare.main()
+    other = (tmp_path / "other.html").read_text(encoding="utf-8")
+    assert "<b>renamed</b>" in other and "<b>small</b>" not in other  # a run goes by its file
 
 
 @pytest.mark.parametrize(

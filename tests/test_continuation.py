@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from test_eval import RECIPES, save_adapter, tiny_llama
+from tiny_curriculum import save_curriculum, tiny_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import continuation, prose
@@ -30,21 +30,7 @@ SMALL = ["--passage-tokens", "24", "--candidates", "2", "--window", "160", "--de
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a base, 2a, two adapters, and a book."""
-    folder = tmp_path_factory.mktemp("trained")
-    for name in ("models", "data", "outputs", "recipes"):
-        (folder / name).mkdir()
-    for name, text in RECIPES.items():
-        (folder / "recipes" / f"{name}.yml").write_text(text)
-    base = save_llama_like(folder / "models" / "base")
-    size = len(AutoTokenizer.from_pretrained(base))
-    tiny_llama(size, seed=0).save_pretrained(base)
-    after = shutil.copytree(base, folder / "outputs" / "2a")
-    tiny_llama(size, seed=1).save_pretrained(after)
-    for seed, name in enumerate(("2b", "2c")):
-        save_adapter(after, folder / "outputs" / name, "outputs/2a", seed=seed)
-    (folder / "data" / "2c.txt").write_text(tales()[3], encoding="utf-8")
-    return folder
+    return save_curriculum(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
@@ -108,6 +94,8 @@ def test_chapters_end_at_paragraphs_and_lose_nothing():
     assert [len(part) for part in parts] == [3, 3, 3, 2]
     assert list(itertools.chain(*parts)) == text.split("\n\n")
     assert [len(part) for part in continuation.chapters(text, words=500)] == [11]  # 50 words are no chapter
+    ten = text.rpartition("\n\n")[0]
+    assert [len(part) for part in continuation.chapters(ten, words=120)] == [3, 3, 3, 1]  # a quarter of one is
 
 
 # --- the window -------------------------------------------------------------------------------------------------------
@@ -145,6 +133,32 @@ def test_the_opening_stays_at_the_head_once_the_window_slides(tokenizer, tale):
     assert len(ids) <= 400 and seen.strip().startswith(opening) and text.rstrip().endswith(seen[-200:])
     with pytest.raises(BadInput, match="lower --keep"):
         continuation.window(text, text[:3000], 400, tokenizer)
+    tight = len(tokenizer.encode(opening, add_special_tokens=False)) + 40  # room for a few words: too few to go on from
+    with pytest.raises(BadInput, match="lower --keep"):
+        continuation.window(text, opening, tight, tokenizer)
+
+
+def test_a_text_just_as_long_as_the_room_is_seen_whole(tokenizer, tale):
+    """Though its first paragraphs would otherwise be the ones that go."""
+    text = tale[:1500]
+    whole = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    opening = continuation.head(text, 3)
+    assert continuation.window(text, opening, len(whole), tokenizer) == whole
+    assert continuation.window(text, opening, len(whole) - 1, tokenizer) != whole
+
+
+def test_the_repetition_penalty_counts_the_passage_alone(tokenizer):
+    """A window that says one word for ever does not make that word rarer: the draws differ from penalised ones only
+    where the passage repeats itself, so its first token is drawn as without a penalty."""
+    model, settings = model_for(tokenizer), Settings(passage_tokens=1, candidates=64)
+    ids = continuation.window("porte " * 20, "", 80, tokenizer)
+    drawn = continuation.draw(model, tokenizer, ids, continuation.read(model, ids), 5, settings)
+    torch.manual_seed(5)
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([ids])).logits[0, -1] / 0.8
+    order = logits.argsort(descending=True)
+    kept = order[: int((logits.softmax(-1)[order].cumsum(0) < 0.9).sum()) + 1]  # top-p 0.9, unpenalised
+    assert {sequence[0] for _, sequence, _ in drawn} <= set(kept.tolist())
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -154,8 +168,11 @@ def test_likelihoods_are_the_models_own(tokenizer):
     """The log-probabilities of drawn tokens are those of a plain pass over window and passage together."""
     model, settings = model_for(tokenizer), Settings(passage_tokens=12, candidates=3)
     ids = continuation.window(tales()[0], "", 80, tokenizer)
-    drawn = continuation.draw(model, tokenizer, ids, 5, settings)
+    drawn = continuation.draw(model, tokenizer, ids, continuation.read(model, ids), 5, settings)
     assert len(drawn) == 3 and len({text for text, _, _ in drawn}) == 3
+    seen = continuation.read(model, ids)
+    again = [continuation.draw(model, tokenizer, ids, seen, 5, settings) for _ in range(2)]
+    assert again == [drawn, drawn]  # what was seen is not written over
     for text, sequence, logprobs in drawn:
         with torch.inference_mode():
             logits = model(input_ids=torch.tensor([ids + sequence])).logits[0].log_softmax(-1)
@@ -189,6 +206,10 @@ def test_rules_are_seen_broken(tokenizer):
     copy = judge(tokenizer, f" {book}", [book])
     assert copy.faults == ("copies",) and copy.copied == len(prose.words(book)) > 12
     assert judge(tokenizer, f" {book}", [book], longest_copy=30).faults == ()
+    assert (
+        judge(tokenizer, f" {book}", [book], longest_copy=len(prose.words(book))).faults == ()
+    )  # so many may be shared
+    assert judge(tokenizer, f" {book}", [], before=book, longest_copy=len(prose.words(book))).faults == ()
     assert judge(tokenizer, f" {book}", [], before=book).faults == ("repeats what is written",)
     assert judge(tokenizer, " Il alla vers la porte, il alla" * 5 + ".", []).faults == ("loops",)
     assert "no sentence ends" in judge(tokenizer, " sans fin, sans porte et sans", []).faults
@@ -233,11 +254,21 @@ def test_a_passage_that_always_breaks_a_rule_is_drawn_three_times_and_the_record
     assert "repeats what is written" in second.chosen.faults
 
 
+def test_other_candidates_are_drawn_when_all_break_a_rule(tokenizer):
+    """Six tokens of noise seldom end a sentence."""
+    settings = Settings(passage_tokens=6, candidates=2, window=256)
+    written = itertools.islice(continuation.passages(model_for(tokenizer), tokenizer, "La", settings), 12)
+    passage = next(one for one in written if one.attempts > 1)
+    likelihoods = [candidate["log_probability"] for candidate in passage.candidates]
+    assert len(set(likelihoods)) == len(likelihoods) == 2 * passage.attempts  # none of them twice
+
+
 def test_the_end_of_the_text_is_never_drawn(tokenizer):
     """Not even by a model that wants nothing else."""
     model = looping_model(tokenizer, tokenizer.eos_token_id)
     ids = continuation.window("Il vint.", "", 80, tokenizer)
-    for _, sequence, _ in continuation.draw(model, tokenizer, ids, 5, Settings(passage_tokens=12)):
+    seen = continuation.read(model, ids)
+    for _, sequence, _ in continuation.draw(model, tokenizer, ids, seen, 5, Settings(passage_tokens=12)):
         assert len(sequence) == 12 and tokenizer.eos_token_id not in sequence
 
 
@@ -274,10 +305,20 @@ def test_more_words_prolong_the_same_text(place):
     assert write(words=90)["passages"] == long["passages"]
 
 
+def test_other_weights_begin_another_text(place):
+    first = write(words=30)
+    shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
+    sys.argv = ["continuation.py", "--words", "30", *SMALL]
+    continuation.main()
+    records = [json.loads(path.read_text()) for path in Path("outputs/continuation").glob("*.json")]
+    assert len(records) == 2 and len({record["inputs"] for record in records}) == 2
+    assert first in records
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_run_again_it_is_the_same_text(place, how):
-    command = [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "400", *SMALL]
+    command = [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "150", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     out = Path("outputs/continuation")
@@ -292,11 +333,11 @@ def test_killed_and_run_again_it_is_the_same_text(place, how):
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), errors
     (path,) = out.glob("2c*.json")
     broken = json.loads(path.read_text())
-    assert 0 < broken["words"] < 400
-    done = write(words=400)
+    assert 0 < broken["words"] < 150
+    done = write(words=150)
     assert done["passages"][: len(broken["passages"])] == broken["passages"]
     shutil.rmtree(out)
-    undisturbed = write(words=400)
+    undisturbed = write(words=150)
     assert (undisturbed["sha256"], undisturbed["passages"]) == (done["sha256"], done["passages"])
 
 

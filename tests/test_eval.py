@@ -16,9 +16,10 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_curriculum import save_adapter, save_curriculum, tiny_llama, write_rows
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import (
     curves,
@@ -38,69 +39,10 @@ from eval import (
 from prep.files import BadInput, sha256
 from train.chain import load_chain
 
-RECIPES = {
-    "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
-    "2b": "base_model: outputs/2a\nadapter: qlora\noutput_dir: outputs/2b\ndatasets: [{path: data/2b.jsonl}]\n",
-    "2c": "base_model: outputs/2a\nadapter: qlora\nlora_model_dir: outputs/2b\noutput_dir: outputs/2c\n"
-    "datasets: [{path: data/2c.jsonl}]\n",
-}
-
-
-def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=8192,
-        initializer_range=0.3,  # far from uniform, so that a wrong token or context shows
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
-
-
-def save_adapter(
-    base: Path, folder: Path, trained_on: str, seed: int | None, targets: tuple[str, ...] = ("q_proj", "down_proj")
-) -> None:
-    """An adapter of random tensors; of zero effect when `seed` is None, as a new one is."""
-    torch.manual_seed(seed or 0)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=seed is None)
-    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
-    adapted.peft_config["default"].base_model_name_or_path = trained_on
-    adapted.save_pretrained(str(folder))
-
-
-def write_rows(path: Path, texts: list[str]) -> None:
-    rows = [{"text": text, "source": f"work {i}", "part": "heldout 1/1"} for i, text in enumerate(texts)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
 
 @pytest.fixture(scope="session")
 def curriculum(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory as training leaves it, tiny: base, 2a of other weights, two adapters, texts, recipes."""
-    folder = tmp_path_factory.mktemp("curriculum")
-    for name in ("models", "data", "outputs", "recipes"):
-        (folder / name).mkdir()
-    for name, text in RECIPES.items():
-        (folder / "recipes" / f"{name}.yml").write_text(text)
-    base = save_llama_like(folder / "models" / "base")
-    size = len(AutoTokenizer.from_pretrained(base))
-    tiny_llama(size, seed=0).save_pretrained(base)
-    after = shutil.copytree(base, folder / "outputs" / "2a")
-    tiny_llama(size, seed=1).save_pretrained(after)
-    save_adapter(after, folder / "outputs" / "2b", "outputs/2a", seed=2)
-    save_adapter(after, folder / "outputs" / "2c", "outputs/2a", seed=3)
-    texts = tales()
-    write_rows(folder / "data" / "2b.heldout.jsonl", [texts[0][:3_000], texts[1][:15_000]])  # the second: > 2048 tokens
-    write_rows(folder / "data" / "2c.heldout.jsonl", [texts[2][:2_000]])
-    write_rows(folder / "data" / "2c.jsonl", [texts[3], texts[3][600:], texts[4]])
-    (folder / "data" / "2c.txt").write_text(texts[3], encoding="utf-8")
-    return folder
+    return save_curriculum(tmp_path_factory.mktemp("curriculum"))
 
 
 @pytest.fixture
@@ -177,6 +119,17 @@ def test_scores_are_those_of_lm_eval_alone(place):
     for name in names:
         for metric in ("bits_per_byte", "byte_perplexity", "word_perplexity"):
             assert result[name][metric] == pytest.approx(expected[name][f"{metric},none"], rel=1e-5)
+
+
+def test_a_batch_is_text_for_nine_tenths():
+    lengths = sorted(np.random.default_rng(0).integers(1, 2049, size=200).tolist(), reverse=True)
+    for size in (1, 4, 16):
+        cuts = list(scoring.batches(lengths, size))
+        assert [first for first, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == len(lengths)
+        assert all(0 < end - first <= size for first, end in cuts)
+        assert all(min(lengths[first:end]) >= 0.9 * lengths[first] for first, end in cuts)
+    assert list(scoring.batches([2048] * 6 + [1800, 1000], 4)) == [(0, 4), (4, 6), (6, 7), (7, 8)]
+    assert list(scoring.batches([], 4)) == []
 
 
 def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
@@ -273,6 +226,7 @@ def test_every_piece_is_scored_once_at_each_range():
 def test_pieces_are_spread_over_the_texts():
     assert position.choose([8, 3, 12], 100) == [[1], [], [1, 2]]
     assert position.choose([8, 3, 12], 8) == [[1], [], [1]]
+    assert position.choose([12, 12], 8) == [[1], [1]]
     assert position.choose([3], 8) == [[]]
 
 
@@ -345,6 +299,26 @@ def test_whole_works_are_drawn_where_there_are_enough():
     assert intervals.interval(documents([50.0] * 20, [f"work {i % 9}" for i in range(20)]))["unit"] == "block"
 
 
+def test_a_work_is_all_its_passages():
+    """Twenty passages, two a work: the units are the works' sums, in an order that is the works' own."""
+    parts = documents([float(i) for i in range(20)], [f"work {9 - i % 10}" for i in range(20)])
+    unit, table = intervals.units(parts)
+    assert unit == "work" and table[:, 1].tolist() == [200.0] * 10
+    assert table[:, 0].tolist() == [float(2 * i + 10) for i in range(9, -1, -1)]
+    assert intervals.interval(parts) == intervals.interval(parts[10:] + parts[:10])
+    assert intervals.interval(parts)["bits_per_byte"] == intervals.interval(parts)["bits_per_byte"]  # the same draws
+
+
+def test_a_long_block_weighs_more_than_a_short_one():
+    long, short = documents([300.0, 10.0])
+    long["bytes"] = long["blocks"][0]["bytes"] = 900
+    expected = 310 / 1000 / math.log(2)
+    change = intervals.difference(
+        [long, short], [{**d, "blocks": [{**d["blocks"][0], "nll": 0}]} for d in (long, short)]
+    )
+    assert change is not None and change["bits_per_byte"] == pytest.approx(-expected)
+
+
 def test_texts_that_differ_are_not_compared():
     assert intervals.difference(documents([1, 2]), documents([1, 2, 3])) is None
     longer = documents([1, 2])
@@ -354,6 +328,8 @@ def test_texts_that_differ_are_not_compared():
 
 def test_one_unit_has_no_interval():
     assert intervals.interval(documents([5.0]))["bits_per_byte"] is None
+    alone = intervals.difference(documents([5.0]), documents([4.0]))
+    assert alone is not None and alone["interval"] is None and alone["bits_per_byte"] < 0
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -421,6 +397,10 @@ def test_repetition_and_distinct_ngrams_by_hand():
         ("Il entra, puis il sortit, et la nuit tomba sur le village. " + "la nuit tomba " * 3, True),
         ("un deux trois quatre un deux trois cinq un deux trois six", False),
         ("mot " * 7, False),
+        (" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) * 3, False),  # joined at the seams
+        ((" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) + " ") * 3, True),  # sixty words
+        ((" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(61)) + " ") * 3, False),
+        ("a b c a b d a b e a b f a b g a b h a b i", False),  # what recurs is broken up each time
     ],
 )
 def test_loops(text, looping):
@@ -435,7 +415,20 @@ def test_a_copied_passage_is_found_in_its_whole_length():
     assert found["words"] == 12
     assert sample[found["start"] : found["end"]] == "UN HOMME entra dans la salle basse... et s'assit près du"
     assert book.longest("près du feu sans un mot il")["words"] == 4
+    assert book.longest("dans la salle")["words"] == 3 and book.longest("dans la cave")["words"] == 0
+    assert prose.Passages(["un deux", "trois quatre"]).longest("deux  trois quatre")["words"] == 0
     assert book.longest("rien de commun ici") == {"words": 0, "start": 0, "end": 0}
+
+
+def test_a_text_that_grows_is_the_whole_text():
+    whole = "Un homme entra dans la salle basse. Il but. Un homme entra sans un mot."
+    grown = prose.Passages([])
+    for part in ("Un homme entra dans", " la", " salle basse. Il but.", "", " Un homme entra sans un mot."):
+        grown.append(part)
+    once = prose.Passages([whole])
+    assert grown.starts == once.starts and grown.tokens == once.tokens[:-1]
+    assert grown.longest("entra sans un mot de plus")["words"] == 4  # there it ends, with nothing behind
+    assert once.longest("sans un mot sans un mot un")["words"] == 3
 
 
 def test_french_words_and_others():
@@ -447,6 +440,7 @@ def test_french_words_and_others():
 
 def test_page_noise_is_told_from_what_looks_like_it():
     assert prose.artefacts("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite") == 3
+    assert prose.artefacts("M. KLAMM,\n\nOUI.\n\nCHAPITRE IX\n\nOUI, OU.") == 2  # six capitals, at least
     assert prose.artefacts("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.") == 0
 
 
@@ -473,14 +467,31 @@ def test_memorisation_by_hand():
     assert result["train"]["best_span_probability"] == pytest.approx(0.5)
     assert result["heldout"]["token_probability"] == pytest.approx(math.exp(-2))
     assert memory.memorisation({"novel_train": train}) is None
+    assert memory.memorisation({"novel_train": train, "novel_heldout": {"documents": [{"spans": []}]}}) is None
+    below = {"documents": [{"spans": [math.log(9e-4)]}]}
+    nearly = memory.memorisation({"novel_train": below, "novel_heldout": heldout})
+    assert nearly is not None and nearly["train"]["extractable"] == 0
 
 
-@pytest.mark.slow
-def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
-    """Trained on one page until it recites it: that page is extractable, the held-out one is not."""
-    tokenizer = AutoTokenizer.from_pretrained("models/base")
-    page = tales()[3][:2_000]
-    write_rows(place / "data/2c.jsonl", [page])
+def test_degeneration_is_the_mean_over_samples():
+    """Two samples by hand; what a sample is too short for does not count."""
+    result = prose.degeneration(
+        [
+            {"text": "le chat le chat le chat", "ended": True},
+            {"text": "un", "ended": False},
+            {"text": "xqzt " * 8, "ended": False},
+        ]
+    )
+    assert result["rep_2"] == pytest.approx((3 / 5 + 6 / 7) / 2) and result["rep_4"] == pytest.approx(
+        (1 / 3 + 4 / 5) / 2
+    )
+    assert result["looping"] == pytest.approx(1 / 3) and result["ended_early"] == pytest.approx(1 / 3)
+    assert result["distinct_1"] == pytest.approx(4 / 15) and result["not_french"] == pytest.approx(1 / 2)
+    assert prose.degeneration([])["rep_4"] is None
+
+
+def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
+    """A small model trained on one page, a hundred times over."""
     model = tiny_llama(len(tokenizer), seed=0, hidden=64)
     for parameter in model.parameters():
         parameter.data *= 0.1  # from random noise of this size nothing learns
@@ -491,7 +502,17 @@ def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    result = memory.memorisation(scores_of(model.eval(), tokenizer, ["novel_train", "novel_heldout"]))
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
+    """That page is extractable, the held-out one is not, and a sample copies."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    page = tales()[3][:2_000]
+    write_rows(place / "data/2c.jsonl", [page])
+    model = know_by_heart(tokenizer, page)
+    result = memory.memorisation(scores_of(model, tokenizer, ["novel_train", "novel_heldout"]))
     assert result is not None
     assert result["train"]["extractable"] > 0.9 and result["heldout"]["extractable"] == 0
     [sample] = samples.continuations(model, tokenizer, page[:200], 1, 0, samples.decoding(60))
@@ -617,7 +638,7 @@ def judged(**changes: Any) -> str:
         {
             "stages": {"2c": stage},
             "differences": {"2c": {"against": "2b", "scores": changes.get("scores", scores)}},
-            "reference": {"copied": [4, 8], "degeneration": sound},
+            "reference": {"copied": changes.get("usual", [4, 8]), "degeneration": sound},
         }
     )["2c"]
 
@@ -633,10 +654,14 @@ def judged(**changes: Any) -> str:
         ),
         ({"train": {"extractable": 0.06}}, "memorised (6% of trained passages"),
         ({"train": {"extractable": 0.04}}, "did not memorise"),
-        ({"copied": 19}, "did not memorise"),
-        ({"copied": 20}, "memorised (a sample copies 20 words)"),
+        ({"copied": 14, "usual": [3]}, "did not memorise"),
+        ({"copied": 15, "usual": [3]}, "memorised (a sample copies 15 words)"),
+        ({"copied": 15}, "did not memorise"),
+        ({"copied": 16}, "memorised (a sample copies 16 words)"),
         ({"degeneration": {"looping": 0.5}}, "degenerated (50% of samples loop)"),
-        ({"degeneration": {"rep_4": 0.2}}, "degenerated (20% of 4-grams"),
+        ({"degeneration": {"looping": 0.1}}, "did not degenerate"),
+        ({"degeneration": {"rep_4": 0.065}}, "did not degenerate"),
+        ({"degeneration": {"rep_4": 0.08}}, "degenerated (8% of 4-grams"),
         ({"degeneration": {"not_french": 0.14}}, "did not degenerate"),
         ({"degeneration": {"not_french": 0.16}}, "degenerated (16% of words are not French)"),
         ({"degeneration": {"artefacts": 0.6}}, "degenerated (0.6 lines of page noise"),
@@ -654,7 +679,8 @@ def test_the_html_page_stands_alone_and_marks_copies(evaluated, tmp_path):
     report.write(evaluated, tmp_path)
     text = (tmp_path / "tiny.html").read_text(encoding="utf-8")
     assert "Il dit &lt;b&gt; &amp; « <mark>un homme entra</mark>" in text
-    assert text.count("<figure") == 2 and text.count("<svg") == 2  # no training log, so no loss
+    kinds = re.findall(r'<figure id="(\w+)"><svg', text)
+    assert kinds == ["bpb", "position", "memory"] and text.count("<svg") == 3  # no training log, so no loss
     assert not re.search(r"""(?:src|href)=["'](?!#)""", text) and "@import" not in text and "url(http" not in text
     for line in verdict.lines(evaluated).values():
         assert html.escape(line).replace("&#x27;", "&#39;") in text
@@ -693,6 +719,73 @@ def test_losses_are_drawn(tmp_path):
     [axis] = picture.axes
     drawn = {line.get_label(): [tuple(point) for point in np.asarray(line.get_xydata())] for line in axis.lines}
     assert axis.get_title() == "2a" and drawn == {"training": [(1, 3.0)], "validation": [(2, 2.5)]}
+
+
+def test_the_memorisation_picture_holds_every_span_and_copy():
+    spans = {"novel_train": [-10.0, -0.1], "novel_heldout": [-50.0]}
+    scores = {task: {"documents": [{"spans": values}]} for task, values in spans.items()}
+    samples = [{"copied": {"words": words}} for words in (3, 21)]
+    stages = {
+        "2c": {"form": None, "scores": scores, "samples": samples},
+        "2c merged": {"form": "merged", "scores": scores, "samples": []},
+    }
+    picture = pictures.draw_memory({"stages": stages, "reference": {"copied": [4]}})
+    assert picture is not None
+    left, right = picture.axes
+    points = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in left.lines}
+    assert points["trained"] == pytest.approx([-10 / math.log(10), -0.1 / math.log(10)])
+    assert points["held out"] == pytest.approx([-50 / math.log(10)])
+    assert [-3, -3] in [pytest.approx(values) for values in points.values()]  # one in a thousand
+    assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[3, 21], [4]]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["2c", "author"]
+    empty = {"2c": {"form": None, "scores": {}, "samples": []}}
+    assert pictures.draw_memory({"stages": empty, "reference": None}) is None
+
+
+# --- whole runs that went wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_overfitted_model_is_called_memorised(place):
+    """2c by every weight, a hundred times over one page, through the command line: it would recite the page, and 2b not."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    page = tales()[3][:2_000]
+    write_rows(place / "data/2c.jsonl", [page])
+    Path("data/2c.txt").write_text(page, encoding="utf-8")
+    Path("recipes/2c.yml").write_text(
+        "base_model: outputs/2a\noutput_dir: outputs/2c\ndatasets: [{path: data/2c.jsonl}]\n"
+    )
+    Path("prompts.yml").write_text(json.dumps([{"name": "page", "text": page[:300]}], ensure_ascii=False))
+    shutil.rmtree("outputs/2c")
+    shutil.copytree("outputs/2a", "outputs/2c")
+    know_by_heart(tokenizer, page).save_pretrained("outputs/2c")
+
+    arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1")
+    lines = verdict.lines(evaluate("--tasks", "novel_heldout", "novel_train", *arguments))
+    assert re.search(
+        r"; memorised \((9\d|100)% of trained passages extractable, a sample copies \d\d words\)", lines["2c"]
+    )
+    for name in ("base", "2a", "2b"):
+        assert "did not memorise" in lines[name]
+
+
+@pytest.mark.slow
+def test_a_model_that_loops_is_called_looping(place):
+    """2a's samples say one word for ever, and the report says so of it and not of the base."""
+    tokenizer = AutoTokenizer.from_pretrained("outputs/2a")
+    always = tiny_llama(len(tokenizer), seed=1).eval()
+    with torch.no_grad():
+        always.model.embed_tokens.weight[:] = always.model.embed_tokens.weight[5].clone()
+        hidden = always.model(input_ids=torch.tensor([[5]])).last_hidden_state[0, 0]
+        always.lm_head.weight.zero_()
+        token = tokenizer.encode("la porte", add_special_tokens=False)[-1]
+        always.lm_head.weight[token] = 200 * hidden / hidden.dot(hidden)
+    always.save_pretrained("outputs/2a")
+    result = evaluate("--stages", "base", "2a", "--tasks", "novel_heldout", "--limit", "1", "--max-new-tokens", "40")
+    lines = verdict.lines(result)
+    assert "degenerated (100% of samples loop, " in lines["2a"] and "of 4-grams are repeated" in lines["2a"]
+    assert "loop" not in lines["base"]
+    assert "100% of samples loop" in Path("eval/reports/tiny.html").read_text(encoding="utf-8")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

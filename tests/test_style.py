@@ -29,6 +29,13 @@ def test_only_frequent_words_count(monkeypatch):
     assert style.delta({"x": "le le le le le le un un village"}, reference)["x"]["b"] == pytest.approx(alone)
 
 
+def test_a_hundred_words_count():
+    """Ninety-nine words as frequent in both books, and one that tells them apart: seen only if all hundred are."""
+    common = " ".join(chr(97 + i // 26) + chr(97 + i % 26) for i in range(99))
+    reference = {"a": f"{common} {common} zz", "b": f"{common} {common} zy"}
+    assert style.delta({"x": reference["a"]}, reference)["x"]["b"] > 0
+
+
 def test_a_text_is_nearest_to_its_own_kind():
     old, new = "il vint et il dit que le soir tombait. " * 150, "tu sais, moi je crois qu'on part ! " * 150
     books = {"book": "\n\n".join([new] * 2), "other": old}
@@ -40,6 +47,11 @@ def test_a_text_is_nearest_to_its_own_kind():
     assert result["base"]["delta"]["base"] == pytest.approx(0)
     assert result["the novel, held out"]["delta"]["novel"] < 0.2
     assert result["the novel, held out"]["words"] <= max(result["2a"]["words"], result["base"]["words"])
+    longer = style.style({"base": [old], "2a": [new]}, books["book"], new * 3, {"tale": old, "second": new}, "base")
+    assert longer["the novel, held out"]["words"] == longer["base"]["words"]  # cut to the size of the largest samples
+    assert longer["base"]["delta"]["gallica"] == pytest.approx(
+        longer["2a"]["delta"]["novel"] / 2 + longer["base"]["delta"]["novel"] / 2, rel=0.1
+    )
     table = tables.manner({"style": result})
     assert table and [row[0] for row in table[1]][:2] == ["base", "2a"] and tables.manner({}) is None
 
@@ -52,6 +64,7 @@ def test_too_few_words_have_no_delta():
 
 def test_dialogue_is_a_share_of_words():
     assert style.dialogue("Il vint et dit\n\n— Oui non oui\n\n« Non »") == pytest.approx(7 / 11)
+    assert style.dialogue("Il vint.\n\n  — Oui.") == pytest.approx(2 / 4)  # the dash is a word of its own here
     assert style.dialogue("Il dit — oui — et vint.") == 0 and style.dialogue("") == 0
 
 
@@ -66,13 +79,24 @@ def test_sentences_are_whole_and_an_initial_ends_none():
     ]  # « Puis rien » ends with its paragraph, « Et puis il » nowhere
 
 
+def test_a_sentence_ends_with_its_guillemet_and_not_with_a_title():
+    assert style.sentence_lengths("Il dit : « Non. » MM. Durand et Klamm vinrent… Oui. Et") == [3, 5, 1]
+    assert style.sentence_lengths("Il vint.\n\n...\n\nNon. Et") == [2, 1]  # dots alone are no sentence
+    lengths = (
+        "Un. " * 1 + "Un deux. " * 1 + "Un deux trois. " * 1 + "Un deux trois quatre. " + "Un deux trois quatre cinq. "
+    )
+    result = style.style({"base": [lengths]}, "Un mot.", None, {}, "base")
+    assert result["base"]["sentence_words"] == pytest.approx([1.4, 3, 4.6])
+
+
 def test_names_are_what_is_capitalised_inside_sentences():
     book = (
         "Alors Barnabé vint. " * 3
         + "Puis Olga rit. " * 2
         + "Un Monsieur dit à M. Klamm, K. et Klamm, que Klamm dort. " * 2
     )
+    book += "Il vit Monsieur, vit Madame. " * 4 + "Il vint, Hans aussi. " * 3 + "Il dit l'Auberge. " * 3
     book += "Dans Le Monde. " * 3 + "le monde " * 9
-    assert style.names(book) == {"Barnabé", "Klamm"}
+    assert style.names(book) == {"Barnabé", "Klamm", "Hans", "Auberge"}
     assert style.name_frequency("Klamm dit oui à Barnabé.", frozenset({"Klamm", "Barnabé"})) == pytest.approx(400)
     assert style.name_frequency("", frozenset()) is None

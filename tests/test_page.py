@@ -1,0 +1,158 @@
+"""The report and the comparison in a real Chromium: what is drawn, on a desk and on a phone, in light and in dark."""
+
+import copy
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chromium import chromium, requests
+from PIL import Image
+
+from eval import compare, report
+
+ROOT = Path(__file__).parent.parent
+SCREENSHOTS = ROOT / "tests/screenshots"
+WIDTHS = {"desk": 1280, "phone": 360}  # CSS pixels
+pytestmark = pytest.mark.slow
+
+# Everything that is shown with its box, but what scrolls inside a table's or a picture's own frame.
+BEYOND = """return [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide *, figure *'))
+    .filter(e => { const box = e.getBoundingClientRect(); return box.right > innerWidth + 1 || box.left < 0 })
+    .map(e => e.outerHTML.slice(0, 80))"""
+BOXES = """return [...document.querySelectorAll('figure svg')].map(e => { const b = e.getBoundingClientRect();
+    return [b.left + scrollX, b.top + scrollY, b.width, b.height] })"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages as the real code makes them from the committed report; the second run is twice as long."""
+    folder = tmp_path_factory.mktemp("pages")
+    first = report.load(ROOT / "eval/reports/demo.json")
+    second = copy.deepcopy(first)
+    second["run"] = "twice as long"
+    for stage in second["stages"].values():
+        for point in stage["training"] or []:
+            point["tokens"] = point["tokens"] and 2 * point["tokens"]
+    page = report.write(first, folder).with_suffix(".html")
+    both = folder / "compare.html"
+    both.write_text(compare.html([first, second]), encoding="utf-8")
+    return {"report": page, "compare": both}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as one:
+        yield one
+
+
+def show(browser: Any, page: Path, width: int, scheme: str, height: int = 1000) -> np.ndarray:
+    """The whole page as drawn: its pixels, (height, width, 3). Nothing is asked of anybody, and nothing complained of."""
+
+    def size(pixels: int) -> None:
+        metrics = {"width": width, "height": pixels, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    requests(browser)
+    size(height)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+    size(browser.execute_script("return document.documentElement.scrollHeight"))
+    picture = np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB"))
+    assert requests(browser) == [page.as_uri()]
+    assert browser.get_log("browser") == []
+    return picture
+
+
+def luminance(colour: Any) -> float:
+    """Relative luminance of an sRGB colour of 0 to 255, as WCAG 2 defines it."""
+    part = np.asarray(colour, dtype=float)[..., :3] / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    return float((linear * [0.2126, 0.7152, 0.0722]).sum(-1).mean())
+
+
+def contrast(one: Any, other: Any) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def style(browser: Any, selector: str, key: str) -> list[int]:
+    """A computed colour, as [red, green, blue]."""
+    text = browser.execute_script(
+        "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]", selector, key
+    )
+    return [int(part) for part in text.removeprefix("rgb(").removesuffix(")").split(",")]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", WIDTHS)
+@pytest.mark.parametrize("name", ["report", "compare"])
+def test_what_is_drawn(browser: Any, pages: dict[str, Path], name: str, device: str, scheme: str) -> None:
+    seen = show(browser, pages[name], WIDTHS[device], scheme)
+    SCREENSHOTS.mkdir(exist_ok=True)
+    Image.fromarray(seen).save(SCREENSHOTS / f"{name}-{device}-{scheme}.png")
+
+    assert browser.execute_script("return document.documentElement.scrollWidth") == WIDTHS[device]
+    assert browser.execute_script(BEYOND) == []
+
+    # The paper is what most of the page is, and the words stand out from it.
+    paper = np.median(seen[:, :8].reshape(-1, 3), axis=0)
+    assert luminance(paper) < 0.03 if scheme == "dark" else luminance(paper) > 0.8
+    assert contrast(style(browser, "body", "color"), paper) > 10
+    assert contrast(style(browser, ".faint", "color"), paper) > 4.5  # WCAG's AA
+    assert luminance(seen) < 0.1 if scheme == "dark" else luminance(seen) > 0.7  # pictures too
+
+    boxes = browser.execute_script(BOXES)
+    assert len(boxes) == {"report": 3, "compare": 1}[name]
+    for left, top, width, height in boxes:
+        assert width > 500 and height > 150
+        drawn: np.ndarray = (
+            seen[round(top) : round(top + height), round(left) : round(left + width)].reshape(-1, 3).astype(int)
+        )
+        background = np.median(drawn, axis=0)
+        marks = drawn[np.abs(drawn - background).max(axis=1) > 60]
+        assert len(marks) > 0.005 * len(drawn)  # axes, words, curves
+        assert len(np.unique(marks // 32, axis=0)) > 15  # in colours
+        assert contrast(marks[np.abs(marks - background).sum(axis=1).argmax()], background) > 7
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_copied_words_are_marked(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    """Every copied run of the JSON, and it alone, stands on a ground of its own that can be read."""
+    seen = show(browser, pages["report"], WIDTHS["phone"], scheme)
+    evidence = report.load(ROOT / "eval/reports/demo.json")
+    copied = sorted(
+        sample["text"][sample["copied"]["start"] : sample["copied"]["end"]]
+        for stage in evidence["stages"].values()
+        for sample in stage["samples"]
+        if sample["copied"]["words"]
+    )
+    marks = browser.execute_script(
+        "return [...document.querySelectorAll('.sample mark')].map(e => { const b = e.getClientRects()[0];"
+        "return [e.textContent, b.left + scrollX, b.top + scrollY, b.width, b.height] })"
+    )
+    assert copied and sorted(text for text, *_ in marks) == copied
+    card = style(browser, ".sample", "backgroundColor")
+    for _, left, top, width, height in marks:
+        ground = np.median(
+            seen[round(top) + 2 : round(top + height) - 2, round(left) : round(left + width)].reshape(-1, 3), axis=0
+        )
+        assert np.abs(ground - card).max() > 30
+        assert contrast(style(browser, "mark", "color"), ground) > 4.5
+
+
+def test_the_stages_stand_side_by_side(browser: Any, pages: dict[str, Path]) -> None:
+    """On a desk, what the four stages wrote first after a prompt is one row; on a phone they are one column."""
+    places = (
+        "return [...document.querySelector('.samples').children].map(e => [e.querySelector('.label').textContent.split(',')[0],"
+        "Math.round(e.getBoundingClientRect().top), Math.round(e.getBoundingClientRect().left)])"
+    )
+    show(browser, pages["report"], WIDTHS["desk"], "light")
+    row = browser.execute_script(places)[:4]
+    assert [name for name, _, _ in row] == ["base", "2a", "2b", "2c"]
+    assert len({top for _, top, _ in row}) == 1 and len({left for *_, left in row}) == 4
+    show(browser, pages["report"], WIDTHS["phone"], "light")
+    assert len({left for *_, left in browser.execute_script(places)}) == 1

@@ -1,0 +1,72 @@
+"""A working directory as the curriculum leaves it, with tiny models of random weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from small_tokenizers import save_llama_like, tales
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+RECIPES = {
+    "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
+    "2b": "base_model: outputs/2a\nadapter: qlora\noutput_dir: outputs/2b\ndatasets: [{path: data/2b.jsonl}]\n",
+    "2c": "base_model: outputs/2a\nadapter: qlora\nlora_model_dir: outputs/2b\noutput_dir: outputs/2c\n"
+    "datasets: [{path: data/2c.jsonl}]\n",
+}
+
+
+def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        initializer_range=0.3,  # far from uniform, so that a wrong token or context shows
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_adapter(
+    base: Path, folder: Path, trained_on: str, seed: int | None, targets: tuple[str, ...] = ("q_proj", "down_proj")
+) -> None:
+    """An adapter of random tensors; of zero effect when `seed` is None, as a new one is."""
+    torch.manual_seed(seed or 0)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=seed is None)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
+    adapted.peft_config["default"].base_model_name_or_path = trained_on
+    adapted.save_pretrained(str(folder))
+
+
+def write_rows(path: Path, texts: list[str]) -> None:
+    rows = [{"text": text, "source": f"work {i}", "part": "heldout 1/1"} for i, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def save_curriculum(folder: Path) -> Path:
+    """Base, 2a of other weights, two adapters on it, held-out and training texts, the book, recipes."""
+    for name in ("models", "data", "outputs", "recipes"):
+        (folder / name).mkdir()
+    for name, text in RECIPES.items():
+        (folder / "recipes" / f"{name}.yml").write_text(text)
+    base = save_llama_like(folder / "models" / "base")
+    size = len(AutoTokenizer.from_pretrained(base))
+    tiny_llama(size, seed=0).save_pretrained(base)
+    after = shutil.copytree(base, folder / "outputs" / "2a")
+    tiny_llama(size, seed=1).save_pretrained(after)
+    save_adapter(after, folder / "outputs" / "2b", "outputs/2a", seed=2)
+    save_adapter(after, folder / "outputs" / "2c", "outputs/2a", seed=3)
+    texts = tales()
+    write_rows(folder / "data" / "2b.heldout.jsonl", [texts[0][:3_000], texts[1][:15_000]])  # the second: > 2048 tokens
+    write_rows(folder / "data" / "2c.heldout.jsonl", [texts[2][:2_000]])
+    write_rows(folder / "data" / "2c.jsonl", [texts[3], texts[3][600:], texts[4]])
+    (folder / "data" / "2c.txt").write_text(texts[3], encoding="utf-8")
+    return folder
