@@ -738,7 +738,7 @@ def test_the_memorisation_picture_holds_every_span_and_copy():
     assert [-3, -3] in [pytest.approx(values) for values in points.values()]  # one in a thousand
     assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[3, 21], [4]]
     assert [tick.get_text() for tick in right.get_xticklabels()] == ["2c", "author"]
-    empty = {"2c": {"form": None, "scores": {}, "samples": []}}
+    empty: Any = {"2c": {"form": None, "scores": {}, "samples": []}}
     assert pictures.draw_memory({"stages": empty, "reference": None}) is None
 
 
