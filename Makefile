@@ -122,7 +122,7 @@ notebook: $(READY) ## Watch trainings, write with the stages, read reports: a pa
 .PHONY: plan bench-gpu
 plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--base models/base recipes/2a.yml")
 	$(BIN)/python bench/plan.py $(ARGS)
-bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/gpu.json, .md (bench/README.md)
+bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/reports/gpu.json, .md (bench/README.md)
 	$(BIN)/python bench/gpu.py $(if $(strip $(MINUTES)),--minutes $(strip $(MINUTES))) $(ARGS)
 
 # --- small and local ---

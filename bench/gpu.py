@@ -6,7 +6,7 @@ written at once, and the same command goes on where it was stopped. A training t
 otherwise, is a result. Recipes run twice: with 11 GiB of the card free, as on a 12 GB card (another process holds the
 rest), and with all of it.
 
-  python bench/gpu.py                          everything: bench/gpu.json and bench/gpu.md
+  python bench/gpu.py                          everything: bench/reports/gpu.json and gpu.md
   python bench/gpu.py --minutes 9              stop in time; the same command goes on
   python bench/gpu.py --list                   what would run, and in which order
   python bench/gpu.py --only '2a, *, whole*'   some of it
@@ -137,12 +137,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with a tiny model: a test of the bench itself")
     parser.add_argument("--work", type=Path, help="folder for weights, rows and logs (default: bench/run/gpu)")
-    parser.add_argument("--out", type=Path, help="report (default: bench/gpu.json; with --tiny in the work folder)")
+    parser.add_argument("--out", type=Path, help="report (default: bench/reports/gpu.json; with --tiny in the work folder)")
     args = parser.parse_args()
     if args.warmup < 1 or args.seconds <= 0 or args.repetitions < 1:
         raise BadInput("--warmup and --repetitions are 1 at least, --seconds more than 0")
     args.work = (args.work or ROOT / "bench/run" / ("gpu-tiny" if args.tiny else "gpu")).absolute()
-    args.out = args.out or (args.work / "report" / "gpu.json" if args.tiny else ROOT / "bench/gpu.json")
+    args.out = args.out or (args.work / "report" / "gpu.json" if args.tiny else ROOT / "bench/reports/gpu.json")
     return args
 
 

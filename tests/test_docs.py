@@ -23,7 +23,7 @@ DOCUMENTS = [
     ),
 ]
 PRODUCED = (
-    "bench/gpu.",
+    "bench/reports/",
     "bench/run",
     "models/",
     "data/",
