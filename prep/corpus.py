@@ -269,9 +269,9 @@ def stages(
     meet = MinhashDedupBuckets(
         str(folder / "signatures"), str(folder / "buckets"), config=MINHASH, lines_to_buffer=1000
     )
-    buckets = cluster._replace(workers=1 if cluster.kind == "local" else cluster.workers).stage(
-        "buckets", [meet], MINHASH.num_buckets, folder, clean
-    )
+    # A bucket takes a second or two: one worker here, one job there.
+    alone = cluster._replace(workers=1)
+    buckets = alone.stage("buckets", [meet], MINHASH.num_buckets, folder, clean, tasks_per_job=MINHASH.num_buckets)
     return cluster.stage("choose", [Choose(folder, tasks, wanted, hangs_on)], 1, folder, buckets)
 
 

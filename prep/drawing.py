@@ -140,7 +140,7 @@ class Draw(NamedTuple):
                 if heldout == side:
                     works[entry.work] += estimated_windows(entry, splits, self.sequence_len, CHARACTERS_A_TOKEN)
             if self.cap_per_work and not side:
-                works = {work: min(count, self.cap_per_work) for work, count in works.items()}  # type: ignore[assignment]
+                works = {work: min(count, self.cap_per_work) for work, count in works.items()}
             cap = level(np.array(list(works.values())), surplus * wanted) if wanted < math.inf else None
             for entry, heldout in books:
                 if heldout == side:
@@ -191,7 +191,7 @@ class Cut(PipelineStep):
                         continue
                     share = Share(1, 1) if heldout else draw.share
                     named = share.segments(document.text, entry.work, entry.source, draw.seed)
-                    rows = []
+                    rows: list[tuple[int, int]] = []
                     for row in rows_of(entry, named, cutter, caps[entry]):
                         if len(rows) % CHECKED == 0:
                             check(row, cutter)

@@ -45,7 +45,7 @@ class LocalExecutor(LocalPipelineExecutor):
         title = Path(self.logging_dir.path).name
         with tqdm(total=self.tasks, initial=self.tasks - len(ranks), desc=title, unit="task") as bar:
             if min(self.workers, len(ranks)) == 1:
-                pipeline = self.pipeline
+                pipeline: list[Any] = self.pipeline  # type: ignore[has-type]
                 for rank in ranks:
                     self.pipeline = deepcopy(pipeline)  # with statistics of its own
                     self._run_for_rank(rank, local_rank=1)
@@ -123,15 +123,25 @@ class Cluster(NamedTuple):
     time: str = "12:00:00"  # Slurm's limit for one task
 
     def stage(
-        self, name: str, pipeline: list[Any], tasks: int, folder: Path, after: PipelineExecutor | None
+        self,
+        name: str,
+        pipeline: list[Any],
+        tasks: int,
+        folder: Path,
+        after: PipelineExecutor | None,
+        tasks_per_job: int = 1,
     ) -> PipelineExecutor:
-        """A stage of `tasks` tasks that begins once stage `after` is complete; nothing runs yet."""
+        """A stage of `tasks` tasks that begins once stage `after` is complete; nothing runs yet.
+
+        A cluster starts a job for every `tasks_per_job` of them.
+        """
         common: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs" / name), "depends": after}
         if self.kind == "slurm":
             return SlurmPipelineExecutor(
                 pipeline,
                 **common,
                 workers=self.workers,
+                tasks_per_job=tasks_per_job,
                 time=self.time,
                 partition=self.partition,
                 job_name=name,
@@ -141,5 +151,7 @@ class Cluster(NamedTuple):
                 env_command=f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{os.pathsep.join(filter(None, sys.path))}"',
             )
         if self.kind == "ray":
-            return RayPipelineExecutor(pipeline, **common, workers=self.workers, mem_per_cpu_gb=2)
+            return RayPipelineExecutor(
+                pipeline, **common, workers=self.workers, tasks_per_job=tasks_per_job, mem_per_cpu_gb=2
+            )
         return LocalExecutor(pipeline, **common, workers=self.workers)
