@@ -254,7 +254,7 @@ def test_the_choice_depends_on_the_seed_and_grows():
     assert set(choose(names, 5, 1)) < set(choose(list(reversed(names)), 9, 1))
     assert choose(names, 5, 1) != choose(names, 5, 2)
     for count in (0, 101):
-        with pytest.raises(BadInput, match="100 parquet files"):
+        with pytest.raises(BadInput, match="100 files of books"):
             choose(names, count, 1)
 
 
@@ -328,7 +328,7 @@ def test_what_the_hub_does_not_have_is_said(hub, books, collect):
     refused(collect("gallica", "--repo", "not a name"), "no dataset not a name")
     refused(collect("gallica", "--revision", "v9"), "no revision v9")
     for count in (0, 6):
-        refused(collect("gallica", "--files", count), f"--files {count}", "5 parquet files")
+        refused(collect("gallica", "--files", count), f"--files {count}", "5 files of books")
     assert collect("gallica", "--source", ".", "--repo", "a/b").returncode == 2
 
 
