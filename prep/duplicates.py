@@ -25,6 +25,7 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.binaryio import read_tuples_from_file
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
+from prep.selection import year_of
 from prep.works import work_of
 
 MINHASH = MinhashConfig(n_grams=5, num_buckets=24, hashes_per_bucket=4)
@@ -82,9 +83,9 @@ class Entry(NamedTuple):
     digest: str  # of the text, to tell two of one identifier apart
 
     @property
-    def preference(self) -> tuple[float, int, str, str]:
-        """Of two copies the one with the smaller preference stays: better read, then longer, then by name."""
-        return (-round(self.known, 2), -self.characters, self.source, self.digest)
+    def preference(self) -> tuple[float, int, int, str, str]:
+        """Of two copies the one with the smaller preference stays: better read, then older, longer, by name."""
+        return (-round(self.known, 2), year_of(self.date) or 9999, -self.characters, self.source, self.digest)
 
 
 class Signatures(MinhashDedupSignature):
