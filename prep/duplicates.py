@@ -32,6 +32,7 @@ MINHASH = MinhashConfig(n_grams=5, num_buckets=24, hashes_per_bucket=4)
 RUN = 8  # words
 SAMPLE = 16  # one run of so many is kept
 SAME = 0.1  # of the smaller fingerprint shared by two copies of one text; two novels share 0.001
+WELL_READ = 0.85  # share of known words; between two editions above it, differences are of names and spelling
 _WORD = re.compile(rb"[a-z]+")
 _ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
 
@@ -83,9 +84,10 @@ class Entry(NamedTuple):
     digest: str  # of the text, to tell two of one identifier apart
 
     @property
-    def preference(self) -> tuple[float, int, int, str, str]:
-        """Of two copies the one with the smaller preference stays: better read, then older, longer, by name."""
-        return (-round(self.known, 2), year_of(self.date) or 9999, -self.characters, self.source, self.digest)
+    def preference(self) -> tuple[bool, int, float, int, str, str]:
+        """Of two copies the one with the smaller preference stays: one well read, then the older, better read, longer."""
+        year = year_of(self.date) or 9999
+        return (self.known < WELL_READ, year, -round(self.known, 2), -self.characters, self.source, self.digest)
 
 
 class Signatures(MinhashDedupSignature):

@@ -201,7 +201,8 @@ def test_a_cap_on_a_work_counts_all_its_volumes(llama, tmp_path):
 def test_of_two_copies_read_alike_the_older_edition_stays():
     older, newer = (entry(n, 0.93)._replace(date=date, source=f"id{2 - n}") for n, date in enumerate(("1852", "1899")))
     assert older.preference < newer.preference < entry(2, 0.93).preference
-    assert newer._replace(known=0.95).preference < older.preference
+    assert older.preference < newer._replace(known=0.95).preference
+    assert newer.preference < older._replace(known=0.8).preference
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
