@@ -147,6 +147,10 @@ test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds th
 test-fast: $(READY) ## The tests that load no model
 	$(BIN)/python -m pytest -m "not slow"
 
+.PHONY: bench-prep
+bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
+	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer"
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

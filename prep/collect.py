@@ -3,6 +3,7 @@
     python prep/collect.py base                                  TinyLlama v1.1 from the hub   -> models/base
     python prep/collect.py base --source some/model.gguf         the same from a local file or folder
     python prep/collect.py gallica --files 12                    12 files of French-PD-Books   -> data/raw/gallica
+    python prep/collect.py gallica --dataset biglam/gallica_literary_fictions --files 3        Gallica's fiction, as tables
     python prep/collect.py book --source https://.../novel.pdf   a PDF or a text               -> data/raw/book/book.pdf
 
 Each collection ends with a `source.json` that says where it came from, with the sha256 of each file. It is written
@@ -25,12 +26,15 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from prep.download import Record, hub_fetch, hub_plan, need_room, reason, url_fetch
+from prep.download import Record, hub_fetch, hub_plan, need_room, reason, url_fetch, zenodo_fetch, zenodo_plan
 from prep.files import BadInput, atomic_write, run, sha256
+from prep.sources import SUFFIXES
 
 BASE_REPO, BASE_REVISION = "TinyLlama/TinyLlama_v1.1", "ff3c701f2424c7625fdefb9dd470f45ef18b02d6"
-# Its commit is looked up at the first download and kept in source.json.
-GALLICA_REPO, GALLICA_REVISION = "PleIAs/French-PD-Books", "main"
+# The data sets by name, with the revision that is taken. The second one's repository holds only a program that loads the
+# tables from Zenodo, where the number of a record stands for files that never change.
+GALLICA_REPO, FICTION_REPO = "PleIAs/French-PD-Books", "biglam/gallica_literary_fictions"
+DATASETS = {GALLICA_REPO: "0b66179a0c97cb4e8cfe9639ce788bb8851e94be", FICTION_REPO: "4751204"}
 
 
 # --- what a folder holds ---------------------------------------------------------------------------------------------
@@ -159,12 +163,14 @@ def choose(names: list[str], count: int, seed: int) -> list[str]:
     order = sorted(names)
     random.Random(seed).shuffle(order)
     if not 0 < count <= len(order):
-        raise BadInput(f"--files {count}: there are {len(order)} parquet files to choose from")
+        raise BadInput(f"--files {count}: there are {len(order)} files of books to choose from")
     return sorted(order[:count])
 
 
 def check_parquet(path: Path) -> None:
-    """Raise BadInput where a file is not a parquet of books."""
+    """Raise BadInput where a file that says so is not a parquet of books."""
+    if path.suffix != ".parquet":
+        return
     try:
         columns = pyarrow.parquet.read_schema(path).names
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -177,9 +183,9 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
     """data/raw/gallica: each file appears there once it is whole and checked."""
     out, source, count = arguments.out, arguments.source, arguments.files
     if source:
-        local = {path.name: path for path in sorted(source.glob("*.parquet"))}
+        local = {path.name: path for path in sorted(source.glob("*")) if path.name.endswith(SUFFIXES)}
         if not local:
-            raise BadInput(f"{source} is not a folder with .parquet files")
+            raise BadInput(f"{source} is not a folder with files of books ({' '.join(SUFFIXES)})")
         count = len(local) if count is None else count
         size = sum(path.stat().st_size for path in local.values())
         wanted: Record = {"source": str(source), "bytes": size, "files": count, "seed": arguments.seed}
@@ -199,11 +205,15 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
         commit = ""
     else:
         revision = before["revision"] if before else arguments.revision
-        commit, files = hub_plan(downloads, arguments.repo, "dataset", revision)
-        parquet = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(".parquet")}
-        chosen = {name: parquet[name] for name in choose(list(parquet), count, arguments.seed)}
+        if arguments.repo == FICTION_REPO:
+            commit, files = revision, zenodo_plan(downloads, revision)
+        else:
+            commit, files = hub_plan(downloads, arguments.repo, "dataset", revision)
+        ends = SUFFIXES if arguments.repo == FICTION_REPO else (".parquet",)
+        books = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(ends)}
+        chosen = {name: books[name] for name in choose(list(books), count, arguments.seed)}
         need_room(downloads, sum(f["bytes"] for name, f in chosen.items() if not (out / name).exists()))
-    foreign = sorted(path.name for path in out.glob("*.parquet") if path.name not in chosen)
+    foreign = sorted(p.name for p in out.glob("*") if p.name.endswith(SUFFIXES) and p.name not in chosen)
     if foreign:
         raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {count} chosen: remove or move them")
 
@@ -215,7 +225,10 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
                 check_parquet(file)
                 link_or_copy(file, place)
             else:
-                fetched = hub_fetch(downloads, arguments.repo, "dataset", commit, file)
+                if arguments.repo == FICTION_REPO:
+                    fetched = zenodo_fetch(downloads, file)
+                else:
+                    fetched = hub_fetch(downloads, arguments.repo, "dataset", commit, file)
                 check_parquet(fetched)
                 fetched.replace(place)
     held = listing(out, list(chosen))
@@ -318,10 +331,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     base.add_argument("--out", type=Path, default=Path("models/base"), help="folder to make (default %(default)s)")
     base.set_defaults(collect=collect_base)
 
-    gallica = commands.add_parser("gallica", help="parquet files of books", description=collect_gallica.__doc__)
-    gallica.add_argument("--repo", help=f"hub data set (default {GALLICA_REPO})")
-    gallica.add_argument("--revision", help=f"its commit, tag or branch (default {GALLICA_REVISION})")
-    gallica.add_argument("--source", type=Path, help="a local folder of parquet files instead (linked, or copied)")
+    gallica = commands.add_parser("gallica", help="files of books", description=collect_gallica.__doc__)
+    gallica.add_argument(
+        "--dataset",
+        "--repo",
+        dest="repo",
+        help=f"{' or '.join(DATASETS)}, or one of the first's columns (default: the first)",
+    )
+    gallica.add_argument("--revision", help="its commit, tag or branch (default: the pinned one, or main)")
+    gallica.add_argument("--source", type=Path, help="a local folder of books instead (linked, or copied)")
     gallica.add_argument("--files", type=int, help="how many, of about 400 MB each (default 12; all of --source)")
     gallica.add_argument("--seed", type=int, default=1, help="chooses which (default %(default)s)")
     gallica.add_argument("--out", type=Path, default=Path("data/raw/gallica"), help="folder (default %(default)s)")
@@ -337,9 +355,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.command != "book":
         if arguments.source and (arguments.repo or arguments.revision):
             parser.error("--source is a local copy: --repo and --revision do not go with it")
-        own, pinned = (BASE_REPO, BASE_REVISION) if arguments.command == "base" else (GALLICA_REPO, GALLICA_REVISION)
-        arguments.repo = arguments.repo or own
-        arguments.revision = arguments.revision or (pinned if arguments.repo == own else "main")
+        pinned = {BASE_REPO: BASE_REVISION} if arguments.command == "base" else DATASETS
+        arguments.repo = arguments.repo or next(iter(pinned))
+        arguments.revision = arguments.revision or pinned.get(arguments.repo, "main")
     return arguments
 
 

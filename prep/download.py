@@ -126,6 +126,42 @@ def hub_fetch(folder: Path, repo: str, kind: str, commit: str, file: Record) -> 
     return local
 
 
+def zenodo_plan(folder: Path, record: str) -> list[Record]:
+    """The files of a Zenodo record, with size, md5 and address; asked once, as `hub_plan` is."""
+    plan = folder / "plan.json"
+    address = f"{os.environ.get('ZENODO_ENDPOINT', 'https://zenodo.org')}/api/records/{record}"
+    if plan.is_file() and (answer := json.loads(plan.read_text(encoding="utf-8")))["asked"] == address:
+        return list(answer["files"])
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"{address} is to be asked, but HF_HUB_OFFLINE is set; a local copy: --source DIR")
+
+    def ask() -> Any:
+        return httpx.get(address, follow_redirects=True, timeout=30).raise_for_status().json()
+
+    try:
+        files = [
+            {"name": f["key"], "bytes": f["size"], "sha256": None, "checksum": f["checksum"], "url": f["links"]["self"]}
+            for f in persist(ask, address)["files"]
+        ]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{address} does not list the files of a record ({reason(error)})") from error
+    with atomic_write(plan) as handle:
+        json.dump({"asked": address, "files": files}, handle)
+    return files
+
+
+def zenodo_fetch(folder: Path, file: Record) -> Path:
+    """Download one file of a Zenodo record, going on where it was cut, and check it against the record's checksum."""
+    local = url_fetch(file["url"], folder)
+    kind, _, expected = file["checksum"].partition(":")
+    with open(local, "rb") as handle:
+        found = hashlib.file_digest(handle, kind).hexdigest()
+    if found != expected:
+        local.unlink()
+        raise BadInput(f"{file['name']} was changed on its way: its {kind} is {found}, not {expected}. It was removed")
+    return local
+
+
 def need_room(folder: Path, size: int) -> None:
     """Raise BadInput where the disk of `folder` has no room for `size` bytes, of which the folder may hold some."""
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -9,6 +9,7 @@ stands at no true end, and both are dropped together. Text is cut by character o
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -16,8 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
+from tokenizers import Tokenizer
 
 from prep.files import BadInput, atomic_write, sha256
 
@@ -61,10 +61,32 @@ class Tokens(NamedTuple):
     ends: np.ndarray
 
 
-def load_tokenizer(folder: str | Path) -> TokenizersBackend:
+class Loaded(NamedTuple):
+    """A tokenizer without Transformers around it, which a worker need not import."""
+
+    backend: Tokenizer
+    eos: int
+    specials: list[str]
+
+    def save(self, path: Path) -> None:
+        """One file that `read` takes."""
+        record = {"backend": self.backend.to_str(), "eos": self.eos, "specials": self.specials}
+        with atomic_write(path) as handle:
+            json.dump(record, handle)
+
+    @classmethod
+    def read(cls, path: Path) -> "Loaded":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return cls(Tokenizer.from_str(record["backend"]), record["eos"], record["specials"])
+
+
+def load_tokenizer(folder: str | Path) -> Loaded:
     """The tokenizer as Axolotl loads it (AutoTokenizer), from a local folder that holds a `tokenizer.json`."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise BadInput(f"no tokenizer.json in {folder}: give the folder of the base model (--tokenizer models/base)")
+    from transformers import AutoTokenizer
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises whatever its parsers raise
@@ -73,21 +95,22 @@ def load_tokenizer(folder: str | Path) -> TokenizersBackend:
         raise BadInput(f"the tokenizer in {folder} gives no character offsets; a fast tokenizer is needed")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"the tokenizer in {folder} has no end-of-sequence token, which Axolotl appends to every row")
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return Loaded(backend, tokenizer.eos_token_id, [token for token in tokenizer.all_special_tokens if token])
 
 
 class Cutter:
     """Cuts text into passages that Axolotl slices into exactly the stated number of windows."""
 
-    def __init__(self, tokenizer: TokenizersBackend, sequence_len: int):
+    def __init__(self, tokenizer: Loaded, sequence_len: int):
         if sequence_len < 64:
             raise BadInput(f"--sequence-len {sequence_len} is too short: a window has at least 64 tokens")
         self.sequence_len = sequence_len
-        self.eos = tokenizer.eos_token_id
-        self.specials = [token for token in tokenizer.all_special_tokens if token]
-        self._tokenizer = tokenizer.backend_tokenizer
+        self.eos = tokenizer.eos
+        self.specials = tokenizer.specials
+        self._tokenizer = tokenizer.backend
         probe = self._tokenizer.encode("a").special_tokens_mask
         self.before = probe.index(0)  # special tokens ahead of the text: 1 (BOS) or 0
         # A window ends inside a word; the row runs on to the word's end, but over no more than this many characters
@@ -95,6 +118,28 @@ class Cutter:
         self.reach = min(40, sequence_len // 8)
         self._word_end = re.compile(rf"\S{{0,{self.reach}}}")
         self._next_word = re.compile(rf"\s*\S{{1,{self.reach}}}")
+        self._around = self.count("a") - len(self._bare(["a"])[0])  # tokens of a row that are not its text's
+        self._lead = self._leading_space()
+        self._piece = re.compile(rf"[^ ].{{0,{min(400, 2 * sequence_len)}}}[^ ]*", re.S)
+
+    def _bare(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts, without special ones."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _leading_space(self) -> str | None:
+        """What must stand before a word for it to be tokenised by itself as it is inside a text.
+
+        "" where the tokenizer puts a space itself (Llama), " " where it does not (GPT-2's kind); None where neither
+        gives the tokens of the whole text, so that a text cannot be tokenised in pieces.
+        """
+        probe = "Le chat, d'une voix douce : « Où vas-tu ? »\n\n— Là-bas, dit-elle... à 10 h. 30 (peut-être) !"
+        first, *words = probe.split(" ")
+        [whole] = self._bare([probe])
+        for lead in ("", " "):
+            pieces = self._bare([first, *(lead + word for word in words)])
+            if list(itertools.chain.from_iterable(pieces)) == whole:
+                return lead
+        return None
 
     def count(self, text: str) -> int:
         """Tokens Axolotl makes of a row: those of the text, the special ones the tokenizer adds, and one EOS."""
@@ -136,6 +181,39 @@ class Cutter:
             passages.append(passage)
             wanted -= passage.windows
             start = passage.end
+        return passages
+
+    def passages(self, text: str, windows: int | None = None) -> list[Passage]:
+        """What `cut` gives of a text in the project's convention, twice as fast.
+
+        The text is tokenised once, in pieces of words whose tokens add up to those of the whole, and passages begin and
+        end where pieces do: a passage's tokens are counted, not looked for. That costs half a piece of text a passage,
+        some 60 tokens of 8,192. A tokenizer whose pieces do not add up is left to `cut`.
+        """
+        if self._lead is None or "  " in text:
+            return self.cut(self.encode([text])[0], windows=windows)
+        places = [match.span() for match in self._piece.finditer(text)]
+        inside = self._bare([text[a - len(self._lead) if a else 0 : b] for a, b in places])
+        ends = np.cumsum([0, *map(len, inside)])  # tokens before each piece, and all
+        passages: list[Passage] = []
+        wanted = windows if windows is not None else int(ends[-1])
+        first = 0
+        while wanted > 0 and first < len(places):
+            a, b = places[first]
+            # The first word of a row has no space before it, whatever it had in the text.
+            around = self._around + (len(self._bare([text[a:b]])[0]) - len(inside[first]) if self._lead else 0)
+            available = int(ends[-1] - ends[first]) + around
+            for number in range(min(wanted, MAX_WINDOWS, (available - 1) // self.sequence_len), 0, -1):
+                full = number * self.sequence_len
+                last = int(np.searchsorted(ends, ends[first] + full + 1 - around))  # one token more: the EOS is dropped
+                tail = int(ends[last] - ends[first]) + around - full
+                if 0 < tail < self.sequence_len and last > first:
+                    passages.append(Passage(a, places[last - 1][1], number, tail))
+                    wanted -= number
+                    first = last
+                    break
+            else:
+                first += 1  # too little left, or a piece of rubbish that is longer than a window
         return passages
 
     def _next(self, tokens: Tokens, start: int, most: int) -> Passage | None:

@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prep.collect import book_suffix, choose
+import prep.collect
+from prep.collect import DATASETS, book_suffix, choose
 from prep.files import BadInput, sha256
 
 SCRIPT = Path(__file__).parents[1] / "prep" / "collect.py"
@@ -90,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         if (kind, repo) not in self.server.repos:
             return self.send(401, {"X-Error-Code": "RepoNotFound"})
         commit, files = self.server.repos[kind, repo]
-        if revision not in (commit, "main"):
+        if revision not in (commit, "main", DATASETS[BOOKS]):
             return self.send(404, {"X-Error-Code": "RevisionNotFound"})
         if api:
             siblings = [{"rfilename": n, "size": len(b), **hashes(n, b)} for n, b in files.items()]
@@ -253,7 +254,7 @@ def test_the_choice_depends_on_the_seed_and_grows():
     assert set(choose(names, 5, 1)) < set(choose(list(reversed(names)), 9, 1))
     assert choose(names, 5, 1) != choose(names, 5, 2)
     for count in (0, 101):
-        with pytest.raises(BadInput, match="100 parquet files"):
+        with pytest.raises(BadInput, match="100 files of books"):
             choose(names, count, 1)
 
 
@@ -327,7 +328,7 @@ def test_what_the_hub_does_not_have_is_said(hub, books, collect):
     refused(collect("gallica", "--repo", "not a name"), "no dataset not a name")
     refused(collect("gallica", "--revision", "v9"), "no revision v9")
     for count in (0, 6):
-        refused(collect("gallica", "--files", count), f"--files {count}", "5 parquet files")
+        refused(collect("gallica", "--files", count), f"--files {count}", "5 files of books")
     assert collect("gallica", "--source", ".", "--repo", "a/b").returncode == 2
 
 
@@ -393,7 +394,7 @@ def test_a_file_that_is_no_parquet(data, collect, tmp_path):
 
 def test_a_parquet_without_text_and_a_folder_without_parquet(collect, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(collect("gallica", "--source", "empty"), "not a folder with .parquet files")
+    refused(collect("gallica", "--source", "empty"), "not a folder with files of books")
     (tmp_path / "a.parquet").write_bytes(parquet_bytes(tmp_path, 1000, 1, column="texte"))
     refused(collect("gallica", "--source", "."), "no column complete_text", "texte")
 
@@ -809,3 +810,51 @@ def test_a_gguf_becomes_the_checkpoint_it_was_made_from(checkpoint, collect, tmp
 
     again = collect("base", "--source", "tiny.gguf", HF_HUB_OFFLINE="1")
     assert again.returncode == 0 and "already there" in again.stdout
+
+
+def test_tables_of_fiction_come_from_their_record_and_are_checked(tmp_path, monkeypatch):
+    """A server that stands in for Zenodo lists two archives; one arrives damaged first."""
+    files = {"a.zip": b"PK first", "b.zip": b"PK second"}
+    served = dict(files) | {"b.zip": b"PK sec_nd"}
+
+    class Record(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            at = f"http://127.0.0.1:{server.server_port}"
+            if self.path.startswith("/api/records/4751204"):
+                listed = [
+                    {
+                        "key": name,
+                        "size": len(data),
+                        "checksum": "md5:" + hashlib.md5(data).hexdigest(),
+                        "links": {"self": f"{at}/file/{name}"},
+                    }
+                    for name, data in files.items()
+                ]
+                body = json.dumps({"files": [*listed, {**listed[0], "key": "readme.pdf"}]}).encode()
+            else:
+                body = served[self.path.rsplit("/", 1)[1]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Record)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("ZENODO_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    out = tmp_path / "raw"
+    arguments = ["gallica", "--dataset", "biglam/gallica_literary_fictions", "--files", "2", "--out", str(out)]
+    with pytest.raises(BadInput, match="was changed on its way"):
+        prep.collect.collect_gallica(prep.collect.parse(arguments))
+    served["b.zip"] = files["b.zip"]
+    prep.collect.collect_gallica(prep.collect.parse(arguments))
+    assert {path.name: path.read_bytes() for path in out.glob("*.zip")} == files
+    record = json.loads((out / "source.json").read_text())
+    assert (record["repo"], record["revision"]) == ("biglam/gallica_literary_fictions", "4751204")
+    server.shutdown()

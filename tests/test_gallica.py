@@ -1,5 +1,6 @@
 """Gallica's rows: exact windows, whole works held out, disjoint shares, even spread, and what bad input gives."""
 
+import gzip
 import itertools
 import json
 import os
@@ -19,9 +20,14 @@ import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 
+import prep.drawing
+from prep.drawing import SEGMENT, Share, level, rows_of, segments, shares_of
+from prep.duplicates import Entry
+from prep.engine import alone
 from prep.files import BadInput, sha256
-from prep.gallica import SEGMENT, Book, HeldOut, Share, level, main, rows_of, segments, shares_of, work_of
+from prep.gallica import main
 from prep.rows import MAX_WINDOWS, Cutter, heldout_path, load_tokenizer, manifest_path
+from prep.works import HeldOut, work_of
 
 SCRIPT = Path(__file__).parent.parent / "prep" / "gallica.py"
 CORPUS = os.environ.get("CORPUS_DIR")
@@ -76,7 +82,7 @@ def source(tmp_path_factory) -> Path:
 
 def prepare(source: Path, tokenizer: Path, out: Path, **options) -> dict:
     """Run the script's main and return its manifest. Defaults: 512 tokens, everything, a fifth held out."""
-    given = {"sequence_len": 512, "windows": "all", "holdout": 0.2} | options
+    given = {"sequence_len": 512, "windows": "all", "holdout": 0.2, "workers": 1} | options
     argv = ["--source", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
     main(argv + [str(word) for key, value in given.items() for word in ("--" + key.replace("_", "-"), value)])
     return json.loads(manifest_path(out).read_text(encoding="utf-8"))
@@ -200,16 +206,16 @@ def test_windows_are_drawn_evenly(source, llama, tmp_path):
     assert few["documents"]["used"] == 5
 
 
-def test_a_catalogue_that_promises_too_much_costs_a_second_reading_only(llama, tmp_path, capsys):
+def test_lengths_that_promise_too_much_cost_a_second_cutting_only(llama, tmp_path, capsys, monkeypatch):
     records = books()
     for record in records[4:10]:
         record["complete_text"] = record["complete_text"][:5000]
-    honest = [record | {"character_count": len(record["complete_text"])} for record in records]
-    prepare(library(tmp_path / "honest", honest), llama, tmp_path / "a.jsonl", windows=25)
-    assert "reading again" not in capsys.readouterr().out
-    source = library(tmp_path / "boasting", [record | {"character_count": 40_000_000} for record in records])
+    source = library(tmp_path / "source", records)
+    prepare(source, llama, tmp_path / "a.jsonl", windows=25)
+    assert "cutting again" not in capsys.readouterr().out
+    monkeypatch.setattr(prep.drawing, "CHARACTERS_A_TOKEN", 0.5)
     assert prepare(source, llama, tmp_path / "b.jsonl", windows=25)["train"]["windows"] == 25
-    assert "reading again" in capsys.readouterr().out
+    assert "cutting again" in capsys.readouterr().out
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     with pytest.raises(BadInput, match="collect more"):
         prepare(source, llama, tmp_path / "c.jsonl", windows=400)
@@ -258,8 +264,9 @@ def test_every_share_takes_its_own_segments_and_begins_by_the_work():
 def test_a_long_book_gives_no_more_windows_than_asked_of_it(llama):
     """And all it has where more is asked, from one segment after the other."""
     cutter = Cutter(load_tokenizer(llama), 512)
-    book = Book("bpt1", "Contes", "", "1880", "\n\n".join(tale.replace("\n", "\n\n") for tale in tales()))
-    named = Share(1, 1).segments(book.text, "contes", book.source, 1)
+    book = Entry(0, 0, "bpt1", "Contes", "", "1880", "contes", 0, 1.0, "")
+    text = " ".join("\n\n".join(tale.replace("\n", "\n\n") for tale in tales()).split(" "))
+    named = Share(1, 1).segments(text, "contes", book.source, 1)
     assert len(named) == 3
     for most, segments_used in ((5, 1), (60, 2), (10_000, 3)):
         made = list(rows_of(book, list(named), cutter, most))
@@ -327,8 +334,8 @@ def test_unusable_books_are_counted_by_reason_and_odd_fields_do_no_harm(llama, t
         {"file_id": "blank", "title": "Blanc", "complete_text": " \n \n"},
         {"file_id": None, "title": "Sans numéro", "complete_text": good[0]["complete_text"]},
         {"file_id": "bpt02", "title": "Le Ver", "complete_text": good[1]["complete_text"]},
-        {"file_id": "token", "title": "Jeton", "complete_text": good[1]["complete_text"] + "</s>"},
     ]
+    good[7]["complete_text"] += "</s>"
     good[4] |= {"title": None, "author": None, "date": None, "character_count": -1}
     good[5] |= {"title": "Un\ntitre " * 2000, "date": "18--?", "character_count": 10**17}
     folder = library(tmp_path / "source", good + odd)
@@ -341,10 +348,10 @@ def test_unusable_books_are_counted_by_reason_and_odd_fields_do_no_harm(llama, t
         "special token in text": 1,
         "too short": 1,
     }
-    assert documents["read"] == 21
+    assert documents["read"] == 20
     assert documents["read"] == documents["kept"] + documents["heldout"] + sum(documents["rejected"].values())
     found = {row["source"]: row for row in rows(tmp_path / "2a.jsonl") + rows(tmp_path / "2a.heldout.jsonl")}
-    assert len(found) == 15
+    assert len(found) == 14
     assert [found["bpt05"][field] for field in ("title", "author", "date")] == ["", "", ""]
     assert found["bpt03"]["author"] == "" and found["bpt04"]["date"] == "1876-????"
     assert len(found["bpt06"]["title"]) == 300 and "\n" not in found["bpt06"]["title"]
@@ -396,7 +403,7 @@ def damaged(folder: Path, how: str) -> Path:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("empty", r"no \*\.parquet in .*source: collect"),
+        ("empty", r"no file of books in .*source.*: collect"),
         ("truncated", r"gallica_mono_1\.parquet is no whole parquet"),
         ("no parquet", r"gallica_mono_1\.parquet is no whole parquet"),
         ("rotten", r"gallica_mono_1\.parquet is damaged"),
@@ -409,7 +416,7 @@ def test_a_bad_source_is_one_clear_error(how, message, llama, tmp_path):
     folder = damaged(tmp_path / "source", how)
     with pytest.raises(BadInput, match=message):
         prepare(folder, llama, tmp_path / "data" / "2a.jsonl")
-    assert not list((tmp_path / "data").glob("*"))
+    assert not list((tmp_path / "data").glob("2a*"))
 
 
 @pytest.mark.parametrize(
@@ -446,35 +453,65 @@ def command(source: Path, tokenizer: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, given), *more]
 
 
-def test_a_full_disk_leaves_what_was_there(source, llama, tmp_path):
-    """A limit on the size of files stands in for the disk's end."""
+def prepared(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("limit", [5_000, 150_000])
+def test_a_full_disk_leaves_what_was_there(limit, source, llama, tmp_path):
+    """A limit on the size of files stands in for the disk's end: in the corpus, in its cut rows, in the rows."""
     out = tmp_path / "data" / "2a.jsonl"
     prepare(source, llama, out, windows=10)
-    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    before = prepared(out.parent)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = subprocess.run(command(source, llama, out), preexec_fn=limit, capture_output=True, text=True)
+    done = subprocess.run(
+        command(source, llama, out, "--holdout", "0.3"), preexec_fn=small, capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("gallica.py: ") and "Traceback" not in done.stderr
-    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
+    assert prepared(out.parent) == before
+    prepare(source, llama, out, windows=30, holdout=0.3)
+    assert prepared(out.parent) != before
 
 
-def test_killed_while_reading_it_leaves_nothing_and_starts_clean(source, llama, tmp_path):
-    out = tmp_path / "data" / "2a.jsonl"
-    with subprocess.Popen(command(source, llama, out), stderr=subprocess.PIPE) as process:
+def test_killed_it_goes_on_to_the_same_bytes(source, llama, tmp_path):
+    """bench/prep_kill.py does the same at many moments."""
+    out, undisturbed = tmp_path / "data" / "2a.jsonl", tmp_path / "other" / "2a.jsonl"
+    prepare(source, llama, undisturbed, windows=30, holdout=0.01)
+    words = command(source, llama, out, "--workers", "2")
+    with subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stderr
         heard = b""
-        while b"books:" not in heard:
+        while b"1/3" not in heard:
             heard += process.stderr.read(1)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not list(out.parent.iterdir())
-    again = subprocess.run(command(source, llama, out), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "30 windows of 512" in again.stdout
-    assert len(list(out.parent.iterdir())) == 3
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not prepared(out.parent)
+    main(words[2:])
+    assert prepared(out.parent) == prepared(undisturbed.parent)
+    assert not list(out.parent.glob("gallica/*/rows-*"))
+
+
+def test_two_commands_do_not_work_in_one_folder(source, llama, tmp_path):
+    out = tmp_path / "2a.jsonl"
+    prepare(source, llama, out)
+    [corpus] = (tmp_path / "gallica").iterdir()
+    with alone(corpus), pytest.raises(BadInput, match="another command is at work"):
+        prepare(source, llama, out)
+
+
+def test_other_arguments_are_another_corpus(source, llama, tmp_path):
+    """And the same ones are not made twice."""
+    out = tmp_path / "2a.jsonl"
+    prepare(source, llama, out)
+    [corpus] = (tmp_path / "gallica").iterdir()
+    made = (corpus / "chosen.jsonl").stat().st_mtime_ns
+    prepare(source, llama, out, split="2/2", sequence_len=64, seed=3)
+    assert (corpus / "chosen.jsonl").stat().st_mtime_ns == made
+    prepare(source, llama, out, holdout=0.3)
+    assert len(list((tmp_path / "gallica").iterdir())) == 2
 
 
 # --- real books ------------------------------------------------------------------------------------------------------
@@ -488,7 +525,12 @@ def test_real_books(sequence_len, windows, split, tmp_path):
     out = tmp_path / "2x.jsonl"
     manifest = prepare(source, tokenizer, out, sequence_len=sequence_len, windows=windows, split=split, holdout=0.05)
     documents = manifest["documents"]
-    assert documents["read"] == 53 and documents["rejected"]["too short"] == 1
+    assert documents["read"] == 53
+    reasons = {"near-duplicate": 1, "not French": 1, "too short": 1, "unreadable scan": 1}
+    assert documents["rejected"] == reasons
+    for reason, name in zip(reasons, ("bpt6kdup0001", "bpt6keng0001", "bpt6ktiny001", "bpt6kocr0001"), strict=True):
+        [path] = (tmp_path / "gallica").glob(f"*/rejected/{reason}/*.jsonl.gz")
+        assert [json.loads(line)["id"] for line in gzip.decompress(path.read_bytes()).splitlines()] == [name]
     assert documents["used"] == documents["kept"]
     lengths, kept = axolotl_windows([row["text"] for row in rows(out)], tokenizer, sequence_len)
     assert len(kept) == windows

@@ -1,0 +1,381 @@
+"""Each rule on books that it must reject and on the tales it must keep; copies, editions and overlaps; every kind of source."""
+
+import gzip
+import io
+import itertools
+import json
+import random
+import re
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_tokenizers import save_llama_like, tales
+from test_gallica import books, library, prepare, rows
+
+from prep.duplicates import Entry, copies, fingerprint, shared
+from prep.engine import Cluster
+from prep.files import BadInput
+from prep.gallica import main
+from prep.selection import FICTION, KNOWN, fiction_score, french_share, known_share, year_of
+from prep.sources import read_books, source_paths
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    return save_llama_like(tmp_path_factory.mktemp("llama"))
+
+
+def texts() -> list[str]:
+    return [tale.partition("\n\n")[2] for tale in tales()]
+
+
+def rejected(folder: Path) -> dict[str, list[str]]:
+    """Identifiers of the rejected books, by reason."""
+    return {
+        reason.name: [json.loads(line)["id"] for path in reason.iterdir() for line in gzip.open(path, "rt")]
+        for reason in folder.glob("gallica/*/rejected/*")
+    }
+
+
+def misread(text: str, share: float, seed: int = 1) -> str:
+    """A text with a share of its letters taken for others."""
+    draw = random.Random(seed)
+    return "".join(
+        draw.choice("abcdefghijklmnopqrstuvwxyz") if c.isalpha() and draw.random() < share else c for c in text
+    )
+
+
+LAW = "\n".join(
+    f"Art. {n}. Les dispositions de l'article {n + 7} de la loi du {n % 28 + 1} mars 18{n % 90 + 10} sont applicables aux\n"
+    f"propriétaires, qui doivent en faire la déclaration par écrit dans les {n % 9 + 2} mois ; le préfet peut, par arrêté,\n"
+    f"étendre le délai. La peine est de {n % 40 + 10} francs d'amende, et celle des complices est de la moitié."
+    for n in range(1, 200)
+)
+VERSE = "\n".join(
+    line
+    for n in range(400)
+    for line in (
+        "Le soir est descendu des monts,",
+        "La lune est sur la mer qui dort,",
+        "Et les oiseaux sont dans les joncs,",
+        f"O nuit {n} fois sœur de la mort",
+    )
+)
+ENGLISH = "\n".join(
+    "The old man went down to the harbour and looked at the ships for a long while, and said nothing."
+    for _ in range(100)
+)
+
+
+# --- the rules -------------------------------------------------------------------------------------------------------
+
+
+def test_every_rule_rejects_under_its_own_name_and_keeps_the_tales(llama, tmp_path):
+    odd = [
+        {"file_id": "short", "title": "Court", "date": "1880", "complete_text": "Il pleuvait. " * 20},
+        {"file_id": "english", "title": "Harbour", "date": "1880", "complete_text": ENGLISH},
+        {"file_id": "scan", "title": "Taches", "date": "1880", "complete_text": misread(texts()[5], 0.25)},
+        {"file_id": "law", "title": "Code", "date": "1880", "complete_text": LAW},
+        {"file_id": "verse", "title": "Odes", "date": "1880", "complete_text": VERSE},
+        {
+            "file_id": "table",
+            "title": "Table",
+            "date": "1880",
+            "complete_text": "[texte_manquant]\n" * 300 + texts()[6][:3000],
+        },
+        {"file_id": "old", "title": "Vieux", "date": "1650", "complete_text": texts()[7]},
+        {"file_id": "copy", "title": "Une autre édition", "date": "1890", "complete_text": misread(texts()[8], 0.01)},
+    ]
+    good = [book | {"date": "1876-????"} for book in books()]
+    good.pop(7)
+    source = library(tmp_path / "source", good + odd)
+    documents = prepare(source, llama, tmp_path / "2a.jsonl", from_year=1800, to_year=1950)["documents"]
+    found = rejected(tmp_path)
+    assert found == {
+        "too short": ["short"],
+        "not French": ["english"],
+        "unreadable scan": ["scan"],
+        "not prose fiction": ["law", "verse"],
+        "too short when cleaned": ["table"],
+        "outside the period": ["old"],
+        "near-duplicate": ["copy"],
+    } or sorted(found.pop("not prose fiction")) == ["law", "verse"]
+    assert documents["rejected"] == {reason: len(names) for reason, names in rejected(tmp_path).items()}
+    assert documents["kept"] + documents["heldout"] == 14
+    # The funnel: each step's books are those of the one before, less the rejected.
+    funnel = documents["funnel"]
+    for before, step in itertools.pairwise(funnel):
+        assert step["documents"] == before["documents"] - step["rejected"]
+        assert step["step"] == "cleaned" or step["characters"] <= before["characters"]
+    assert funnel[-1]["documents"] == 14 and funnel[0]["documents"] == documents["read"] == 22
+
+
+def test_figures_of_the_rules():
+    for text in texts():
+        assert known_share(text) > KNOWN + 0.1 and french_share(text) == 1
+    assert known_share(misread(texts()[0], 0.1)) < KNOWN < known_share(misread(texts()[0], 0.02))
+    assert french_share(ENGLISH) == 0
+    assert max(fiction_score(LAW), fiction_score(VERSE)) < FICTION - 3
+    assert [year_of(date) for date in ("1876-????", "18--?", "[1912]", "", "12345")] == [1876, None, 1912, None, None]
+
+
+# --- copies and overlaps ---------------------------------------------------------------------------------------------
+
+
+def entry(line: int, known: float, text: str = "", source: str = "") -> Entry:
+    return Entry(0, line, source or f"id{line}", "", "", "", f"work {line}", len(text), known, "")
+
+
+def test_copies_are_told_from_other_books():
+    words = [fingerprint(text) for text in texts()]
+    for i, one in enumerate(words):
+        assert shared(one, fingerprint(misread(texts()[i], 0.02))) > 0.2 * len(one)
+        assert all(shared(one, other) < 3 for j, other in enumerate(words) if j != i)
+
+
+def test_the_copy_that_stays_is_the_best_read_whatever_the_order():
+    text = texts()[0]
+    prints = {
+        0: fingerprint(misread(text, 0.02)),
+        1: fingerprint(text),
+        2: fingerprint(texts()[1]),
+        3: fingerprint(text),
+    }
+    entries = [entry(0, 0.8), entry(1, 0.95), entry(2, 0.99), entry(3, 0.95)]
+    lookup = type("Lookup", (), {"__getitem__": lambda self, e: prints[e.line]})()
+    pairs = [((0, 0), (0, 1)), ((0, 1), (0, 3)), ((0, 2), (0, 3)), ((0, 0), (0, 3))]
+    for order in (pairs, pairs[::-1]):
+        assert copies(entries, order, lookup) == {entries[0]: entries[1], entries[3]: entries[1]}
+        assert copies(entries[::-1], order, lookup) == {entries[0]: entries[1], entries[3]: entries[1]}
+
+
+def test_what_overlaps_with_the_novel_or_with_held_out_text_is_removed(llama, tmp_path):
+    """A chapter of them in an anthology is enough; what did overlap stands in the manifest."""
+    records = books()
+    novel = tmp_path / "novel.txt"
+    novel.write_text(texts()[7], encoding="utf-8")
+    records[9]["complete_text"] += "\n" + texts()[7][2000:8000]
+    plain = prepare(library(tmp_path / "source", records), llama, tmp_path / "a" / "2a.jsonl")
+    held = {row["source"] for row in rows(tmp_path / "a" / "2a.heldout.jsonl")}
+    overlapping = plain["documents"]["overlapping"]
+    assert ("bpt10" in held) == ("bpt08" in overlapping)  # the tale and the one that quotes it, if one is held out
+
+    clear = prepare(tmp_path / "source", llama, tmp_path / "b" / "2a.jsonl", against=novel)
+    assert set(clear["documents"]["overlapping"]) == {"bpt08", "bpt10"}
+    assert clear["documents"]["rejected"]["overlaps protected text"] == 2
+    assert "the novel" in clear["documents"]["overlapping"]["bpt10"]
+
+    one = sorted(held - {"bpt08", "bpt10"})[0]
+    quoted = next(record["complete_text"] for record in records if record["file_id"] == one)
+    records.append(
+        records[1]
+        | {"file_id": "anthology", "title": "Anthologie", "complete_text": texts()[7][:9000] + "\n" + quoted[3000:8000]}
+    )
+    library(tmp_path / "more", records)
+    last = prepare(tmp_path / "more", llama, tmp_path / "c" / "2a.jsonl")
+    assert "held-out books" in last["documents"]["overlapping"]["anthology"]
+    with pytest.raises(BadInput, match="is no file"):
+        prepare(tmp_path / "source", llama, tmp_path / "d" / "2a.jsonl", against=tmp_path / "nowhere")
+
+
+def test_a_cap_on_a_work_counts_all_its_volumes(llama, tmp_path):
+    records = books()
+    for number in (4, 5, 6):
+        records[number]["title"] = f"Les Veillées. Tome {number}"
+    source = library(tmp_path / "source", records)
+    prepare(source, llama, tmp_path / "2a.jsonl", cap_per_work=3, holdout=0)
+    found: dict[str, int] = {}
+    for row in rows(tmp_path / "2a.jsonl"):
+        work = "veillees" if "Veillées" in row["title"] else row["title"]
+        found[work] = found.get(work, 0) + int(row["text"].count(" ") > 0)
+    manifest = json.loads((tmp_path / "2a.manifest.json").read_text(encoding="utf-8"))
+    assert manifest["train"]["windows"] == 3 * 13 and manifest["documents"]["works_used"] == 13
+    assert found["veillees"] <= 3
+
+
+def test_of_two_copies_read_alike_the_older_edition_stays():
+    older, newer = (entry(n, 0.93)._replace(date=date, source=f"id{2 - n}") for n, date in enumerate(("1852", "1899")))
+    assert older.preference < newer.preference < entry(2, 0.93).preference
+    assert older.preference < newer._replace(known=0.95).preference
+    assert newer.preference < older._replace(known=0.8).preference
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+TABLE = (
+    "main_id\tcatalogue_id\ttitre\tnom_auteur\tprenom_auteur\tdate\tdocument_ocr\tdate_enligne\tgallica\tpage\ttexte\n"
+    'b1\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t1\tPremière page._p_Deuxième "alinéa\n'
+    "b1\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t2\tsuite.\n"
+    "b2\tc2\tLe Ver\t\t\t1880\t98\t2010\thttps://x\t1\tAutre livre.\n"
+)
+
+
+def packed(path: Path, data: bytes) -> Path:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("1871.tsv", data)
+            archive.writestr("lisez-moi.md", "rien")
+    elif path.name.endswith(".tar.gz"):
+        with tarfile.open(path, "w:gz") as tar:
+            info = tarfile.TarInfo("tables/1871.tsv")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    else:
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz", "a.zip", "a.tar.gz"])
+def test_page_tables_become_books(name, tmp_path):
+    first, second = read_books(packed(tmp_path / name, TABLE.encode()))
+    assert first[:4] == ("b1", "Le Sel", "Dupont, Marie", "1871") and second[:3] == ("b2", "Le Ver", "")
+    assert first.text == 'Première page.\nDeuxième "alinéa\fsuite.'
+    assert not list(read_books(packed(tmp_path / f"empty{name[1:]}", b"")))
+    with pytest.raises(BadInput, match="no column"):
+        list(read_books(packed(tmp_path / f"other{name[1:]}", b"a\tb\n1\t2\n")))
+
+
+@pytest.mark.parametrize("name", ["a.tsv.gz", "a.zip", "a.tar.gz", "b.jsonl.gz"])
+def test_a_truncated_archive_is_one_clear_error(name, tmp_path):
+    draw = random.Random(1)
+    data = TABLE + "".join(f"b{n}\t\t\t\t\t\t\t\t\t1\t{draw.random()}\n" for n in range(5000))
+    path = packed(tmp_path / name, data.encode())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(BadInput, match=r"damaged|no JSON object"):
+        list(read_books(path))
+
+
+def test_the_same_books_as_parquet_jsonl_or_tables_give_the_same_rows(llama, tmp_path):
+    records = books()
+    for kind in ("jsonl", "tsv"):
+        folder = tmp_path / kind
+        folder.mkdir()
+        if kind == "jsonl":
+            lines = [
+                {
+                    "id": r["file_id"],
+                    "text": r["complete_text"],
+                    "title": r["title"],
+                    "author": r["author"],
+                    "date": r["date"],
+                }
+                for r in records
+            ]
+            (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        else:
+            head = TABLE.split("\n", 1)[0] + "\n"
+            body = "".join(
+                "\t".join(
+                    [
+                        r["file_id"],
+                        "",
+                        r["title"],
+                        r["author"] or "",
+                        "",
+                        r["date"],
+                        "",
+                        "",
+                        "",
+                        "1",
+                        r["complete_text"].replace("\n", "_p_"),
+                    ]
+                )
+                + "\n"
+                for r in records
+            )
+            (folder / "a.tsv").write_text(head + body, encoding="utf-8")
+        prepare(folder, llama, tmp_path / f"out-{kind}" / "2a.jsonl")
+    prepare(library(tmp_path / "parquet", records), llama, tmp_path / "out-parquet" / "2a.jsonl")
+    parquet, jsonl, tsv = ((tmp_path / f"out-{kind}" / "2a.jsonl").read_bytes() for kind in ("parquet", "jsonl", "tsv"))
+    assert parquet == jsonl == tsv
+
+
+def test_plain_text_and_odd_lines(tmp_path):
+    (tmp_path / "conte.txt").write_bytes("Il était une fois\xff".encode("latin-1"))
+    (tmp_path / "notes.md").write_text("rien")
+    (tmp_path / "odd.jsonl").write_text('{"id": 7, "text": null}\n{"text": ["x"], "title": 5}\n')
+    assert [path.name for path in source_paths(tmp_path)] == ["conte.txt", "odd.jsonl"]
+    [conte] = read_books(tmp_path / "conte.txt")
+    assert conte.source == "conte" and conte.text.startswith("Il ")
+    assert [book[:2] + book[4:] for book in read_books(tmp_path / "odd.jsonl")] == [("7", "", ""), ("", "5", "")]
+    (tmp_path / "odd.jsonl").write_text('{"id": 1}\n{"id": \n')
+    with pytest.raises(BadInput, match="line 2"):
+        list(read_books(tmp_path / "odd.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_book_of_thirteen_million_characters_and_files_without_books(llama, tmp_path):
+    records = books()
+    sentences = re.split(r"(?<=[.!?]) ", texts()[3])
+    records[3]["complete_text"] = "\n".join(
+        random.Random(1).choices(sentences, k=13_000_000 * len(sentences) // len(texts()[3]))
+    )
+    source = library(tmp_path / "source", records)
+    empty = pa.Table.from_pylist([], pa.schema([("file_id", pa.string()), ("complete_text", pa.string())]))
+    pq.write_table(empty, source / "a_first.parquet")
+    (source / "z.zip").write_bytes(packed(tmp_path / "z.zip", b"").read_bytes())
+    manifest = prepare(source, llama, tmp_path / "2a.jsonl", windows=50)
+    assert manifest["documents"]["read"] == 15 and manifest["train"]["windows"] == 50
+
+
+# --- who does the work -----------------------------------------------------------------------------------------------
+
+SBATCH = """#!/usr/bin/env bash
+# Stands in for Slurm: runs a job's array one task after the other, at once.
+for script; do :; done
+n=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+echo "$(basename "$PWD") ${n:-0} $*" >> "$(dirname "$0")/jobs"
+for i in $(seq 0 "${n:-0}"); do
+    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here SLURM_JOB_ID=1 RUN_OFFSET=0 bash "$script" >> "$(dirname "$0")/log" 2>&1 || exit 1
+done
+echo "Submitted batch job 7"
+"""
+
+
+@pytest.mark.slow
+def test_slurm_jobs_make_the_same_bytes(llama, tmp_path, monkeypatch):
+    """The scripts that datatrove submits, run by a stand-in for sbatch."""
+    stand_in = tmp_path / "bin"
+    stand_in.mkdir()
+    (stand_in / "sbatch").write_text(SBATCH)
+    (stand_in / "scontrol").write_text("#!/bin/sh\necho here\n")
+    for path in stand_in.iterdir():
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stand_in), prepend=":")
+    source = library(tmp_path / "source", books())
+    prepare(source, llama, tmp_path / "local" / "2a.jsonl", windows=20)
+    given = {"source": source, "tokenizer": llama, "out": tmp_path / "slurm" / "2a.jsonl", "sequence-len": 512}
+    given |= {"windows": 20, "holdout": 0.2, "executor": "slurm", "partition": "cpu"}
+    main([str(word) for key, value in given.items() for word in (f"--{key}", value)])
+    for name in ("2a.jsonl", "2a.heldout.jsonl", "2a.manifest.json"):
+        assert (tmp_path / "slurm" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
+    [script] = (tmp_path / "slurm").glob("gallica/*/logs/clean/launch_script.slurm")
+    assert "#SBATCH --partition=cpu" in script.read_text() and "--array=0-2" in script.read_text()
+
+
+def test_every_executor_takes_the_same_steps(tmp_path):
+    for kind in ("local", "slurm", "ray"):
+        first = Cluster(kind, 2, "cpu").stage("one", [lambda *_: None], 3, tmp_path, None)
+        second = Cluster(kind, 2, "cpu").stage("two", [lambda *_: None], 1, tmp_path, first)
+        assert type(second).__name__.lower().startswith(kind)
+        assert second.depends is first and (first.world_size, second.world_size) == (3, 1)
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path):
+    import os
+    import signal
+
+    def die(data: object, rank: int, world_size: int) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(BadInput, match="a worker of stage one was killed"):
+        Cluster("local", 2).stage("one", [die], 3, tmp_path, None).run()
+    done = np.zeros(1)
+    Cluster("local", 1).stage("one", [lambda *_: done.__iadd__(1) and None], 3, tmp_path, None).run()
+    assert {path.name for path in (tmp_path / "logs" / "one" / "completions").iterdir()} == {"00000", "00001", "00002"}
