@@ -16,6 +16,7 @@ from jupyter_server.serverapp import list_running_servers
 from prep.files import BadInput, run
 
 PAGE = "api/contents/eval/workbench.ipynb?content=0"
+CARD = Path("/dev/nvidiactl")  # in a container it is there if, and only if, a GPU was given
 
 
 def status(url: str) -> int:
@@ -42,11 +43,7 @@ def main() -> None:
     for folder in ("models", "data", "outputs", "eval/reports"):
         if not os.access(folder, os.W_OK):
             raise BadInput(f"{Path(folder).resolve()} cannot be written to")
-    if Path("/proc/driver/nvidia/version").exists() and os.environ.get("NVIDIA_VISIBLE_DEVICES", "void") not in (
-        "",
-        "void",
-        "none",
-    ):
+    if CARD.exists():
         seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
         if seen.returncode or "GPU" not in seen.stdout:
             raise BadInput(f"the GPU does not answer ({(seen.stdout + seen.stderr).strip()}): restart the container")

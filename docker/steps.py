@@ -10,11 +10,12 @@ Then the container's start is played: the entry point with its command, until th
 after --. An instruction that this script does not know is an error: nothing of the Dockerfile is passed over.
 
 What differs from an image: Debian's packages are today's, not those in the base image of that digest; nothing limits
-memory or network; the layers are not kept apart. A second run on the same ROOT goes on after the steps that are done,
-as long as they are the same.
+memory or network; /dev is this machine's. A second run on the same ROOT goes on after the steps that are done, as long as
+they and the files they copy are the same; the layers are not kept apart, so it also finds what earlier runs left.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -32,13 +33,13 @@ import psutil
 from dockerfile_parse import DockerfileParser
 from pathspec import PathSpec
 
-from prep.files import BadInput, run
+from prep.files import BadInput, run, sha256
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = HERE.parent
 KNOWN = {"FROM", "ARG", "SHELL", "RUN", "COPY", "ENV", "WORKDIR", "USER"}  # carried out
 AT_START = {"HEALTHCHECK", "ENTRYPOINT", "CMD"}  # carried out when the container starts
-METADATA = {"COMMENT", "EXPOSE", "VOLUME"}  # nothing to do without an engine
+METADATA = {"COMMENT", "EXPOSE", "LABEL", "VOLUME"}  # nothing to do without an engine
 
 
 @dataclass(frozen=True)
@@ -115,24 +116,42 @@ def context_files(context: Path) -> list[Path]:
     return sorted(Path(name) for name in files if not ignored.match_file(name.removeprefix("./")))
 
 
-def copy(step: Step, state: State, context: Path) -> None:
-    """COPY SOURCE... TARGET, from the context."""
+def copied(step: Step, state: State, context: Path) -> dict[Path, Path]:
+    """What COPY SOURCE... TARGET copies: {file of the context: where it goes, from the root}."""
     *sources, target = shlex.split(state.expand(step.value))
     if any(source.startswith("--") for source in sources):
         raise BadInput(
             f"docker/steps.py cannot carry out COPY {step.value}; build the stage it copies from by --target"
         )
-    folder = state.root / Path(state.folder, target).relative_to("/")
+    found = {}
     for source in sources:
         wanted = [path for path in context_files(context) if source == "." or path.is_relative_to(source)]
         if not wanted:
             raise BadInput(f"COPY {step.value}: .dockerignore leaves nothing of {source}")
         for path in wanted:
-            inside = (
-                path if source == "." else path.relative_to(source) if (context / source).is_dir() else Path(path.name)
-            )
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(context / path, folder / inside, follow_symlinks=False)
+            inside = path.relative_to(source) if (context / source).is_dir() else Path(path.name)
+            found[path] = Path(state.folder, target, inside)
+    return found
+
+
+def copy(step: Step, state: State, context: Path) -> None:
+    """COPY, from the context."""
+    for path, target in copied(step, state, context).items():
+        there = state.root / target.relative_to("/")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(context / path, there, follow_symlinks=False)
+
+
+def record(step: Step, state: State, context: Path) -> list[str]:
+    """What tells this step from another: its text, what the text stands for, and of COPY every file."""
+    known = [step.instruction, step.value, state.expand(step.value)]
+    if step.instruction == "COPY":
+        files = [
+            (str(path), os.lstat(path).st_mode, sha256(path))
+            for path in map(context.joinpath, copied(step, state, context))
+        ]
+        known.append(hashlib.sha256(json.dumps(files).encode()).hexdigest())
+    return known
 
 
 def called(state: State, arguments: list[str]) -> list[str]:
@@ -195,11 +214,12 @@ def build(target: str, state: State, binds: list[Path]) -> None:
     done = done or [["FROM", base]]
     new = [["FROM", base]]
     for step in steps:
-        new.append([step.instruction, step.value, state.expand(step.value)])
+        new.append(record(step, state, CONTEXT))
         changes_files = step.instruction in ("RUN", "COPY")
-        same = done[: len(new)] == new and not (step.instruction == "COPY" and step.value.startswith(". "))
+        same = done[: len(new)] == new
         if changes_files and not same:
-            done = new[:-1]  # what comes after a changed step is carried out again
+            done = new[:-1]  # what comes after a changed step is carried out again, should this one fail too
+            done_file.write_text(json.dumps(done))
         if not changes_files or not same:
             print(f"--- {step.instruction} {step.value}", flush=True)
             started = time.monotonic()

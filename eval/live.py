@@ -40,27 +40,27 @@ class Run:
     folder: Path  # outputs/2b
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     loaders: dict[Path, EventFileLoader] = field(default_factory=dict)
+    begun: set[Path] = field(default_factory=set)  # files with a training loss: a resumed run's has none for a while
 
     def refresh(self) -> None:
         """Read what has been added. A run that was begun anew, or whose files are gone, is read anew."""
         files = sorted(self.folder.glob("runs/**/events.out.tfevents.*"), key=lambda path: path.name)
         if any(path not in files for path in self.loaders):
-            self.points, self.loaders = {}, {}
+            self.points, self.loaders, self.begun = {}, {}, set()
         for path in files:
-            resumed = bool(self.points) and path not in self.loaders
             loader = self.loaders.setdefault(path, EventFileLoader(str(path)))
             for event in loader.Load():
                 for value in event.summary.value:
                     name = NAMES.get(value.tag)
-                    if name == "loss" and resumed:
-                        # It repeats the steps since its checkpoint: what stood there before is not part of this run.
+                    if name == "loss" and path not in self.begun:
+                        # A run that was resumed repeats the steps since its checkpoint: what stood there is no part of it.
+                        self.begun.add(path)
                         start = event.wall_time
                         self.points = {
                             step: point
                             for step, point in self.points.items()
                             if step < event.step or point["time"] >= start
                         }
-                        resumed = False
                     if name:
                         point = self.points.setdefault(event.step, {})
                         point[name] = float(tensor_util.make_ndarray(value.tensor))
@@ -88,14 +88,16 @@ class Run:
 
 
 def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -> int | None:
-    """How many steps the run is to have: as its checkpoint or its start says, or reckoned from the epochs done.
+    """How many steps the run is to have: as its last whole checkpoint or its start says, or reckoned from the epochs done.
 
-    None before there is anything to go by. Files that are being written are passed over.
+    None before there is anything to go by.
     """
-    for path in sorted(folder.glob("checkpoint-*/trainer_state.json"), reverse=True):
+    from train.gate import checkpoints  # torch comes with it, which an empty page does not wait for
+
+    for checkpoint in reversed(checkpoints(folder)):
         try:
-            return int(json.loads(path.read_text())["max_steps"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"])
+        except (OSError, ValueError, KeyError, TypeError):  # being written, or removed since it was listed
             continue
     try:
         overrides = json.loads((folder / "started.json").read_text())["overrides"]
@@ -221,7 +223,7 @@ def draw(runs: list[Run]) -> Figure | None:
 
 
 def find(outputs: Path, known: dict[Path, Run]) -> list[Run]:
-    """Every run under `outputs`, oldest name first; those already `known` keep what they have read."""
+    """Every run under `outputs`, by name; those already `known` keep what they have read."""
     folders = sorted({path.parent for path in outputs.glob("*/runs")}) if outputs.is_dir() else []
     return [known.get(folder) or Run(folder) for folder in folders]
 
