@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 CONTEXT = HERE.parent
 KNOWN = {"FROM", "ARG", "SHELL", "RUN", "COPY", "ENV", "WORKDIR", "USER"}  # carried out
 AT_START = {"HEALTHCHECK", "ENTRYPOINT", "CMD"}  # carried out when the container starts
+PATIENCE = 300  # seconds for the container's command to become healthy
 METADATA = {"COMMENT", "EXPOSE", "LABEL", "VOLUME"}  # nothing to do without an engine
 
 
@@ -240,21 +241,25 @@ def play(state: State, command: list[str], binds: list[Path]) -> None:
         return
     check = json.loads(state.start["HEALTHCHECK"].partition("CMD ")[2])
     started = time.monotonic()
-    process = subprocess.Popen(inside(state, entry + json.loads(state.start["CMD"]), binds))
+    process, said = subprocess.Popen(inside(state, entry + json.loads(state.start["CMD"]), binds)), ""
     try:
-        while not (children := psutil.Process(process.pid).children()):
-            time.sleep(0.1)
-        # As an engine does: among the container's own processes.
-        beside = ["nsenter", f"--target={children[0].pid}", "--mount", "--pid", *called(state, check)]
-        while (found := subprocess.run(beside, capture_output=True, text=True)).returncode:
-            if process.poll() is not None or time.monotonic() - started > 300:
-                raise BadInput(f"the container's command did not become healthy: {found.stderr.strip()}")
-            time.sleep(1)
-        print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
+        while process.poll() is None and time.monotonic() - started < PATIENCE:
+            for child in psutil.Process(process.pid).children():
+                # As an engine does: among the container's own processes.
+                beside = ["nsenter", f"--target={child.pid}", "--mount", "--pid", *called(state, check)]
+                found = subprocess.run(beside, capture_output=True, text=True)
+                if not found.returncode:
+                    print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
+                    return
+                said = found.stderr.strip()
+            time.sleep(0.5)
+        how = "did not become healthy" if process.poll() is None else f"ended with status {process.poll()}"
+        raise BadInput(f"the container's command {how}: {said}")
     finally:
-        # unshare waits through signals; with its child, process 1 of the namespace, all that runs inside is ended.
-        for child in psutil.Process(process.pid).children():
-            child.kill()
+        if process.poll() is None:
+            # unshare waits through signals; with its child, process 1 of the namespace, all that runs inside is ended.
+            for child in psutil.Process(process.pid).children():
+                child.kill()
         process.wait()
 
 
