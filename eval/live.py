@@ -66,9 +66,9 @@ class Run:
                         point[name] = float(tensor_util.make_ndarray(value.tensor))
                         point["time"] = event.wall_time
 
-    def series(self, name: str) -> tuple[list[float], list[float]]:
-        """What was logged under `name`, over tokens; over steps where the trainer counted none."""
-        unit = self.unit
+    def series(self, name: str, unit: str = "") -> tuple[list[float], list[float]]:
+        """What was logged under `name`, over `tokens` or `steps`; by default over the run's own unit."""
+        unit = unit or self.unit
         seen, across, up = 0.0, [], []
         for step, point in sorted(self.points.items()):
             seen = float(step) if unit == "steps" else point.get("tokens", seen)
@@ -79,7 +79,7 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """`tokens` or `steps`."""
+        """`tokens`, or `steps` where the trainer counted none."""
         return "tokens" if any("tokens" in point for point in self.points.values()) else "steps"
 
     def last(self, name: str) -> float | None:
@@ -197,8 +197,8 @@ def draw(runs: list[Run]) -> Figure | None:
     upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for index, run in enumerate(runs):
         colour = COLOURS[index % len(COLOURS)]
-        upper.plot(*run.series("loss"), color=colour, linewidth=1.4, label=f"{run.folder.name}, training")
-        across, up = run.series("eval_loss")
+        upper.plot(*run.series("loss", unit), color=colour, linewidth=1.4, label=f"{run.folder.name}, training")
+        across, up = run.series("eval_loss", unit)
         if up:
             upper.plot(
                 across,
@@ -209,7 +209,7 @@ def draw(runs: list[Run]) -> Figure | None:
                 markersize=4,
                 label=f"{run.folder.name}, validation",
             )
-        lower.plot(*run.series("learning_rate"), color=colour, linewidth=1.4)
+        lower.plot(*run.series("learning_rate", unit), color=colour, linewidth=1.4)
     upper.set_ylabel("loss, nats a token")
     lower.set_ylabel("learning rate")
     lower.set_xlabel(f"{unit} of the run")

@@ -17,12 +17,15 @@ import psutil
 from prep.files import BadInput
 from train.chain import load_chain
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 ROOT = Path(__file__).resolve().parent.parent
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all of its paths
 CONTINUED = Path("outputs/continuation")  # where eval/continuation.py writes
 PAGES = 900  # words of the continued novel that are shown, about three pages of a book
-HEADROOM = 1.25  # of the weights' bytes, for what is computed with them and the cache of a context
+HEADROOM = 1.25  # of the bytes of 16- or 32-bit weights, for what is computed with them and the cache of a context
 
 
 def places() -> list[Path]:
@@ -95,7 +98,7 @@ class Models:
         return torch.cuda.mem_get_info()[0]
 
     def get(self, name: str, say: Callable[[str], None]) -> tuple[Any, Any]:
-        """The model and tokenizer of a stage, read anew when its files have changed.
+        """The model and tokenizer of a stage, as the evaluation has them, read anew when its files have changed.
 
         When memory does not hold it beside the others, those are dropped first, and `say` tells.
         Raises BadInput when the stage is not there (any more), is not whole, or does not fit at all.
@@ -125,7 +128,11 @@ class Models:
             )
         say(f"reading {name} ...")
         tokenizer = weights.load_tokenizer(row.model)
-        model: Any = weights.load_model(row.model, tokenizer, self.device, dtype)
+        model: Any = weights.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
+        if row.quantization and self.device == "cpu":
+            model = (
+                model.dequantize()
+            )  # the same rounded numbers; a CPU unpacks them too slowly to do it at every token
         if row.adapter:
             model = weights.load_adapter(model, row, tokenizer)
         for parameter in model.parameters():
@@ -176,8 +183,8 @@ def stream(
 ) -> str:  # fmt: skip
     """Continue `prompt`, handing the text so far to `show` as it grows; returns the whole continuation.
 
-    The same draw as eval/samples.py makes for a report: same seed and parameters, same text. Raises BadInput when the
-    prompt is empty or too long; returns what there is when `stop` is set.
+    Drawn by eval/samples.py, one text from one seed: the same seed and parameters give the same text. Raises BadInput
+    when the prompt is empty or too long; returns what there is when `stop` is set.
     """
     from transformers import TextStreamer
 
