@@ -1,5 +1,6 @@
 """The container without an engine: the Dockerfile is linted, and what docker/steps.py carries out is the Dockerfile."""
 
+import argparse
 import json
 import os
 import re
@@ -92,6 +93,118 @@ def test_compose() -> None:
     for service in services.values():
         assert {volume.split(":")[1] for volume in service["volumes"]} == set(declared)
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docker/README.md")
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.M)) | {
+    "stage-a",
+    "stage-b",
+    "stage-c",
+}
+
+
+def typed(path: Path) -> list[list[str]]:
+    """The commands of a document's shell blocks that have to do with docker, as the shell would split them."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", path.read_text(), re.S)).replace("\\\n", " ")
+    parts = [part for line in blocks.splitlines() for part in re.split(r" && ", line)]
+    words = [shlex.split(part, comments=True) for part in parts]
+    return [one for one in words if one[:1] in (["docker"], ["mkdir"])]
+
+
+def arguments() -> argparse.ArgumentParser:
+    """Of Docker, as far as the documents use it; what stands nowhere here is an error."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", allow_abbrev=False)
+    build.add_argument("-f", required=True)
+    build.add_argument("-t", required=True)
+    build.add_argument("--build-arg", action="append", default=[])
+    build.add_argument("context")
+    start = commands.add_parser("run", allow_abbrev=False)
+    start.add_argument("-d", action="store_true", required=True)
+    for option in ("--name", "--gpus", "--shm-size", "--user"):
+        start.add_argument(option)
+    for option in ("-p", "-v", "-e"):
+        start.add_argument(option, action="append", default=[])
+    start.add_argument("image")
+    inside = commands.add_parser("exec", allow_abbrev=False)
+    inside.add_argument("-it", action="store_true")
+    inside.add_argument("name")
+    inside.add_argument("program")
+    inside.add_argument("arguments", nargs="*")
+    logs = commands.add_parser("logs", allow_abbrev=False)
+    logs.add_argument("-f", action="store_true")
+    logs.add_argument("name")
+    compose = commands.add_parser("compose", allow_abbrev=False)
+    compose.add_argument("-f", dest="file", required=True)
+    todo = compose.add_subparsers(dest="todo", required=True)
+    up = todo.add_parser("up", allow_abbrev=False)
+    up.add_argument("-d", action="store_true")
+    up.add_argument("service", nargs="?")
+    todo.add_parser("logs", allow_abbrev=False).add_argument("-f", action="store_true")
+    return parser
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_typed_fits_the_image(path: Path) -> None:
+    """Each command of the documents beside the Dockerfile, compose.yaml and the Makefile, in the order it is typed."""
+    text = DOCKERFILE.read_text()
+    declared = {line.partition("=")[0] for line in re.findall(r"^ARG (\S+)", text, re.M)}
+    folders = [folder for folder in json.loads(re.findall(r"^VOLUME (.*)$", text, re.M)[0]) if ".cache" not in folder]
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    images, names, made = set(), set(), set()
+    seen = []
+    for words in typed(path):
+        if words[0] == "mkdir":
+            made |= set(words[2:])
+            continue
+        call = arguments().parse_args(words[1:])
+        seen.append(call.command)
+        if call.command == "build":
+            assert (ROOT / call.f).samefile(DOCKERFILE) and call.context == "."
+            assert {pair.partition("=")[0] for pair in call.build_arg} <= declared
+            images.add(call.t)
+        elif call.command == "run":
+            assert call.image in images
+            names.add(call.name)
+            assert [port.split(":")[-1] for port in call.p] == re.findall(r"^EXPOSE (.*)$", text, re.M)
+            if call.v:
+                assert sorted(f"$PWD/{Path(folder).relative_to('/chateau')}:{folder}" for folder in folders) == sorted(
+                    call.v
+                )
+                assert {str(Path(folder).relative_to("/chateau")) for folder in folders} <= made
+                assert call.user == "$(id -u):$(id -g)"
+        elif call.command in ("exec", "logs"):
+            assert call.name in names
+            if call.command == "exec":
+                assert call.program == "make"
+                assert {word for word in call.arguments if "=" not in word} <= TARGETS
+        else:
+            assert (ROOT / call.file).samefile(ROOT / "docker/compose.yaml")
+            assert call.todo != "up" or (call.service or "workbench") in services
+    assert seen[:2] == ["build", "run"] and "exec" in seen
+    for name, value in re.findall(r"--build-arg (\w+)=([\w-]*)", path.read_text()):
+        assert name in declared, name
+        assert name != "EXTRAS" or value in steps.stages(DOCKERFILE)[1]
+
+
+def test_what_compose_reads_is_set_somewhere() -> None:
+    """Every variable of compose.yaml stands in its head, and reaches what reads it."""
+    text = (ROOT / "docker/compose.yaml").read_text()
+    head, _, body = text.partition("x-workbench")
+    used = set(re.findall(r"\$\{(\w+):-", body))
+    assert used == {"PORT", "JUPYTER_TOKEN", "CHATEAU_UID", "CHATEAU_GID", "COMMIT"}
+    assert all(re.search(rf"\b{name}\b", head) for name in used)
+    assert "JUPYTER_TOKEN" in (ROOT / "eval/serve.py").read_text()
+    for service in yaml.safe_load(text)["services"].values():
+        assert service["build"]["args"]["COMMIT"] == "${COMMIT:-}"
+        context = (ROOT / "docker" / service["build"]["context"]).resolve()
+        assert context == ROOT and (context / service["build"]["dockerfile"]).samefile(DOCKERFILE)
+        for volume in service["volumes"]:
+            source, target = volume.split(":")
+            assert source == "hub" or (ROOT / "docker" / source).resolve() == ROOT / Path(target).relative_to(
+                "/chateau"
+            )
 
 
 def test_the_image_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

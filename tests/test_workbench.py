@@ -14,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -404,6 +404,7 @@ def test_two_pages_keep_at_once(tmp_path: Path) -> None:
     assert len(workbench.kept(path)) == 600
 
 
+@pytest.mark.slow
 def test_the_latest_pages(continued: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert workbench.continued() == {}
@@ -646,7 +647,8 @@ def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_pat
 
 
 @pytest.fixture
-def browser() -> Iterator[Any]:
+def browsers() -> Iterator[Callable[[], Any]]:
+    """Each call opens another browser, with nothing of the others' cookies."""
     driver = shutil.which("chromedriver")
     if not driver or not shutil.which("chromium"):
         message = "needs Debian's packages chromium and chromium-driver"
@@ -663,9 +665,15 @@ def browser() -> Iterator[Any]:
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
     ):  # fmt: skip
         options.add_argument(argument)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
+    opened: list[Any] = []
+
+    def start() -> Any:
+        opened.append(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
+        return opened[-1]
+
+    yield start
+    for chrome in opened:
+        chrome.quit()
 
 
 def fetch(address: str) -> int:
@@ -676,11 +684,13 @@ def fetch(address: str) -> int:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
-    """On port 8000: refused without the token; with it, a growing curve, two streams, and a kept sample on the disk."""
+def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, continued: Path) -> None:
+    """On port 8000: refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the
+    novel as it grows; a second browser beside the first, and a stage that is removed under both."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
+    browser = browsers()
     began = time.monotonic()
     server = serve("--port", "8000", "--dir", str(folder), token="")  # an empty token is none: one is made
     writing = threading.Event()
@@ -691,14 +701,7 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
         assert found, line
         address, token = found.groups()
         assert len(token) >= 32
-        for _ in range(240):
-            try:
-                fetch(address + "api")
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.25)
-
+        wait_for(address, server)
         assert fetch(address + "api/contents/eval/workbench.ipynb") == 403
         assert fetch(address + "api/kernels?token=wrong") == 403
         browser.get(address)
@@ -726,9 +729,16 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
             lambda page: page.execute_script(steps) > before[0] + 5 and page.execute_script(curve) > before[1] + 5
         )
 
-        wait.until(lambda page: "Ready" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
-        selects = [Select(element) for element in browser.find_elements(By.CSS_SELECTOR, "select")]
-        left, right = [one for one in selects if "base" in [option.text for option in one.options]]
+        def said(page: Any) -> str:
+            return page.find_element(By.CSS_SELECTOR, ".try-said").text
+
+        def choices(page: Any) -> list[Any]:
+            selects = [Select(element) for element in page.find_elements(By.CSS_SELECTOR, "select")]
+            return [one for one in selects if "base" in [option.text for option in one.options]]
+
+        wait.until(lambda page: "Ready" in said(page))
+        assert torch.cuda.is_available() or "CPU, no GPU here" in said(browser)
+        left, right = choices(browser)
         left.select_by_visible_text("2a")
         right.select_by_visible_text("2b (no verdict: half trained?)")
         browser.execute_script(
@@ -737,7 +747,7 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
             "document.querySelector('.try-pane-' + i), {childList: true, subtree: true, characterData: true}))"
         )
         browser.find_element(By.CSS_SELECTOR, ".try-go").click()
-        wait.until(lambda page: "Written" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        wait.until(lambda page: "Written" in said(page))
         for lengths in browser.execute_script("return window.seen"):
             assert len(set(lengths)) >= 4, lengths  # it grew piece by piece
             assert lengths[-1] > 60
@@ -745,25 +755,70 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
         assert texts[0] != texts[1] and all(text.startswith("K. ouvrit la porte.") for text in texts)
 
         browser.find_element(By.CSS_SELECTOR, ".try-keep-1").click()
-        wait.until(lambda page: "Kept in" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        wait.until(lambda page: "Kept in" in said(page))
         sample = json.loads((folder / "outputs/kept.jsonl").read_text())
         assert sample["stage"] == "2b" and sample["seed"] == 42 and sample["temperature"] == 0.8
         assert (sample["prompt"] + sample["text"]).split() == texts[1].split()
 
-        SCREENSHOTS.mkdir(exist_ok=True)
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": 1280, "height": 1900, "deviceScaleFactor": 1, "mobile": False},
-        )
-        browser.save_screenshot(str(SCREENSHOTS / "workbench.png"))
+        def picture(name: str) -> None:
+            SCREENSHOTS.mkdir(exist_ok=True)
+            height = browser.execute_script(
+                "return Math.max(...[...document.querySelectorAll('.jp-Notebook, body')].map(e => e.scrollHeight))"
+            )
+            size = {"width": 1280, "height": height + 20, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            time.sleep(0.5)  # laid out anew
+            browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
-        # A stage removed while the page is open; a second page beside the first.
+        # The novel goes on elsewhere while the page is open.
+        assert "goes on from words given" not in browser.find_element(By.CSS_SELECTOR, ".continued").text
+        shutil.copytree(continued, folder / "outputs/continuation")
+        wait.until(lambda page: "goes on from words given" in page.find_element(By.CSS_SELECTOR, ".continued").text)
+        pages = browser.find_element(By.CSS_SELECTOR, ".continued").text.split()
+        novel = next(continued.glob("*.txt")).read_text().split()
+        assert pages[-len(novel) :] == novel
+        picture("workbench")
+
+        # A second browser beside the first: both write at once, and what one keeps the other shows.
+        second = browsers()
+        second.get(f"{address}?token={token}")
+        second_wait = WebDriverWait(second, 180)
+        second_wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
+        second_wait.until(lambda page: "Ready" in said(page))
+        for page in (browser, second):
+            for choice, name in zip(choices(page), ("base", "nobody"), strict=True):
+                choice.select_by_visible_text(name)
+        for page in (browser, second):
+            page.find_element(By.CSS_SELECTOR, ".try-go").click()
+        for waits in (wait, second_wait):
+            waits.until(lambda page: "is writing" in said(page) or "Written" in said(page))
+            waits.until(lambda page: "Written" in said(page))
+        texts = [page.find_element(By.CSS_SELECTOR, ".try-pane-0").text for page in (browser, second)]
+        assert texts[0] == texts[1] and len(texts[0]) > 60
+        second.find_element(By.CSS_SELECTOR, ".try-keep-0").click()
+        wait.until(lambda page: "base, seed 42" in page.page_source)
+
+        # Reports.
+        title = next(
+            one
+            for one in browser.find_elements(
+                By.CSS_SELECTOR, ".jupyter-widget-Collapse-header, .lm-Collapse-header, .p-Collapse-header"
+            )
+            if "The report" in one.text
+        )
+        title.click()
+        frame = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "iframe.report"))
+        assert "bits per byte" in (frame.get_attribute("srcdoc") or "").lower() and frame.size["height"] > 500
+        picture("report")
+
+        # A stage removed while both pages are open.
         shutil.rmtree(folder / "outputs/2a")
-        wait.until(lambda page: "2a" not in [option.text for option in left.options])
-        browser.switch_to.new_window("tab")
-        browser.get(f"{address}?token={token}")
-        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
-        wait.until(lambda page: "Ready" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        for page, waits in ((browser, wait), (second, second_wait)):
+            waits.until(
+                lambda page: not [one for one in choices(page) if "2a" in [option.text for option in one.options]]
+            )
+            page.find_element(By.CSS_SELECTOR, ".try-go").click()
+            waits.until(lambda page: "Written" in said(page))
         loaded = [
             entry["message"] for entry in browser.get_log("browser") if "ERR_NAME_NOT_RESOLVED" in entry["message"]
         ]
