@@ -40,12 +40,14 @@ SCREENSHOTS = ROOT / "tests/screenshots"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def log(writer: SummaryWriter, step: int, loss: float, at: float | None = None, memory: float = 0.0) -> None:
+def log(
+    writer: SummaryWriter, step: int, loss: float, at: float | None = None, memory: float = 0.0, steps: int = 40
+) -> None:
     """What the trainer logs at a step, under the names it uses (tests/test_smoke.py holds them to the real one)."""
     for name, value in (
         ("train/loss", loss),
         ("train/learning_rate", 1e-4),
-        ("train/epoch", step / 40),
+        ("train/epoch", step / steps),
         ("train/tokens/total", step * 2048),
         ("train/tokens/train_per_sec_per_gpu", 150.0),
         ("train/memory/device_reserved (GiB)", memory),
@@ -718,7 +720,7 @@ def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, contin
                 step = 0
                 while not writing.wait(0.3):
                     step += 1
-                    log(writer, step, 2 + 2 * math.exp(-step / 20))
+                    log(writer, step, 2 + 2 * math.exp(-step / 100), steps=1000)
 
         threading.Thread(target=train, daemon=True).start()
         steps = "return [...document.querySelectorAll('table.runs tr')].map(r => r.innerText).filter(t => t.startsWith('2c')).map(t => parseInt(t.split('\\t')[2]))[0] || 0"
@@ -763,7 +765,7 @@ def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, contin
         def picture(name: str) -> None:
             SCREENSHOTS.mkdir(exist_ok=True)
             height = browser.execute_script(
-                "return Math.max(...[...document.querySelectorAll('.jp-Notebook, body')].map(e => e.scrollHeight))"
+                "return Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))"
             )
             size = {"width": 1280, "height": height + 20, "deviceScaleFactor": 1, "mobile": False}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
