@@ -82,7 +82,7 @@ def stages(dockerfile: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[
             raise BadInput(f"{dockerfile}: docker/steps.py cannot carry out {step.instruction} {step.value}")
         if step.instruction == "FROM":
             base, _, name = step.value.partition(" AS ")
-            found[name or str(len(found))] = (base, [])
+            found[name] = (base, [])
         elif not found and step.instruction == "ARG":
             name, _, default = step.value.partition("=")
             defaults[name] = default
@@ -106,7 +106,7 @@ def line(target: str, dockerfile: Path, arguments: dict[str, str]) -> tuple[str,
 def context_files(context: Path) -> list[Path]:
     """The files of the build context that .dockerignore lets through, relative to it."""
     lines = (context / ".dockerignore").read_text().splitlines()
-    rules = [text.strip() for text in lines if text.strip() and not text.startswith("#")]
+    rules = [text.strip() for text in lines if text.strip()]
     # Docker's patterns are anchored at the context, those of gitignore, which pathspec reads, are not.
     anchored = [re.sub(r"^(!?)(?!\*\*/)/?", r"\1/", rule) for rule in rules]
     ignored = PathSpec.from_lines("gitwildmatch", anchored)

@@ -40,27 +40,20 @@ class Run:
     folder: Path  # outputs/2b
     points: dict[int, dict[str, float]] = field(default_factory=dict)
     loaders: dict[Path, EventFileLoader] = field(default_factory=dict)
-    begun: set[Path] = field(default_factory=set)  # files with a training loss: a resumed run's has none for a while
 
     def refresh(self) -> None:
         """Read what has been added. A run that was begun anew, or whose files are gone, is read anew."""
         files = sorted(self.folder.glob("runs/**/events.out.tfevents.*"), key=lambda path: path.name)
         if any(path not in files for path in self.loaders):
-            self.points, self.loaders, self.begun = {}, {}, set()
+            self.points, self.loaders = {}, {}
         for path in files:
             loader = self.loaders.setdefault(path, EventFileLoader(str(path)))
             for event in loader.Load():
                 for value in event.summary.value:
                     name = NAMES.get(value.tag)
-                    if name == "loss" and path not in self.begun:
-                        # A run that was resumed repeats the steps since its checkpoint: what stood there is no part of it.
-                        self.begun.add(path)
-                        start = event.wall_time
-                        self.points = {
-                            step: point
-                            for step, point in self.points.items()
-                            if step < event.step or point["time"] >= start
-                        }
+                    if name == "loss" and self.points and event.step <= next(reversed(self.points)):
+                        # A resumed run repeats the steps since its checkpoint: what stood there before is no part of it.
+                        self.points = {step: point for step, point in self.points.items() if step < event.step}
                     if name:
                         point = self.points.setdefault(event.step, {})
                         point[name] = float(tensor_util.make_ndarray(value.tensor))

@@ -36,6 +36,7 @@ def test_every_run_step_is_carried_out() -> None:
     for _, own in steps.stages(DOCKERFILE)[1].values():
         carried += [re.sub(r"\s+", " ", step.value) for step in own if step.instruction == "RUN"]
     assert carried == written and len(written) >= 6
+    assert list(steps.stages(DOCKERFILE)[1])[-1] == "workbench"  # what `docker build` makes when no stage is named
     _, line = steps.line("workbench", DOCKERFILE, {})
     own = [step for step in line if step.instruction == "RUN"]
     assert [step.value.split()[0] for step in own] == ["apt-get", "python3.11", "groupadd", "install"]
@@ -290,7 +291,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     context = tmp_path / "context"
     for name, text in {
         "docker/Dockerfile": SMALL, ".dockerignore": "*\n!given\n!docker\ngiven/secret", "given/a/b.txt": "one", "given/secret": "no",
-        "other.txt": "not let through",
+        "other.txt": "not let through", "other/given": "nor this: patterns are anchored",
     }.items():  # fmt: skip
         (context / name).parent.mkdir(parents=True, exist_ok=True)
         (context / name).write_text(text)
@@ -324,7 +325,7 @@ def test_the_steps_are_carried_out(small: Path, tmp_path: Path) -> None:
     assert (place / "built").read_text() == "said|/app/said|two words|/app/said|0|\n"
     assert (place / "kept/a/b.txt").read_text() == (place / "given/a/b.txt").read_text() == "one"
     assert os.access(place / "kept/run", os.X_OK) and not os.access(place / "kept/a/b.txt", os.X_OK)
-    assert not list(root.rglob("secret")) and not list(root.rglob("other.txt"))
+    assert not list(root.rglob("secret")) and not list(root.rglob("other*"))
     assert (root / "tmp/user").read_text() == "1234\n" and (root / "tmp/group").read_text() == "1235\n"
     # ARGs end with the build; the entry point stands before the command; the bind is shown inside alone.
     assert (root / "tmp/command").read_text() == "entry here from outside\n"

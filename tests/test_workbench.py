@@ -70,9 +70,12 @@ def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
         log(writer, 2, 3.5)
         writer.add_scalar("eval/loss", 3.7, 2)
         writer.flush()
+        writer.add_scalar("eval/loss", 3.6, 3)  # counted no tokens: it stands where training stood
+        writer.add_text("args", "{}")
+        writer.flush()
         run.refresh()
     assert run.series("loss") == ([2048, 4096], [4.0, 3.5])
-    assert run.series("eval_loss") == ([4096], [pytest.approx(3.7)])
+    assert run.series("eval_loss") == ([4096, 4096], [pytest.approx(3.7), pytest.approx(3.6)])
 
 
 def test_a_record_that_is_being_written_waits(tmp_path: Path) -> None:
@@ -105,9 +108,15 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     run = live.Run(folder)
     run.refresh()
     assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
-    shutil.rmtree(folder / "runs/b")
+    with SummaryWriter(str(folder / "runs/c")) as writer:
+        for step in range(6, 10):
+            log(writer, step, 2.0, at=3000.0 + step)
+    os.rename(next(folder.glob("runs/c/*")), folder / "runs/c/events.out.tfevents.3.host")
     run.refresh()
-    assert run.series("loss")[1] == [4.0] * 7
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0]
+    shutil.rmtree(folder / "runs/c")
+    run.refresh()
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
 
 
 def test_a_resumed_run_is_watched_from_its_first_second(tmp_path: Path) -> None:
