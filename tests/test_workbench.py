@@ -100,23 +100,31 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     with SummaryWriter(str(folder / "runs/a")) as writer:
         for step in range(1, 8):
             log(writer, step, 4.0, at=1000.0 + step)
+        writer.add_scalar("eval/loss", 9.0, 5, walltime=1005.5)
     os.rename(next(folder.glob("runs/a/*")), folder / "runs/a/events.out.tfevents.1.host")
     with SummaryWriter(str(folder / "runs/b")) as writer:
         for step in range(5, 7):
             log(writer, step, 3.0, at=2000.0 + step)
+        writer.add_scalar("eval/loss", 8.0, 6, walltime=2006.5)
     os.rename(next(folder.glob("runs/b/*")), folder / "runs/b/events.out.tfevents.2.host")
     run = live.Run(folder)
     run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0] and run.series("eval_loss")[1] == [8.0]
     with SummaryWriter(str(folder / "runs/c")) as writer:
         for step in range(6, 10):
             log(writer, step, 2.0, at=3000.0 + step)
     os.rename(next(folder.glob("runs/c/*")), folder / "runs/c/events.out.tfevents.3.host")
     run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0]
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0] and not run.series("eval_loss")[1]
+    loaders = dict(run.loaders)
+    run.refresh()
+    assert len(loaders) == 3 and run.loaders == loaders  # it went on where the last look ended
     shutil.rmtree(folder / "runs/c")
     run.refresh()
     assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
+    shutil.rmtree(folder / "runs")
+    run.refresh()
+    assert not run.points
 
 
 def test_a_resumed_run_is_watched_from_its_first_second(tmp_path: Path) -> None:
