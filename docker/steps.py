@@ -207,7 +207,8 @@ def build(target: str, state: State, binds: list[Path]) -> None:
         raise BadInput(f"docker/steps.py lays out Debian only, and the image starts from {base}")
     done_file = state.root.with_name(state.root.name + ".done.json")
     done: list[list[str]] = json.loads(done_file.read_text()) if done_file.exists() else []
-    if not done:
+    used = bool(done)
+    if not used:
         if state.root.exists():
             raise BadInput(f"{state.root} is there already, and not by this script: give a new folder")
         print(f"--- FROM {base}", flush=True)
@@ -224,7 +225,13 @@ def build(target: str, state: State, binds: list[Path]) -> None:
         if not changes_files or not same:
             print(f"--- {step.instruction} {step.value}", flush=True)
             started = time.monotonic()
-            carry_out(step, state, CONTEXT, binds)
+            try:
+                carry_out(step, state, CONTEXT, binds)
+            except subprocess.CalledProcessError as error:
+                again = "; what an earlier run left may be in its way: remove it, and begin anew" if used else ""
+                raise BadInput(
+                    f"{state.root}: status {error.returncode} from {step.instruction} {step.value}{again}"
+                ) from error
             if step.instruction == "RUN":
                 print(f"    {time.monotonic() - started:.0f} s", flush=True)
         if len(new) > len(done):
@@ -237,7 +244,8 @@ def play(state: State, command: list[str], binds: list[Path]) -> None:
     state.declared = {}  # ARGs end with the build
     entry = json.loads(state.start["ENTRYPOINT"])
     if command:
-        subprocess.run(inside(state, entry + command, binds), check=True)
+        if code := subprocess.run(inside(state, entry + command, binds)).returncode:
+            raise BadInput(f"the command ended with status {code}")
         return
     check = json.loads(state.start["HEALTHCHECK"].partition("CMD ")[2])
     started = time.monotonic()

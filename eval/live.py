@@ -217,7 +217,7 @@ def draw(runs: list[Run]) -> Figure | None:
 
 def find(outputs: Path, known: dict[Path, Run]) -> list[Run]:
     """Every run under `outputs`, by name; those already `known` keep what they have read."""
-    folders = sorted({path.parent for path in outputs.glob("*/runs")}) if outputs.is_dir() else []
+    folders = sorted({path.parent for path in outputs.glob("*/runs")})
     return [known.get(folder) or Run(folder) for folder in folders]
 
 

@@ -358,7 +358,7 @@ def test_a_second_run_goes_on(small: Path, tmp_path: Path) -> None:
     assert (third := stamp.read_text()) != second
     file = small / "docker/Dockerfile"
     file.write_text(SMALL.replace("RUN date +%N > stamp", "RUN date +%N > stamp; false"))
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(BadInput, match=r"root: status 1 from RUN date .* false; what an earlier run left"):
         lay_out(*nothing)
     assert (failed := stamp.read_text()) != third
     file.write_text(SMALL)
@@ -370,16 +370,26 @@ def test_a_second_run_goes_on(small: Path, tmp_path: Path) -> None:
     assert stamp.read_text() == before
 
 
+def test_a_step_that_fails_is_named(small: Path, tmp_path: Path) -> None:
+    (small / "docker/Dockerfile").write_text(SMALL.replace("RUN date +%N > stamp", "RUN exit 7"))
+    with pytest.raises(BadInput, match=r"root: status 7 from RUN exit 7$"):
+        lay_out()
+    (small / "docker/Dockerfile").write_text(SMALL)
+    with pytest.raises(BadInput, match="the command ended with status 9"):
+        lay_out("--", "bash", "-c", "exit 9")
+
+
 def test_the_containers_start_is_played(
     small: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sleeping() -> list[int]:
         return [one.pid for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "1234.5"]]
 
+    before = sleeping()
     lay_out()
     assert (tmp_path / "root/tmp/started").read_text() == "entry\n"
     assert re.search(r"healthy after [1-9] s", capfd.readouterr().out)
-    assert not sleeping()
+    assert sleeping() == before
     (tmp_path / "root/tmp/up").unlink()
     file = small / "docker/Dockerfile"
     file.write_text(SMALL.replace("sleep 0.5;", "exit 3;"))
@@ -390,7 +400,7 @@ def test_the_containers_start_is_played(
     monkeypatch.setattr(steps, "PATIENCE", 2)
     with pytest.raises(BadInput, match=r"did not become healthy: .*/tmp/never"):
         lay_out()
-    assert time.monotonic() - began < 60 and not sleeping()
+    assert time.monotonic() - began < 60 and sleeping() == before
 
 
 def test_what_cannot_be_laid_out_is_said(

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,31 @@ def test_planned_steps_are_those_of_the_last_whole_checkpoint(tmp_path: Path) ->
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(f'{{"max_steps": {planned}}}')
     (tmp_path / "checkpoint-200").mkdir()  # just begun
+    (tmp_path / "checkpoint-150").mkdir()
+    (tmp_path / "checkpoint-150/trainer_state.json").write_text("{}")
     assert live.planned_steps(tmp_path, 5, 0.5, 1) == 30
     assert live.planned_steps(tmp_path / "other", 5, 0.5, 2) == 20
+
+
+def test_time_left_whatever_was_logged(tmp_path: Path) -> None:
+    def status(times: dict[int, float], planned: int | None = 100) -> live.Status:
+        points = {step: {"loss": 1.0, "time": at} for step, at in times.items()}
+        run = live.Run(
+            tmp_path, points | {max(times, default=0) + 5: {"eval_loss": 1.0, "time": max(times.values(), default=0.0)}}
+        )
+        (tmp_path / "started.json").write_text(json.dumps({"overrides": [f"--max_steps={planned}"] if planned else []}))
+        found = live.status(run, 1, now=max(times.values(), default=0.0) + 1)
+        assert found and found.state == "running"
+        return found
+
+    assert status({}).step == 5 and status({}).seconds_left is None  # a validation before the first step
+    assert status({1: 10.0}).step == 1 and status({1: 10.0}).seconds_left is None
+    assert status({1: 10.0, 2: 20.0}).seconds_left == pytest.approx(980)
+    assert status({1: 10.0, 2: 20.0}, planned=None).seconds_left is None
+    assert status({10: 100.0, 20: 200.0}).seconds_left == pytest.approx(800)  # logged at every tenth step
+    assert status({1: 10.0, 2: 20.0}, planned=1).seconds_left == 0
+    slow = {step: 100.0 * step for step in range(1, 41)}
+    assert status(slow | {40 + step: 4000.0 + 10 * step for step in range(1, 31)}).seconds_left == pytest.approx(300)
 
 
 def test_tables_and_curves_of_several_runs(tmp_path: Path) -> None:
@@ -186,6 +210,8 @@ def test_tables_and_curves_of_several_runs(tmp_path: Path) -> None:
     for words in ("trained, past its gate", "heard of 60 s ago", "silent for 15 min, no verdict", "3 of 80", "1.000",
                   "3.250", "1.00e-04", "6,144", "150", "7.5", "3 h 06 min"):  # fmt: skip
         assert words in page, words
+    begun = replace(second, name="<2b>", planned=None)
+    assert "<b>&lt;2b&gt;</b>" in live.table([begun]) and "<td>3</td>" in live.table([begun])
     assert [live.duration(seconds) for seconds in (None, 5, 89.4, 90, 3599, 3725)] == [
         "", "5 s", "89 s", "2 min", "1 h 00 min", "1 h 02 min"
     ]  # fmt: skip
@@ -200,7 +226,8 @@ def test_tables_and_curves_of_several_runs(tmp_path: Path) -> None:
     ]
     assert list(upper.lines[2].get_xdata()) == [2048, 4096, 6144] and list(upper.lines[3].get_ydata()) == [3.25]
     assert upper.lines[0].get_color() == upper.lines[1].get_color() != upper.lines[2].get_color()
-    assert len(lower.lines) == 2 and lower.get_xlabel() == "tokens of the run"
+    assert [list(line.get_ydata()) for line in lower.lines] == [[pytest.approx(1e-4)] * 3] * 2
+    assert lower.get_xlabel() == "tokens of the run"
     for point in runs[0].points.values():  # one that was trained without counting
         point.pop("tokens")
     mixed = live.draw(runs)
@@ -220,7 +247,9 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
     assert one.planned == 40  # by the share of the epoch
     assert one.seconds_left == pytest.approx(36 * 10)
     assert one.figures["memory"] is None
-    (folder / "started.json").write_text(json.dumps({"overrides": ["--max_steps=20"]}))
+    (folder / "started.json").write_text(json.dumps({"overrides": ["--bf16=False"]}))
+    assert (whole := live.status(run, 1, now=1041.0)) and whole.planned == 40
+    (folder / "started.json").write_text(json.dumps({"overrides": ["--bf16=False", "--max_steps=20"]}))
     assert (two := live.status(run, 1, now=1041.0)) and two.planned == 20
     (folder / "checkpoint-4").mkdir()
     (folder / "checkpoint-4/trainer_state.json").write_text('{"max_steps": 30, "torn')
