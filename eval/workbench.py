@@ -62,11 +62,10 @@ def free_memory() -> int:
     """Bytes that a model can still take: of this machine, or of what the container may use of it."""
     free = psutil.virtual_memory().available
     try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
     except (OSError, ValueError):
-        pass  # no limit of its own
+        pass  # no limit of its own: no such file, or the word `max` in it
     return max(0, free)
 
 

@@ -404,6 +404,12 @@ def test_two_models_or_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPat
     limit_memory(folder, round(size * 1.3), monkeypatch)
     models.get("base", said.append)
     assert list(models.held) == ["base"]
+    os.utime(folder / "models/base/model.safetensors", (1000, 1000))
+    limit_memory(folder, round(size * 0.5), monkeypatch)
+    said.clear()
+    with pytest.raises(BadInput, match="needs about"):
+        models.get("base", said.append)
+    assert not said and not models.held  # what has changed is not kept beside what it has become
 
 
 def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
@@ -414,6 +420,13 @@ def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
     path.write_bytes((folder / "models/base/model.safetensors").read_bytes())
     second, _ = models.get("2a", said.append)
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+    on_it, _ = models.get("2b", said.append)
+    os.utime(path, (1000, 1000))
+    assert models.get("2b", said.append)[0] is not on_it  # what it stands on is another
+    (folder / "outputs/2a/model-2.safetensors").symlink_to("gone")  # listed, and not there when it is looked at
+    with pytest.raises(BadInput, match="removed a moment ago"):
+        models.get("2a", said.append)
+    (folder / "outputs/2a/model-2.safetensors").unlink()
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="is it being written"):
         models.get("2a", said.append)
@@ -594,6 +607,15 @@ def test_the_server_and_its_health(tmp_path: Path) -> None:
         page = "api/contents/eval/workbench.ipynb?content=0"
         assert fetch(address + page) == 403 and fetch(f"{address}{page}&token=") == 403
         assert fetch(f"{address}{page}&token={secret}") == 200
+        for path in ("lab", "voila/render/eval/workbench.ipynb", "files/README.md", "voila/files/README.md", "api/kernels",
+                     "api/terminals", "api/contents", "nbconvert/html/eval/workbench.ipynb", "lsp/status"):  # fmt: skip
+            try:
+                answer = urllib.request.urlopen(address + path, timeout=60)
+                assert "/login" in answer.url, path
+            except urllib.error.HTTPError as error:
+                assert error.code in (403, 404), path
+        answer = urllib.request.urlopen(f"{address}files/README.md?token={secret}", timeout=60)
+        assert answer.read() == (ROOT / "README.md").read_bytes()
         answer = urllib.request.urlopen(f"{address}lab?token={secret}", timeout=60)
         assert answer.headers["Content-Security-Policy"].startswith("default-src 'self'")
         assert secret not in Path(f"/proc/{server.pid}/cmdline").read_text()
