@@ -662,6 +662,7 @@ def test_a_server_that_asks_nobody_is_ill(tmp_path: Path) -> None:
     [
         ("echo 'GPU 0: NVIDIA'", None),
         ("echo 'Failed to initialize NVML: Unknown Error'; exit 255", "does not answer .Failed to initialize NVML"),
+        ("echo 'GPU 0: NVIDIA'; echo 'Unable to determine the device handle' >&2; exit 15", "Unable to determine"),
         ("echo 'No devices found.'", "does not answer .No devices found"),
         (None, "without nvidia-smi"),
     ],
