@@ -6,6 +6,7 @@ when the host reloads its services; a training then fails only after minutes of 
 """
 
 import os
+import shutil
 import subprocess
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from jupyter_server.serverapp import list_running_servers
 from prep.files import BadInput, run
 
 PAGE = "api/contents/eval/workbench.ipynb?content=0"
+CARD = Path("/dev/nvidiactl")  # in a container it is there if, and only if, a GPU was given
 
 
 def status(url: str) -> int:
@@ -27,6 +29,17 @@ def status(url: str) -> int:
         return error.code
     except OSError as error:
         raise BadInput(f"the notebook server does not answer: {error}") from error
+
+
+def check_card() -> None:
+    """Raises BadInput when a GPU was given, and no longer answers."""
+    if not CARD.exists():
+        return
+    if not shutil.which("nvidia-smi"):
+        raise BadInput("a GPU is here without nvidia-smi: NVIDIA_DRIVER_CAPABILITIES must have utility")
+    seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    if seen.returncode or "GPU" not in seen.stdout:
+        raise BadInput(f"the GPU does not answer ({(seen.stdout + seen.stderr).strip()}): restart the container")
 
 
 def main() -> None:
@@ -42,14 +55,7 @@ def main() -> None:
     for folder in ("models", "data", "outputs", "eval/reports"):
         if not os.access(folder, os.W_OK):
             raise BadInput(f"{Path(folder).resolve()} cannot be written to")
-    if Path("/proc/driver/nvidia/version").exists() and os.environ.get("NVIDIA_VISIBLE_DEVICES", "void") not in (
-        "",
-        "void",
-        "none",
-    ):
-        seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-        if seen.returncode or "GPU" not in seen.stdout:
-            raise BadInput(f"the GPU does not answer ({(seen.stdout + seen.stderr).strip()}): restart the container")
+    check_card()
 
 
 if __name__ == "__main__":

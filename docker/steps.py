@@ -10,11 +10,12 @@ Then the container's start is played: the entry point with its command, until th
 after --. An instruction that this script does not know is an error: nothing of the Dockerfile is passed over.
 
 What differs from an image: Debian's packages are today's, not those in the base image of that digest; nothing limits
-memory or network; the layers are not kept apart. A second run on the same ROOT goes on after the steps that are done,
-as long as they are the same.
+memory or network; /dev is this machine's. A second run on the same ROOT goes on after the steps that are done, as long as
+they and the files they copy are the same; the layers are not kept apart, so it also finds what earlier runs left.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -32,13 +33,14 @@ import psutil
 from dockerfile_parse import DockerfileParser
 from pathspec import PathSpec
 
-from prep.files import BadInput, run
+from prep.files import BadInput, run, sha256
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = HERE.parent
 KNOWN = {"FROM", "ARG", "SHELL", "RUN", "COPY", "ENV", "WORKDIR", "USER"}  # carried out
 AT_START = {"HEALTHCHECK", "ENTRYPOINT", "CMD"}  # carried out when the container starts
-METADATA = {"COMMENT", "EXPOSE", "VOLUME"}  # nothing to do without an engine
+PATIENCE = 300  # seconds for the container's command to become healthy
+METADATA = {"COMMENT", "EXPOSE", "LABEL", "VOLUME"}  # nothing to do without an engine
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def stages(dockerfile: Path) -> tuple[dict[str, str], dict[str, tuple[str, list[
             raise BadInput(f"{dockerfile}: docker/steps.py cannot carry out {step.instruction} {step.value}")
         if step.instruction == "FROM":
             base, _, name = step.value.partition(" AS ")
-            found[name or str(len(found))] = (base, [])
+            found[name] = (base, [])
         elif not found and step.instruction == "ARG":
             name, _, default = step.value.partition("=")
             defaults[name] = default
@@ -104,7 +106,7 @@ def line(target: str, dockerfile: Path, arguments: dict[str, str]) -> tuple[str,
 def context_files(context: Path) -> list[Path]:
     """The files of the build context that .dockerignore lets through, relative to it."""
     lines = (context / ".dockerignore").read_text().splitlines()
-    rules = [text.strip() for text in lines if text.strip() and not text.startswith("#")]
+    rules = [text.strip() for text in lines if text.strip()]
     # Docker's patterns are anchored at the context, those of gitignore, which pathspec reads, are not.
     anchored = [re.sub(r"^(!?)(?!\*\*/)/?", r"\1/", rule) for rule in rules]
     ignored = PathSpec.from_lines("gitwildmatch", anchored)
@@ -115,24 +117,42 @@ def context_files(context: Path) -> list[Path]:
     return sorted(Path(name) for name in files if not ignored.match_file(name.removeprefix("./")))
 
 
-def copy(step: Step, state: State, context: Path) -> None:
-    """COPY SOURCE... TARGET, from the context."""
+def copied(step: Step, state: State, context: Path) -> dict[Path, Path]:
+    """What COPY SOURCE... TARGET copies: {file of the context: where it goes, from the root}."""
     *sources, target = shlex.split(state.expand(step.value))
     if any(source.startswith("--") for source in sources):
         raise BadInput(
             f"docker/steps.py cannot carry out COPY {step.value}; build the stage it copies from by --target"
         )
-    folder = state.root / Path(state.folder, target).relative_to("/")
+    found = {}
     for source in sources:
         wanted = [path for path in context_files(context) if source == "." or path.is_relative_to(source)]
         if not wanted:
             raise BadInput(f"COPY {step.value}: .dockerignore leaves nothing of {source}")
         for path in wanted:
-            inside = (
-                path if source == "." else path.relative_to(source) if (context / source).is_dir() else Path(path.name)
-            )
-            (folder / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(context / path, folder / inside, follow_symlinks=False)
+            inside = path.relative_to(source) if (context / source).is_dir() else Path(path.name)
+            found[path] = Path(state.folder, target, inside)
+    return found
+
+
+def copy(step: Step, state: State, context: Path) -> None:
+    """COPY, from the context."""
+    for path, target in copied(step, state, context).items():
+        there = state.root / target.relative_to("/")
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(context / path, there, follow_symlinks=False)
+
+
+def record(step: Step, state: State, context: Path) -> list[str]:
+    """What tells this step from another: its text, what the text stands for, and of COPY every file."""
+    known = [step.instruction, step.value, state.expand(step.value)]
+    if step.instruction == "COPY":
+        files = [
+            (str(path), os.lstat(path).st_mode, sha256(path))
+            for path in map(context.joinpath, copied(step, state, context))
+        ]
+        known.append(hashlib.sha256(json.dumps(files).encode()).hexdigest())
+    return known
 
 
 def called(state: State, arguments: list[str]) -> list[str]:
@@ -187,7 +207,8 @@ def build(target: str, state: State, binds: list[Path]) -> None:
         raise BadInput(f"docker/steps.py lays out Debian only, and the image starts from {base}")
     done_file = state.root.with_name(state.root.name + ".done.json")
     done: list[list[str]] = json.loads(done_file.read_text()) if done_file.exists() else []
-    if not done:
+    used = bool(done)
+    if not used:
         if state.root.exists():
             raise BadInput(f"{state.root} is there already, and not by this script: give a new folder")
         print(f"--- FROM {base}", flush=True)
@@ -195,15 +216,22 @@ def build(target: str, state: State, binds: list[Path]) -> None:
     done = done or [["FROM", base]]
     new = [["FROM", base]]
     for step in steps:
-        new.append([step.instruction, step.value, state.expand(step.value)])
+        new.append(record(step, state, CONTEXT))
         changes_files = step.instruction in ("RUN", "COPY")
-        same = done[: len(new)] == new and not (step.instruction == "COPY" and step.value.startswith(". "))
+        same = done[: len(new)] == new
         if changes_files and not same:
-            done = new[:-1]  # what comes after a changed step is carried out again
+            done = new[:-1]  # what comes after a changed step is carried out again, should this one fail too
+            done_file.write_text(json.dumps(done))
         if not changes_files or not same:
             print(f"--- {step.instruction} {step.value}", flush=True)
             started = time.monotonic()
-            carry_out(step, state, CONTEXT, binds)
+            try:
+                carry_out(step, state, CONTEXT, binds)
+            except subprocess.CalledProcessError as error:
+                again = "; what an earlier run left may be in its way: remove it, and begin anew" if used else ""
+                raise BadInput(
+                    f"{state.root}: status {error.returncode} from {step.instruction} {step.value}{again}"
+                ) from error
             if step.instruction == "RUN":
                 print(f"    {time.monotonic() - started:.0f} s", flush=True)
         if len(new) > len(done):
@@ -216,25 +244,30 @@ def play(state: State, command: list[str], binds: list[Path]) -> None:
     state.declared = {}  # ARGs end with the build
     entry = json.loads(state.start["ENTRYPOINT"])
     if command:
-        subprocess.run(inside(state, entry + command, binds), check=True)
+        if code := subprocess.run(inside(state, entry + command, binds)).returncode:
+            raise BadInput(f"the command ended with status {code}")
         return
     check = json.loads(state.start["HEALTHCHECK"].partition("CMD ")[2])
     started = time.monotonic()
-    process = subprocess.Popen(inside(state, entry + json.loads(state.start["CMD"]), binds))
+    process, said = subprocess.Popen(inside(state, entry + json.loads(state.start["CMD"]), binds)), ""
     try:
-        while not (children := psutil.Process(process.pid).children()):
-            time.sleep(0.1)
-        # As an engine does: among the container's own processes.
-        beside = ["nsenter", f"--target={children[0].pid}", "--mount", "--pid", *called(state, check)]
-        while (found := subprocess.run(beside, capture_output=True, text=True)).returncode:
-            if process.poll() is not None or time.monotonic() - started > 300:
-                raise BadInput(f"the container's command did not become healthy: {found.stderr.strip()}")
-            time.sleep(1)
-        print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
+        while process.poll() is None and time.monotonic() - started < PATIENCE:
+            for child in psutil.Process(process.pid).children():
+                # As an engine does: among the container's own processes.
+                beside = ["nsenter", f"--target={child.pid}", "--mount", "--pid", *called(state, check)]
+                found = subprocess.run(beside, capture_output=True, text=True)
+                if not found.returncode:
+                    print(f"healthy after {time.monotonic() - started:.0f} s", flush=True)
+                    return
+                said = found.stderr.strip()
+            time.sleep(0.5)
+        how = "did not become healthy" if process.poll() is None else f"ended with status {process.poll()}"
+        raise BadInput(f"the container's command {how}: {said}")
     finally:
-        # unshare waits through signals; with its child, process 1 of the namespace, all that runs inside is ended.
-        for child in psutil.Process(process.pid).children():
-            child.kill()
+        if process.poll() is None:
+            # unshare waits through signals; with its child, process 1 of the namespace, all that runs inside is ended.
+            for child in psutil.Process(process.pid).children():
+                child.kill()
         process.wait()
 
 

@@ -101,14 +101,19 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of this repository, and whether tracked files differ from it; None outside git."""
+    """Commit of this repository, and whether tracked files differ from it; None outside git.
+
+    In the container's image, which holds no .git, what the build was told: `CHATEAU_COMMIT`, as `git describe --always
+    --dirty --abbrev=40` prints it.
+    """
     try:
         commit, status = (
             subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True).stdout
             for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        built = os.environ.get("CHATEAU_COMMIT")
+        return {"commit": built.removesuffix("-dirty"), "modified": built.endswith("-dirty")} if built else None
     return {"commit": commit.strip(), "modified": bool(status.strip())}
 
 

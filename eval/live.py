@@ -47,28 +47,21 @@ class Run:
         if any(path not in files for path in self.loaders):
             self.points, self.loaders = {}, {}
         for path in files:
-            resumed = bool(self.points) and path not in self.loaders
             loader = self.loaders.setdefault(path, EventFileLoader(str(path)))
             for event in loader.Load():
                 for value in event.summary.value:
                     name = NAMES.get(value.tag)
-                    if name == "loss" and resumed:
-                        # It repeats the steps since its checkpoint: what stood there before is not part of this run.
-                        start = event.wall_time
-                        self.points = {
-                            step: point
-                            for step, point in self.points.items()
-                            if step < event.step or point["time"] >= start
-                        }
-                        resumed = False
+                    if name == "loss" and self.points and event.step <= next(reversed(self.points)):
+                        # A resumed run repeats the steps since its checkpoint: what stood there before is no part of it.
+                        self.points = {step: point for step, point in self.points.items() if step < event.step}
                     if name:
                         point = self.points.setdefault(event.step, {})
                         point[name] = float(tensor_util.make_ndarray(value.tensor))
                         point["time"] = event.wall_time
 
-    def series(self, name: str) -> tuple[list[float], list[float]]:
-        """What was logged under `name`, over tokens; over steps where the trainer counted none."""
-        unit = self.unit
+    def series(self, name: str, unit: str = "") -> tuple[list[float], list[float]]:
+        """What was logged under `name`, over `tokens` or `steps`; by default over the run's own unit."""
+        unit = unit or self.unit
         seen, across, up = 0.0, [], []
         for step, point in sorted(self.points.items()):
             seen = float(step) if unit == "steps" else point.get("tokens", seen)
@@ -79,7 +72,7 @@ class Run:
 
     @property
     def unit(self) -> str:
-        """`tokens` or `steps`."""
+        """`tokens`, or `steps` where the trainer counted none."""
         return "tokens" if any("tokens" in point for point in self.points.values()) else "steps"
 
     def last(self, name: str) -> float | None:
@@ -88,14 +81,16 @@ class Run:
 
 
 def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -> int | None:
-    """How many steps the run is to have: as its checkpoint or its start says, or reckoned from the epochs done.
+    """How many steps the run is to have: as its last whole checkpoint or its start says, or reckoned from the epochs done.
 
-    None before there is anything to go by. Files that are being written are passed over.
+    None before there is anything to go by.
     """
-    for path in sorted(folder.glob("checkpoint-*/trainer_state.json"), reverse=True):
+    from train.gate import checkpoints  # torch comes with it, which an empty page does not wait for
+
+    for checkpoint in reversed(checkpoints(folder)):
         try:
-            return int(json.loads(path.read_text())["max_steps"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((checkpoint / "trainer_state.json").read_text())["max_steps"])
+        except (OSError, ValueError, KeyError, TypeError):  # being written, or removed since it was listed
             continue
     try:
         overrides = json.loads((folder / "started.json").read_text())["overrides"]
@@ -195,8 +190,8 @@ def draw(runs: list[Run]) -> Figure | None:
     upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for index, run in enumerate(runs):
         colour = COLOURS[index % len(COLOURS)]
-        upper.plot(*run.series("loss"), color=colour, linewidth=1.4, label=f"{run.folder.name}, training")
-        across, up = run.series("eval_loss")
+        upper.plot(*run.series("loss", unit), color=colour, linewidth=1.4, label=f"{run.folder.name}, training")
+        across, up = run.series("eval_loss", unit)
         if up:
             upper.plot(
                 across,
@@ -207,7 +202,7 @@ def draw(runs: list[Run]) -> Figure | None:
                 markersize=4,
                 label=f"{run.folder.name}, validation",
             )
-        lower.plot(*run.series("learning_rate"), color=colour, linewidth=1.4)
+        lower.plot(*run.series("learning_rate", unit), color=colour, linewidth=1.4)
     upper.set_ylabel("loss, nats a token")
     lower.set_ylabel("learning rate")
     lower.set_xlabel(f"{unit} of the run")
@@ -221,8 +216,8 @@ def draw(runs: list[Run]) -> Figure | None:
 
 
 def find(outputs: Path, known: dict[Path, Run]) -> list[Run]:
-    """Every run under `outputs`, oldest name first; those already `known` keep what they have read."""
-    folders = sorted({path.parent for path in outputs.glob("*/runs")}) if outputs.is_dir() else []
+    """Every run under `outputs`, by name; those already `known` keep what they have read."""
+    folders = sorted({path.parent for path in outputs.glob("*/runs")})
     return [known.get(folder) or Run(folder) for folder in folders]
 
 

@@ -3,7 +3,8 @@
     python eval/serve.py                  # what `make notebook` runs; only this machine can reach it
     python eval/serve.py --port 8001
 
-The address it prints has a token in it; without the token nothing is served. Give one by JUPYTER_TOKEN, or let it be made.
+The address it prints has a token in it; without the token there is a login page and nothing else. Give one by JUPYTER_TOKEN,
+or let it be made.
 JupyterLab itself, with its editor and terminal, is at /lab of the same address.
 """
 

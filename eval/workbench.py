@@ -1,11 +1,12 @@
 """What the cells of eval/workbench.ipynb stand on: models kept in memory while they fit, text as it is written, pages."""
 
+import contextlib
 import gc
 import html
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +17,15 @@ import psutil
 from prep.files import BadInput
 from train.chain import load_chain
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 ROOT = Path(__file__).resolve().parent.parent
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all of its paths
-HEADROOM = 1.25  # of the weights' bytes, for what is computed with them and the cache of a context
+CONTINUED = Path("outputs/continuation")  # where eval/continuation.py writes
+PAGES = 900  # words of the continued novel that are shown, about three pages of a book
+HEADROOM = 1.25  # of the bytes of 16- or 32-bit weights, for what is computed with them and the cache of a context
 
 
 def places() -> list[Path]:
@@ -33,15 +39,18 @@ def places() -> list[Path]:
     return sorted(found, key=lambda path: latest(path / "outputs"), reverse=True)
 
 
+def newest_first(paths: Iterable[Path]) -> dict[Path, float]:
+    """Files, and when each was last written; those removed since they were listed are left out."""
+    times = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            times[path] = path.stat().st_mtime
+    return dict(sorted(times.items(), key=lambda item: item[1], reverse=True))
+
+
 def latest(outputs: Path) -> float:
     """When anything under `outputs` was last logged; 0 when nothing was."""
-    times = []
-    for path in outputs.glob("*/runs/**/events.out.tfevents.*"):
-        try:
-            times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # removed since it was listed
-            continue
-    return max(times, default=0.0)
+    return max(newest_first(outputs.glob("*/runs/**/events.out.tfevents.*")).values(), default=0.0)
 
 
 def epochs() -> dict[str, Any]:
@@ -53,11 +62,10 @@ def free_memory() -> int:
     """Bytes that a model can still take: of this machine, or of what the container may use of it."""
     free = psutil.virtual_memory().available
     try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
     except (OSError, ValueError):
-        pass  # no limit of its own
+        pass  # no limit of its own: no such file, or the word `max` in it
     return max(0, free)
 
 
@@ -89,7 +97,7 @@ class Models:
         return torch.cuda.mem_get_info()[0]
 
     def get(self, name: str, say: Callable[[str], None]) -> tuple[Any, Any]:
-        """The model and tokenizer of a stage, read anew when its files have changed.
+        """The model and tokenizer of a stage, as the evaluation has them, read anew when its files have changed.
 
         When memory does not hold it beside the others, those are dropped first, and `say` tells.
         Raises BadInput when the stage is not there (any more), is not whole, or does not fit at all.
@@ -119,7 +127,11 @@ class Models:
             )
         say(f"reading {name} ...")
         tokenizer = weights.load_tokenizer(row.model)
-        model: Any = weights.load_model(row.model, tokenizer, self.device, dtype)
+        model: Any = weights.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
+        if row.quantization and self.device == "cpu":
+            model = (
+                model.dequantize()
+            )  # the same rounded numbers; a CPU unpacks them too slowly to do it at every token
         if row.adapter:
             model = weights.load_adapter(model, row, tokenizer)
         for parameter in model.parameters():
@@ -170,8 +182,8 @@ def stream(
 ) -> str:  # fmt: skip
     """Continue `prompt`, handing the text so far to `show` as it grows; returns the whole continuation.
 
-    The same draw as eval/samples.py makes for a report: same seed and parameters, same text. Raises BadInput when the
-    prompt is empty or too long; returns what there is when `stop` is set.
+    Drawn by eval/samples.py, one text from one seed: the same seed and parameters give the same text. Raises BadInput
+    when the prompt is empty or too long; returns what there is when `stop` is set.
     """
     from transformers import TextStreamer
 
@@ -218,10 +230,49 @@ def kept(path: Path) -> list[dict[str, Any]]:
 
 
 def reports() -> dict[str, Path]:
-    """The reports there are, newest first: {shown name: JSON file}."""
-    folders = dict.fromkeys(path.resolve() for path in (Path("eval/reports"), ROOT / "eval/reports"))
-    files = [path for folder in folders for path in folder.glob("*.json")]
-    return {path.stem: path for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)}
+    """The reports there are, newest first: {shown name: JSON file}; those of the working directory hide the repository's."""
+    folders = dict.fromkeys(path.resolve() for path in (ROOT / "eval/reports", Path("eval/reports")))
+    by_name = {path.stem: path for folder in folders for path in folder.glob("*.json")}
+    return {path.stem: path for path in newest_first(by_name.values())}
+
+
+def continued() -> dict[str, Path]:
+    """The novels that eval/continuation.py has begun here, newest first: {shown name: its record}."""
+    return {path.stem: path for path in newest_first(CONTINUED.glob("*.json"))}
+
+
+def latest_pages(path: Path) -> str:
+    """The last pages of a continued novel, from its record, as HTML, under a line on how they came about.
+
+    The record is replaced whole after every passage, so this can be read while it is written.
+    Raises BadInput when the record is gone, torn, or of another version.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        parts = "".join(passage["chosen"]["text"] for passage in record["passages"]).strip().split("\n\n")
+        faulty, number = record["passages_with_faults"], len(record["passages"])
+        by = (
+            f"{record['stage']} goes on from {record['beginning']['source']}, seed {record['settings']['seed']}: "
+            f"{record['words']:,} words in {number} passages, "
+            f"{faulty or 'none'} of which {'break' if faulty > 1 else 'breaks'} a rule."
+        )
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} was removed a moment ago") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged ({error!r}): remove it, and `make continue` begins anew") from error
+    words, start = 0, len(parts)
+    while start and words < PAGES:
+        start -= 1
+        words += len(parts[start].split())
+    earlier = record["words"] - words
+    whole = f"The whole text: {path.with_suffix('.txt')}, and .epub once it is done."
+    if earlier > 0:
+        whole = f"Its last {words:,} words; {earlier:,} stand before them. {whole}"
+    return (
+        f'<div class="prose"><p class="by">{html.escape(by)}<br>{html.escape(whole)}</p>'
+        + paragraphs("\n\n".join(parts[start:]))
+        + "</div>"
+    )
 
 
 def report_page(path: Path, height: int = 900) -> str:

@@ -1,5 +1,6 @@
 """The workbench: live logs, models that fit or do not, the notebook run from top to bottom, and the page in a real browser."""
 
+import html
 import json
 import math
 import os
@@ -13,7 +14,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,17 @@ from typing import Any
 import nbformat
 import pytest
 import torch
+import yaml
 from nbclient import NotebookClient
 from peft import LoraConfig, get_peft_model
 from small_tokenizers import llama_like
 from torch.utils.tensorboard import SummaryWriter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from docker import health
 from eval import live, workbench
 from prep.files import BadInput
+from train.chain import load_chain
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "eval/workbench.ipynb"
@@ -36,15 +41,17 @@ SCREENSHOTS = ROOT / "tests/screenshots"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
-def log(writer: SummaryWriter, step: int, loss: float, at: float | None = None) -> None:
+def log(
+    writer: SummaryWriter, step: int, loss: float, at: float | None = None, memory: float = 0.0, steps: int = 40
+) -> None:
     """What the trainer logs at a step, under the names it uses (tests/test_smoke.py holds them to the real one)."""
     for name, value in (
         ("train/loss", loss),
         ("train/learning_rate", 1e-4),
-        ("train/epoch", step / 40),
+        ("train/epoch", step / steps),
         ("train/tokens/total", step * 2048),
         ("train/tokens/train_per_sec_per_gpu", 150.0),
-        ("train/memory/device_reserved (GiB)", 0.0),
+        ("train/memory/device_reserved (GiB)", memory),
     ):
         writer.add_scalar(name, value, step, walltime=at)
     writer.flush()
@@ -64,9 +71,12 @@ def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
         log(writer, 2, 3.5)
         writer.add_scalar("eval/loss", 3.7, 2)
         writer.flush()
+        writer.add_scalar("eval/loss", 3.6, 3)  # counted no tokens: it stands where training stood
+        writer.add_text("args", "{}")
+        writer.flush()
         run.refresh()
     assert run.series("loss") == ([2048, 4096], [4.0, 3.5])
-    assert run.series("eval_loss") == ([4096], [pytest.approx(3.7)])
+    assert run.series("eval_loss") == ([4096, 4096], [pytest.approx(3.7), pytest.approx(3.6)])
 
 
 def test_a_record_that_is_being_written_waits(tmp_path: Path) -> None:
@@ -91,17 +101,138 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     with SummaryWriter(str(folder / "runs/a")) as writer:
         for step in range(1, 8):
             log(writer, step, 4.0, at=1000.0 + step)
+        writer.add_scalar("eval/loss", 9.0, 5, walltime=1005.5)
     os.rename(next(folder.glob("runs/a/*")), folder / "runs/a/events.out.tfevents.1.host")
     with SummaryWriter(str(folder / "runs/b")) as writer:
         for step in range(5, 7):
             log(writer, step, 3.0, at=2000.0 + step)
+        writer.add_scalar("eval/loss", 8.0, 6, walltime=2006.5)
     os.rename(next(folder.glob("runs/b/*")), folder / "runs/b/events.out.tfevents.2.host")
     run = live.Run(folder)
     run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
-    shutil.rmtree(folder / "runs/b")
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0] and run.series("eval_loss")[1] == [8.0]
+    with SummaryWriter(str(folder / "runs/c")) as writer:
+        for step in range(6, 10):
+            log(writer, step, 2.0, at=3000.0 + step)
+    os.rename(next(folder.glob("runs/c/*")), folder / "runs/c/events.out.tfevents.3.host")
     run.refresh()
-    assert run.series("loss")[1] == [4.0] * 7
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0] and not run.series("eval_loss")[1]
+    loaders = dict(run.loaders)
+    run.refresh()
+    assert len(loaders) == 3 and run.loaders == loaders  # it went on where the last look ended
+    shutil.rmtree(folder / "runs/c")
+    run.refresh()
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
+    shutil.rmtree(folder / "runs")
+    run.refresh()
+    assert not run.points
+
+
+def test_a_resumed_run_is_watched_from_its_first_second(tmp_path: Path) -> None:
+    """Its file is there, and has been looked at, a minute before its first loss is."""
+    run = live.Run(tmp_path / "2a")
+    with SummaryWriter(str(run.folder / "runs/a"), filename_suffix=".1") as writer:
+        for step in range(1, 8):
+            log(writer, step, 4.0, at=1000.0 + step)
+    run.refresh()
+    time.sleep(1.1)  # the second is in the file's name, by which they are read in order
+    with SummaryWriter(str(run.folder / "runs/b")) as writer:
+        writer.add_scalar("eval/loss", 3.9, 4, walltime=2000.0)
+        writer.flush()
+        run.refresh()
+        assert len(run.series("loss")[1]) == 7
+        log(writer, 5, 3.0, at=2005.0)
+        run.refresh()
+        assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0]
+        assert run.series("eval_loss") == ([4 * 2048], [pytest.approx(3.9)])
+        log(writer, 6, 2.0, at=2006.0)
+        run.refresh()
+    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0]
+
+
+def test_planned_steps_are_those_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    assert live.planned_steps(tmp_path, 5, None, 1) is None
+    for step, planned in ((9, "20"), (10, "30"), (100, '40, "torn')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(f'{{"max_steps": {planned}}}')
+    (tmp_path / "checkpoint-200").mkdir()  # just begun
+    (tmp_path / "checkpoint-150").mkdir()
+    (tmp_path / "checkpoint-150/trainer_state.json").write_text("{}")
+    assert live.planned_steps(tmp_path, 5, 0.5, 1) == 30
+    assert live.planned_steps(tmp_path / "other", 5, 0.5, 2) == 20
+
+
+def test_time_left_whatever_was_logged(tmp_path: Path) -> None:
+    def status(times: dict[int, float], planned: int | None = 100) -> live.Status:
+        points = {step: {"loss": 1.0, "time": at} for step, at in times.items()}
+        run = live.Run(
+            tmp_path, points | {max(times, default=0) + 5: {"eval_loss": 1.0, "time": max(times.values(), default=0.0)}}
+        )
+        (tmp_path / "started.json").write_text(json.dumps({"overrides": [f"--max_steps={planned}"] if planned else []}))
+        found = live.status(run, 1, now=max(times.values(), default=0.0) + 1)
+        assert found and found.state == "running"
+        return found
+
+    assert status({}).step == 5 and status({}).seconds_left is None  # a validation before the first step
+    assert status({1: 10.0}).step == 1 and status({1: 10.0}).seconds_left is None
+    assert status({1: 10.0, 2: 20.0}).seconds_left == pytest.approx(980)
+    assert status({1: 10.0, 2: 20.0}, planned=None).seconds_left is None
+    assert status({10: 100.0, 20: 200.0}).seconds_left == pytest.approx(800)  # logged at every tenth step
+    assert status({1: 10.0, 2: 20.0}, planned=1).seconds_left == 0
+    slow = {step: 100.0 * step for step in range(1, 41)}
+    assert status(slow | {40 + step: 4000.0 + 10 * step for step in range(1, 31)}).seconds_left == pytest.approx(300)
+
+
+def test_tables_and_curves_of_several_runs(tmp_path: Path) -> None:
+    runs = []
+    for name, gib in (("2a", 0.0), ("2b", 7.5)):
+        with SummaryWriter(str(tmp_path / f"{name}/runs/x")) as writer:
+            for step in (1, 2, 3):
+                log(writer, step, 4.0 - step, at=1000.0 + (10 if step < 3 else 100) * step, memory=gib)
+            writer.add_scalar("eval/loss", 3.25, 2, walltime=1020.0)
+    (tmp_path / "2c").mkdir()  # prepared, not begun
+    known = live.find(tmp_path, {})
+    runs = live.find(tmp_path, {known[0].folder: known[0]})
+    assert [run.folder.name for run in runs] == ["2a", "2b"] and runs[0] is known[0] and runs[1] is not known[1]
+    assert live.find(tmp_path / "none", {}) == [] and live.draw(runs) is None and live.summary(runs, {}) == []
+    for run in runs:
+        run.refresh()
+    (tmp_path / "2a/trained.json").write_text("{}")
+    first, second = (live.status(run, epochs, now=1360.0) for run, epochs in zip(runs, (1, 2), strict=True))
+    assert first and first.seconds_left is None and first.silent == 60
+    assert second and second.planned == 80 and second.step == 3
+    assert second.seconds_left == pytest.approx(77 * (10 + 280) / 2)  # the middle of the paces
+    assert second.figures["memory"] == 7.5 and second.figures["eval_loss"] == 3.25
+    late = live.status(runs[1], 2, now=1300.0 + live.SILENT + 1)
+    assert late and late.state == "stopped" and late.seconds_left is None
+    assert [one.planned for one in live.summary(runs, {"2b": 3})] == [40, 120]
+    page = re.sub(r"<[^>]*>", "|", live.table([first, second, late]))
+    for words in ("trained, past its gate", "heard of 60 s ago", "silent for 15 min, no verdict", "3 of 80", "1.000",
+                  "3.250", "1.00e-04", "6,144", "150", "7.5", "3 h 06 min"):  # fmt: skip
+        assert words in page, words
+    begun = replace(second, name="<2b>", planned=None)
+    assert "<b>&lt;2b&gt;</b>" in live.table([begun]) and "<td>3</td>" in live.table([begun])
+    assert [live.duration(seconds) for seconds in (None, 5, 89.4, 90, 3599, 3725)] == [
+        "", "5 s", "89 s", "2 min", "1 h 00 min", "1 h 02 min"
+    ]  # fmt: skip
+    picture = live.draw(runs)
+    assert picture
+    upper, lower = picture.axes
+    assert [line.get_label() for line in upper.lines] == [
+        "2a, training",
+        "2a, validation",
+        "2b, training",
+        "2b, validation",
+    ]
+    assert list(upper.lines[2].get_xdata()) == [2048, 4096, 6144] and list(upper.lines[3].get_ydata()) == [3.25]
+    assert upper.lines[0].get_color() == upper.lines[1].get_color() != upper.lines[2].get_color()
+    assert [list(line.get_ydata()) for line in lower.lines] == [[pytest.approx(1e-4)] * 3] * 2
+    assert lower.get_xlabel() == "tokens of the run"
+    for point in runs[0].points.values():  # one that was trained without counting
+        point.pop("tokens")
+    mixed = live.draw(runs)
+    assert mixed and mixed.axes[1].get_xlabel() == "steps of the run"
+    assert list(mixed.axes[0].lines[2].get_xdata()) == [1, 2, 3]
 
 
 def test_progress_and_time_left(tmp_path: Path) -> None:
@@ -116,7 +247,9 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
     assert one.planned == 40  # by the share of the epoch
     assert one.seconds_left == pytest.approx(36 * 10)
     assert one.figures["memory"] is None
-    (folder / "started.json").write_text(json.dumps({"overrides": ["--max_steps=20"]}))
+    (folder / "started.json").write_text(json.dumps({"overrides": ["--bf16=False"]}))
+    assert (whole := live.status(run, 1, now=1041.0)) and whole.planned == 40
+    (folder / "started.json").write_text(json.dumps({"overrides": ["--bf16=False", "--max_steps=20"]}))
     assert (two := live.status(run, 1, now=1041.0)) and two.planned == 20
     (folder / "checkpoint-4").mkdir()
     (folder / "checkpoint-4/trainer_state.json").write_text('{"max_steps": 30, "torn')
@@ -173,6 +306,81 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(workbench, "CGROUP", folder)
 
 
+@pytest.fixture(scope="module")
+def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What eval/continuation.py leaves when it has gone on with a few passages."""
+    out = tmp_path_factory.mktemp("continued")
+    call = [sys.executable, ROOT / "eval/continuation.py", "--recipes", ROOT / "recipes", "--stage", "2a"]
+    call += [
+        "--from",
+        "K. ouvrit la porte.",
+        "--words",
+        "40",
+        "--candidates",
+        "2",
+        "--passage-tokens",
+        "24",
+        "--out",
+        out,
+    ]
+    subprocess.run(call, cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
+    return out
+
+
+def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORKBENCH_DIR", raising=False)
+    monkeypatch.setattr(workbench, "ROOT", tmp_path)
+    assert workbench.places() == [tmp_path]
+    (tmp_path / "demo/run/outputs").mkdir(parents=True)
+    assert workbench.places() == [tmp_path, tmp_path / "demo/run"]
+    for second, place in enumerate((tmp_path / "demo/run", tmp_path)):
+        logged = place / "outputs/2a/runs/x/events.out.tfevents.1"
+        logged.parent.mkdir(parents=True)
+        logged.touch()
+        os.utime(logged, (second, second + 1))
+        assert workbench.places()[0] == place  # logged last
+    monkeypatch.setenv("WORKBENCH_DIR", "/elsewhere")
+    assert workbench.places() == [Path("/elsewhere")]
+
+
+def test_epochs_are_the_recipes() -> None:
+    stated = {path.stem: yaml.safe_load(path.read_text()).get("num_epochs", 1) for path in ROOT.glob("recipes/2*.yml")}
+    assert workbench.epochs() == stated and len(stated) == 3
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container's limit where there is one, the machine's otherwise."""
+    monkeypatch.setattr(workbench, "CGROUP", tmp_path)
+    machine = workbench.free_memory()
+    assert machine > 2**20
+    limit_memory(tmp_path, 12345, monkeypatch)
+    assert workbench.free_memory() == 12345
+    limit_memory(tmp_path, -5, monkeypatch)
+    assert workbench.free_memory() == 0
+    limit_memory(tmp_path, 2**60, monkeypatch)
+    assert workbench.free_memory() < 2**50
+    (tmp_path / "memory.max").write_text("max\n")
+    assert workbench.free_memory() > 2**20
+
+
+def test_an_adapter_stands_on_its_rounded_base(folder: Path) -> None:
+    """As in the report and the continuation: on 4-bit weights, not on those they were made from."""
+    from eval import weights
+
+    model, tokenizer = workbench.Models("cpu").get("2b", lambda _: None)
+    rows = weights.present(weights.candidates(load_chain(ROOT / "recipes")), ["2b"])
+    ids = torch.tensor([tokenizer.encode("K. ouvrit la porte. Il faisait nuit.")])
+    with torch.inference_mode():
+        here = model(ids).logits
+        _, measured, _ = next(weights.loaded(rows, "cpu", torch.float32))
+        there = measured(ids).logits
+        plain = weights.load_model(rows[0].model, tokenizer, "cpu", torch.float32)
+        unrounded = weights.load_adapter(plain, rows[0], tokenizer)(ids).logits
+    from_there, from_unrounded = ((here - other).abs().max().item() for other in (there, unrounded))
+    print(from_there, from_unrounded)
+    assert from_there < 0.1 * from_unrounded
+
+
 def test_stages_that_are_there(folder: Path) -> None:
     assert workbench.stages() == {"base": "base", "2a": "2a", "2b": "2b (no verdict: half trained?)"}
     shutil.rmtree(folder / "outputs/2a")
@@ -196,6 +404,12 @@ def test_two_models_or_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPat
     limit_memory(folder, round(size * 1.3), monkeypatch)
     models.get("base", said.append)
     assert list(models.held) == ["base"]
+    os.utime(folder / "models/base/model.safetensors", (1000, 1000))
+    limit_memory(folder, round(size * 0.5), monkeypatch)
+    said.clear()
+    with pytest.raises(BadInput, match="needs about"):
+        models.get("base", said.append)
+    assert not said and not models.held  # what has changed is not kept beside what it has become
 
 
 def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
@@ -206,6 +420,13 @@ def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
     path.write_bytes((folder / "models/base/model.safetensors").read_bytes())
     second, _ = models.get("2a", said.append)
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+    on_it, _ = models.get("2b", said.append)
+    os.utime(path, (1000, 1000))
+    assert models.get("2b", said.append)[0] is not on_it  # what it stands on is another
+    (folder / "outputs/2a/model-2.safetensors").symlink_to("gone")  # listed, and not there when it is looked at
+    with pytest.raises(BadInput, match="removed a moment ago"):
+        models.get("2a", said.append)
+    (folder / "outputs/2a/model-2.safetensors").unlink()
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="is it being written"):
         models.get("2a", said.append)
@@ -244,11 +465,83 @@ def test_two_pages_keep_at_once(tmp_path: Path) -> None:
     assert len(workbench.kept(path)) == 600
 
 
+@pytest.mark.slow
+def test_the_latest_pages(continued: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert workbench.continued() == {}
+    shutil.copytree(continued, workbench.CONTINUED)
+    ((name, path),) = workbench.continued().items()
+    assert name.startswith("2a-42-") and path.suffix == ".json"
+    record = json.loads(path.read_text())
+    page = workbench.latest_pages(path)
+    shown = html.unescape(re.sub(r"<[^>]*>", " ", page))
+    assert path.with_suffix(".txt").read_text().split() == shown.split()[-record["words"] :]
+    faulty = record["passages_with_faults"]
+    assert (
+        f"2a goes on from words given, seed 42: {record['words']} words in {len(record['passages'])} passages" in shown
+    )
+    assert f"{faulty or 'none'} of which break" in shown and "stand before" not in shown
+
+    record["passages"][0]["chosen"]["text"] = "\n\n".join(f"Le mot <b> {n}." for n in range(1, 401))
+    record["passages"][1:] = []
+    record["words"] = 1600
+    path.write_text(json.dumps(record))
+    shown = html.unescape(re.sub(r"</?(?!b>)[^>]*>", " ", page := workbench.latest_pages(path)))
+    assert "<b> 400." in shown and "<b> 176." in shown and "<b> 175." not in shown and "<b>" not in page
+    assert "Its last 900 words; 700 stand before them" in shown
+
+    other = path.with_name("2c-1-0.json")
+    other.write_text(json.dumps(record)[:500])
+    os.utime(other, (path.stat().st_mtime + 5,) * 2)
+    assert list(workbench.continued()) == ["2c-1-0", name]  # newest first
+    with pytest.raises(BadInput, match="is damaged"):
+        workbench.latest_pages(other)
+    other.write_text("{}")
+    with pytest.raises(BadInput, match="is damaged"):
+        workbench.latest_pages(other)
+    other.unlink()
+    with pytest.raises(BadInput, match="removed a moment ago"):
+        workbench.latest_pages(other)
+
+
+def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the working directory and of the repository; whole ones are shown, torn ones are named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workbench, "ROOT", tmp_path / "repository")
+    assert workbench.reports() == {}
+    original = ROOT / "eval/reports/demo.json"
+    for age, path in enumerate(
+        ("repository/eval/reports/old.json", "repository/eval/reports/demo.json", "eval/reports/demo.json")
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(original, path)
+        os.utime(path, (10_000 - age, 10_000 - age))
+    found = workbench.reports()
+    assert list(found) == ["old", "demo"] and found["demo"] == tmp_path / "eval/reports/demo.json"
+    page = workbench.report_page(found["demo"])
+    assert page.startswith("<iframe sandbox ") and page.count("&lt;svg") == 2 and 'srcdoc="' in page
+    content = json.loads(original.read_text())
+    written = [one["text"] for one in content["stages"]["2c"]["samples"] if one["prompt"] == "suite"]
+    shown = html.unescape(workbench.novel(found["demo"]))
+    assert written and all(text.strip().split("\n\n")[0] in shown for text in written) and "2c goes on" in shown
+    content["prompts"] = [prompt for prompt in content["prompts"] if prompt["name"] != "suite"]
+    found["old"].write_text(json.dumps(content))
+    assert workbench.novel(found["old"]) == ""
+    found["old"].write_text(original.read_text()[:5000])
+    for show in (workbench.report_page, workbench.novel):
+        with pytest.raises(BadInput, match="not whole JSON"):
+            show(found["old"])
+    found["old"].unlink()
+    assert workbench.newest_first(found.values()) == {found["demo"]: 10_000 - 2}
+    with pytest.raises(BadInput, match="no report"):
+        workbench.report_page(found["old"])
+
+
 # --- the server -------------------------------------------------------------------------------------------------------
 
 
-def serve(*arguments: str, token: str | None = None, expect_failure: bool = False) -> subprocess.Popen:
-    settings = ENVIRONMENT | ({} if token is None else {"JUPYTER_TOKEN": token})
+def serve(*arguments: str, token: str | None = None, **more: str) -> subprocess.Popen:
+    settings = ENVIRONMENT | more | ({} if token is None else {"JUPYTER_TOKEN": token})
     call = [sys.executable, str(ROOT / "eval/serve.py"), "--allow-root", *arguments]
     return subprocess.Popen(
         call, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -264,6 +557,131 @@ def test_a_taken_port_is_named() -> None:
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 1 and "Traceback" not in output
     assert f"port {port}" in output and f"make notebook PORT={port + 1}" in output
+
+
+def test_a_folder_that_is_not_there_is_named() -> None:
+    process = serve("--port", str(free_port()), "--dir", "/no/such/folder")
+    assert "/no/such/folder is not a folder" in process.communicate(timeout=60)[0] and process.returncode == 1
+    process = serve("--port", "70000")
+    assert "between 1 and 65535" in process.communicate(timeout=60)[0] and process.returncode == 2
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(address: str, process: subprocess.Popen) -> None:
+    for _ in range(480):
+        try:
+            fetch(f"{address}api")
+            return
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.25)
+    raise TimeoutError(address)
+
+
+def check_health(folder: Path, home: Path, **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "docker/health.py"], cwd=folder, env=ENVIRONMENT | {"HOME": str(home)} | more,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_the_server_and_its_health(tmp_path: Path) -> None:
+    """Nothing without the token, which stands nowhere for others to read; the health check knows well from ill."""
+    port = free_port()
+    home, work = tmp_path / "home", tmp_path / "work"
+    home.mkdir()
+    for name in ("models", "data", "outputs", "eval/reports"):
+        (work / name).mkdir(parents=True)
+    ill = check_health(work, home)
+    assert ill.returncode == 1 and "no notebook server is running" in ill.stderr
+    secret = "given-by-the-environment"
+    server = serve("--port", str(port), token=secret, HOME=str(home))
+    try:
+        address = f"http://127.0.0.1:{port}/"
+        wait_for(address, server)
+        page = "api/contents/eval/workbench.ipynb?content=0"
+        assert fetch(address + page) == 403 and fetch(f"{address}{page}&token=") == 403
+        assert fetch(f"{address}{page}&token={secret}") == 200
+        for path in ("lab", "voila/render/eval/workbench.ipynb", "files/README.md", "voila/files/README.md", "api/kernels",
+                     "api/terminals", "api/contents", "nbconvert/html/eval/workbench.ipynb", "lsp/status"):  # fmt: skip
+            try:
+                answer = urllib.request.urlopen(address + path, timeout=60)
+                assert "/login" in answer.url, path
+            except urllib.error.HTTPError as error:
+                assert error.code in (403, 404), path
+        answer = urllib.request.urlopen(f"{address}files/README.md?token={secret}", timeout=60)
+        assert answer.read() == (ROOT / "README.md").read_bytes()
+        answer = urllib.request.urlopen(f"{address}lab?token={secret}", timeout=60)
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'self'")
+        assert secret not in Path(f"/proc/{server.pid}/cmdline").read_text()
+        with socket.socket() as other, pytest.raises(OSError):
+            other.connect(("127.0.0.2", port))  # another address of this machine
+
+        assert check_health(work, home).returncode == 0
+        (work / "outputs").rmdir()
+        ill = check_health(work, home)
+        assert ill.returncode == 1 and f"{work / 'outputs'} cannot be written to" in ill.stderr
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # and leaves its note in HOME, as a crash does
+    assert server.stdout
+    output = server.stdout.read()
+    assert secret not in output and f"http://localhost:{port}/  (token: JUPYTER_TOKEN)" in output
+    (work / "outputs").mkdir()
+    ill = check_health(work, home)
+    assert ill.returncode == 1 and ill.stderr.count("\n") == 1
+
+
+def test_a_server_that_asks_nobody_is_ill(tmp_path: Path) -> None:
+    port, folder = free_port(), tmp_path / "work"
+    for name in ("models", "data", "outputs", "eval/reports"):
+        (folder / name).mkdir(parents=True)
+    call = [sys.executable, "-m", "jupyter", "server", "--allow-root", f"--port={port}", "--IdentityProvider.token="]
+    for root, complaint in ((ROOT, "served without a token"), (tmp_path, "is not served: status 404")):
+        home = tmp_path / f"home{len(complaint)}"
+        home.mkdir()
+        server = subprocess.Popen(
+            [*call, f"--ServerApp.root_dir={root}"], env=ENVIRONMENT | {"HOME": str(home)}, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            wait_for(f"http://127.0.0.1:{port}/", server)
+            ill = check_health(folder, home)
+            assert ill.returncode == 1 and complaint in ill.stderr
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ("echo 'GPU 0: NVIDIA'", None),
+        ("echo 'Failed to initialize NVML: Unknown Error'; exit 255", "does not answer .Failed to initialize NVML"),
+        ("echo 'GPU 0: NVIDIA'; echo 'Unable to determine the device handle' >&2; exit 15", "Unable to determine"),
+        ("echo 'No devices found.'", "does not answer .No devices found"),
+        (None, "without nvidia-smi"),
+    ],
+)
+def test_a_gpu_that_is_lost_is_ill(
+    answer: str | None, complaint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "CARD", tmp_path / "nvidiactl")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    health.check_card()  # none was given
+    (tmp_path / "nvidiactl").touch()
+    if answer:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    if complaint is None:
+        health.check_card()
+    else:
+        with pytest.raises(BadInput, match=complaint):
+            health.check_card()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked")
@@ -300,7 +718,8 @@ def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_pat
 
 
 @pytest.fixture
-def browser() -> Iterator[Any]:
+def browsers() -> Iterator[Callable[[], Any]]:
+    """Each call opens another browser, with nothing of the others' cookies."""
     driver = shutil.which("chromedriver")
     if not driver or not shutil.which("chromium"):
         message = "needs Debian's packages chromium and chromium-driver"
@@ -317,9 +736,15 @@ def browser() -> Iterator[Any]:
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
     ):  # fmt: skip
         options.add_argument(argument)
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield chrome
-    chrome.quit()
+    opened: list[Any] = []
+
+    def start() -> Any:
+        opened.append(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
+        return opened[-1]
+
+    yield start
+    for chrome in opened:
+        chrome.quit()
 
 
 def fetch(address: str) -> int:
@@ -330,11 +755,13 @@ def fetch(address: str) -> int:
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
-    """On port 8000: refused without the token; with it, a growing curve, two streams, and a kept sample on the disk."""
+def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, continued: Path) -> None:
+    """On port 8000: refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the
+    novel as it grows; a second browser beside the first, and a stage that is removed under both."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
+    browser = browsers()
     began = time.monotonic()
     server = serve("--port", "8000", "--dir", str(folder), token="")  # an empty token is none: one is made
     writing = threading.Event()
@@ -345,14 +772,7 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
         assert found, line
         address, token = found.groups()
         assert len(token) >= 32
-        for _ in range(240):
-            try:
-                fetch(address + "api")
-                break
-            except OSError:
-                assert server.poll() is None
-                time.sleep(0.25)
-
+        wait_for(address, server)
         assert fetch(address + "api/contents/eval/workbench.ipynb") == 403
         assert fetch(address + "api/kernels?token=wrong") == 403
         browser.get(address)
@@ -369,7 +789,7 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
                 step = 0
                 while not writing.wait(0.3):
                     step += 1
-                    log(writer, step, 2 + 2 * math.exp(-step / 20))
+                    log(writer, step, 2 + 2 * math.exp(-step / 100), steps=1000)
 
         threading.Thread(target=train, daemon=True).start()
         steps = "return [...document.querySelectorAll('table.runs tr')].map(r => r.innerText).filter(t => t.startsWith('2c')).map(t => parseInt(t.split('\\t')[2]))[0] || 0"
@@ -380,9 +800,16 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
             lambda page: page.execute_script(steps) > before[0] + 5 and page.execute_script(curve) > before[1] + 5
         )
 
-        wait.until(lambda page: "Ready" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
-        selects = [Select(element) for element in browser.find_elements(By.CSS_SELECTOR, "select")]
-        left, right = [one for one in selects if "base" in [option.text for option in one.options]]
+        def said(page: Any) -> str:
+            return page.find_element(By.CSS_SELECTOR, ".try-said").text
+
+        def choices(page: Any) -> list[Any]:
+            selects = [Select(element) for element in page.find_elements(By.CSS_SELECTOR, "select")]
+            return [one for one in selects if "base" in [option.text for option in one.options]]
+
+        wait.until(lambda page: "Ready" in said(page))
+        assert torch.cuda.is_available() or "CPU, no GPU here" in said(browser)
+        left, right = choices(browser)
         left.select_by_visible_text("2a")
         right.select_by_visible_text("2b (no verdict: half trained?)")
         browser.execute_script(
@@ -391,7 +818,7 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
             "document.querySelector('.try-pane-' + i), {childList: true, subtree: true, characterData: true}))"
         )
         browser.find_element(By.CSS_SELECTOR, ".try-go").click()
-        wait.until(lambda page: "Written" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        wait.until(lambda page: "Written" in said(page))
         for lengths in browser.execute_script("return window.seen"):
             assert len(set(lengths)) >= 4, lengths  # it grew piece by piece
             assert lengths[-1] > 60
@@ -399,25 +826,70 @@ def test_the_page_in_a_browser(browser: Any, folder: Path) -> None:
         assert texts[0] != texts[1] and all(text.startswith("K. ouvrit la porte.") for text in texts)
 
         browser.find_element(By.CSS_SELECTOR, ".try-keep-1").click()
-        wait.until(lambda page: "Kept in" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        wait.until(lambda page: "Kept in" in said(page))
         sample = json.loads((folder / "outputs/kept.jsonl").read_text())
         assert sample["stage"] == "2b" and sample["seed"] == 42 and sample["temperature"] == 0.8
         assert (sample["prompt"] + sample["text"]).split() == texts[1].split()
 
-        SCREENSHOTS.mkdir(exist_ok=True)
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": 1280, "height": 1900, "deviceScaleFactor": 1, "mobile": False},
-        )
-        browser.save_screenshot(str(SCREENSHOTS / "workbench.png"))
+        def picture(name: str) -> None:
+            SCREENSHOTS.mkdir(exist_ok=True)
+            height = browser.execute_script(
+                "return Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))"
+            )
+            size = {"width": 1280, "height": height + 20, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            time.sleep(0.5)  # laid out anew
+            browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
-        # A stage removed while the page is open; a second page beside the first.
+        # The novel goes on elsewhere while the page is open.
+        assert "goes on from words given" not in browser.find_element(By.CSS_SELECTOR, ".continued").text
+        shutil.copytree(continued, folder / "outputs/continuation")
+        wait.until(lambda page: "goes on from words given" in page.find_element(By.CSS_SELECTOR, ".continued").text)
+        pages = browser.find_element(By.CSS_SELECTOR, ".continued").text.split()
+        novel = next(continued.glob("*.txt")).read_text().split()
+        assert pages[-len(novel) :] == novel
+        picture("workbench")
+
+        # A second browser beside the first: both write at once, and what one keeps the other shows.
+        second = browsers()
+        second.get(f"{address}?token={token}")
+        second_wait = WebDriverWait(second, 180)
+        second_wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
+        second_wait.until(lambda page: "Ready" in said(page))
+        for page in (browser, second):
+            for choice, name in zip(choices(page), ("base", "nobody"), strict=True):
+                choice.select_by_visible_text(name)
+        for page in (browser, second):
+            page.find_element(By.CSS_SELECTOR, ".try-go").click()
+        for waits in (wait, second_wait):
+            waits.until(lambda page: "is writing" in said(page) or "Written" in said(page))
+            waits.until(lambda page: "Written" in said(page))
+        texts = [page.find_element(By.CSS_SELECTOR, ".try-pane-0").text for page in (browser, second)]
+        assert texts[0] == texts[1] and len(texts[0]) > 60
+        second.find_element(By.CSS_SELECTOR, ".try-keep-0").click()
+        wait.until(lambda page: "base, seed 42" in page.page_source)
+
+        # Reports.
+        title = next(
+            one
+            for one in browser.find_elements(
+                By.CSS_SELECTOR, ".jupyter-widget-Collapse-header, .lm-Collapse-header, .p-Collapse-header"
+            )
+            if "The report" in one.text
+        )
+        title.click()
+        frame = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "iframe.report"))
+        assert "bits per byte" in (frame.get_attribute("srcdoc") or "").lower() and frame.size["height"] > 500
+        picture("report")
+
+        # A stage removed while both pages are open.
         shutil.rmtree(folder / "outputs/2a")
-        wait.until(lambda page: "2a" not in [option.text for option in left.options])
-        browser.switch_to.new_window("tab")
-        browser.get(f"{address}?token={token}")
-        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
-        wait.until(lambda page: "Ready" in page.find_element(By.CSS_SELECTOR, ".try-said").text)
+        for page, waits in ((browser, wait), (second, second_wait)):
+            waits.until(
+                lambda page: not [one for one in choices(page) if "2a" in [option.text for option in one.options]]
+            )
+            page.find_element(By.CSS_SELECTOR, ".try-go").click()
+            waits.until(lambda page: "Written" in said(page))
         loaded = [
             entry["message"] for entry in browser.get_log("browser") if "ERR_NAME_NOT_RESOLVED" in entry["message"]
         ]
