@@ -108,6 +108,10 @@ compare: $(READY) ## Several reports in one page: make compare RUNS="small full"
 	@test -n "$(strip $(RUNS))" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
 	$(BIN)/python eval/compare.py $(RUNS) --reports eval/reports
 
+.PHONY: bench-train
+bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
+	$(BIN)/python bench/training.py $(ARGS)
+
 .PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
 	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))
