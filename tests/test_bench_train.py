@@ -156,6 +156,7 @@ def test_a_comparison_is_paired_by_seed_and_by_mean() -> None:
     before, after = {"1": result(0.2), "2": result(0.4)}, {"1": result(0.1), "2": result(0.3), "3": result(9)}
     compared = training.comparison(before, after, "gallica_heldout")
     assert compared and set(compared["seeds"]) == {"1", "2"}
+    assert all(each["bits_per_byte"] < 0 for each in compared["seeds"].values())
     low, high = compared["mean"]["interval"]
     assert low <= compared["mean"]["bits_per_byte"] <= high < 0
     assert compared["mean"]["bits_per_byte"] == pytest.approx(-0.1 / 0.693147, rel=0.1)
