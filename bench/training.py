@@ -249,9 +249,8 @@ def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> d
             "scoring": round(time.perf_counter() - between, 1),
         }
         store(result, work / "results" / f"{this.folder}.json")
-        for checkpoint in checkpoints(
-            Path(this.config["output_dir"])
-        ):  # the optimiser's state is most of what they hold
+        # Checkpoints hold the optimiser's state too; the final weights stand beside them.
+        for checkpoint in checkpoints(Path(this.config["output_dir"])):
             shutil.rmtree(checkpoint)
     return result
 
