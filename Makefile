@@ -110,7 +110,7 @@ compare: $(READY) ## Several reports in one page: make compare RUNS="small full"
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	$(BIN)/python bench/training.py $(ARGS)
+	$(BIN)/python bench/training.py --readme recipes/README.md $(ARGS)
 
 .PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone

@@ -232,9 +232,12 @@ def fill(readme: str, report: dict[str, Any]) -> str:
     return MARKERS.sub(lambda found: found[1] + tables(report) + found[2], readme)
 
 
-def write(path: Path) -> None:
-    """train.md and train.svg beside train.json."""
+def write(path: Path, readme: Path | None = None) -> None:
+    """train.md and train.svg beside train.json, and the tables in a README."""
     report = load(path)
-    for name, text in ((".md", page(report)), (".svg", pictures.svg(draw(report), path.stem))):
-        with atomic_write(path.with_suffix(name)) as file:
+    texts = {path.with_suffix(".md"): page(report), path.with_suffix(".svg"): pictures.svg(draw(report), path.stem)}
+    if readme:
+        texts[readme] = fill(readme.read_text(encoding="utf-8"), report)
+    for target, text in texts.items():
+        with atomic_write(target) as file:
             file.write(text)

@@ -194,7 +194,7 @@ def test_the_curve_is_in_bits_per_byte(report: dict[str, Any]) -> None:
 
 
 def test_page_and_picture_follow_from_the_json_alone(report: dict[str, Any], tmp_path: Path) -> None:
-    training.write(report, tmp_path)
+    training.write(report, tmp_path, None)
     written = {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in (".md", ".svg")}
     for suffix in written:
         (tmp_path / f"train{suffix}").unlink()
@@ -208,6 +208,37 @@ def test_a_damaged_or_foreign_report_is_refused(tmp_path: Path) -> None:
         (tmp_path / "train.json").write_text(text)
         with pytest.raises(BadInput, match="bench-train"):
             training_report.load(tmp_path / "train.json")
+
+
+# --- what is committed --------------------------------------------------------------------------------------------
+
+
+def test_the_committed_page_and_picture_are_the_jsons(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(REPORT.read_text())
+    training_report.write(tmp_path / "train.json")
+    for suffix in (".md", ".svg"):
+        assert (tmp_path / f"train{suffix}").read_text() == REPORT.with_suffix(suffix).read_text(), suffix
+
+
+def test_the_recipes_readme_has_the_reports_tables() -> None:
+    readme = (ROOT / "recipes/README.md").read_text()
+    assert readme == training_report.fill(readme, training_report.load(REPORT))
+    assert readme != training_report.fill(readme, training_report.load(REPORT) | {"base": None})
+    with pytest.raises(BadInput, match="no place"):
+        training_report.fill("# nothing here", training_report.load(REPORT))
+
+
+def test_recipes_point_to_rows_that_exist() -> None:
+    """`bench: NAME` in a recipe names a finished variant of the committed report."""
+    variants = training_report.load(REPORT)["variants"]
+    pointers = [
+        (path.stem, name)
+        for path in (ROOT / "recipes").glob("*.yml")
+        for name in re.findall(r"bench: ([\w.-]+)", path.read_text())
+    ]
+    assert pointers
+    for stem, name in pointers:
+        assert variants[name]["stage"] == stem and training_report.finished(variants[name]), name
 
 
 # --- the real thing, small ----------------------------------------------------------------------------------------
