@@ -26,7 +26,7 @@ HASHES = {"2a": "a" * 64, "2b": "b" * 64, "2c": "c" * 64}
 
 def plan_of(*variants: dict[str, Any], **more: Any) -> dict[str, Any]:
     settings = {"batch_divisor": {"2a": 8, "2b": 16, "2c": 4}, "largest_batch": 2048, "data": []}
-    return {"profile": "cpu", "all": {"bf16": "full"}, **settings, **more, "variants": list(variants)}
+    return {"profile": "cpu", "all": {"bf16": True}, **settings, **more, "variants": list(variants)}
 
 
 OURS = {"name": "ours", "recipe": "recipes/2a.yml", "seeds": [1, 2]}
@@ -89,7 +89,7 @@ def test_the_batch_is_divided_exactly() -> None:
 def test_settings_are_the_recipe_and_what_is_overridden() -> None:
     variant = OURS | {"overrides": {"learning_rate": 1e-3, "optim_args": None}}
     settings = training.settings(variant, 7, plan_of(variant))
-    assert settings["learning_rate"] == 1e-3 and settings["seed"] == 7 and settings["bf16"] == "full"
+    assert settings["learning_rate"] == 1e-3 and settings["seed"] == 7 and settings["bf16"] is True
     assert settings["optimizer"] == load_recipe(ROOT / "recipes/2a.yml")["optimizer"]
     assert "optim_args" not in settings and "test_datasets" not in settings and settings["plugins"] == []
     assert training.settings(variant | {"curve": True}, 7, plan_of(variant))["test_datasets"]
@@ -117,6 +117,8 @@ def test_the_shipped_plan_is_good_and_axolotl_knows_its_keys() -> None:
     plan = training.load_plan(training.PLAN)
     for variant in plan["variants"]:
         settings = training.settings(variant | {"curve": True}, variant["seeds"][0], plan)
+        assert settings["plugins"] == ["bench.cpu_plugin.Plugin"]
+        del settings["plugins"]  # it adds no key, and Liger's are not read without Liger's plugin
         assert unknown_keys({key: value for key, value in settings.items() if not key.startswith("liger_")}) == []
 
 
@@ -245,7 +247,7 @@ def test_recipes_point_to_rows_that_exist() -> None:
 
 TINY = """
 profile: cpu
-all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2}
+all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.cpu_plugin.Plugin]}
 batch_divisor: {2a: 16, 2b: 16}
 largest_batch: 2048
 data:
