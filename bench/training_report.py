@@ -193,17 +193,30 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def curve(variant: dict[str, Any], validation: dict[str, int]) -> list[tuple[float, float]]:
-    """(tokens seen, validation loss in bits per byte), the mean over seeds; empty when it was not logged."""
+def curve(report: dict[str, Any], variant: dict[str, Any]) -> list[tuple[float, float]]:
+    """(tokens seen, bits per byte of the validation rows), the mean over seeds; empty when nothing is finished.
+
+    A variant that logged no validation loss has two points, what it started from and what it reached, as they are scored:
+    for 2b and 2c the validation rows are the text that is scored.
+    """
+    done, stage = finished(variant), variant["stage"]
+    if not variant.get("curve") or not done:
+        return []
     by_step: dict[int, list[float]] = {}
-    step = 0
-    for result in finished(variant):
-        step = result["tokens_a_step"]
+    for result in done:
         for point in result["log"] or []:
             if point["eval_loss"] is not None:
                 by_step.setdefault(point["step"], []).append(point["eval_loss"])
+    validation = report["validation"][stage]
     scale = validation["tokens"] / validation["bytes"] / math.log(2)  # nats a token -> bits a byte
-    return [(number * step, statistics.fmean(losses) * scale) for number, losses in sorted(by_step.items())]
+    step = done[0]["tokens_a_step"]
+    if by_step:
+        return [(number * step, statistics.fmean(losses) * scale) for number, losses in sorted(by_step.items())]
+    text = TEXTS[stage == "2c"]
+    parent = report["variants"].get(variant.get("parent"))
+    start = bits(parent, text) if parent else report["base"]["scores"][text]["bits_per_byte"]
+    end = bits(variant, text)
+    return [(0, start), (done[0]["steps"]["reached"] * step, end)] if start is not None and end is not None else []
 
 
 def draw(report: dict[str, Any]) -> pictures.Figure:
@@ -211,7 +224,7 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
     found = stages(report)
     picture = pictures.figure(4.2 * len(found), 3.8)
     for axis, (stage, variants) in zip(picture.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        lines = {name: curve(variant, report["validation"][stage]) for name, variant in variants.items()}
+        lines = {name: curve(report, variant) for name, variant in variants.items()}
         for index, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
             colour = pictures.COLOURS[index % len(pictures.COLOURS)]
             mark = pictures.MARKS[index % len(pictures.MARKS)]
@@ -221,7 +234,7 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
-    picture.axes[0].set_ylabel("validation loss, bits per byte (lower is better)")
+    picture.axes[0].set_ylabel("bits per byte (lower is better)")
     return picture
 
 

@@ -191,8 +191,19 @@ def test_the_table_says_what_was_measured_and_what_not(report: dict[str, Any]) -
 
 
 def test_the_curve_is_in_bits_per_byte(report: dict[str, Any]) -> None:
-    line = training_report.curve(report["variants"]["ours"], {"tokens": 10, "bytes": 30})
+    line = training_report.curve(report, report["variants"]["ours"])
     assert line == [(0, pytest.approx(3 / 3 / 0.693147, rel=1e-5)), (8192, pytest.approx(2.6 / 3 / 0.693147, rel=1e-5))]
+    assert training_report.curve(report, report["variants"]["theirs"]) == []  # not asked for
+    assert training_report.curve(report, report["variants"]["adapter"] | {"curve": True}) == []  # not run
+
+
+def test_without_a_log_the_curve_is_where_it_began_and_where_it_ended(report: dict[str, Any]) -> None:
+    ours = report["variants"]["ours"]
+    for done in ours["runs"].values():
+        done["log"] = None
+    start = report["base"]["scores"]["gallica_heldout"]["bits_per_byte"]
+    end = ours["runs"]["1"]["scores"]["gallica_heldout"]["bits_per_byte"]
+    assert training_report.curve(report, ours) == [(0, start), (8192, pytest.approx(end))]
 
 
 def test_page_and_picture_follow_from_the_json_alone(report: dict[str, Any], tmp_path: Path) -> None:
