@@ -41,7 +41,7 @@ from eval.evaluation import digest, environment
 from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
 from train.chain import load_chain, load_recipe
-from train.gate import check_steps, checkpoints, movement_of_weights
+from train.gate import NotTrained, check_steps, checkpoints, movement_of_weights
 from train.stage import command, launch_and_wait, load_profile, prepare_output
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -198,17 +198,21 @@ def lay_out(this: Run, work: Path) -> Path:
 def train(this: Run, launch: list[str]) -> dict[str, Any]:
     """Train in the working directory, or go on from a checkpoint; what the training says of itself. Raises BadInput."""
     stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
-    prepare_output(stage, {"key": this.key})
-    status = launch_and_wait(command(stage, launch, {}, []))
-    if status:
-        raise BadInput(f"the training of {this.folder} failed with status {status}, see above")
+    try:
+        steps = check_steps(stage)  # a bench that was killed while it scored has its training behind it
+    except NotTrained:
+        prepare_output(stage, {"key": this.key})
+        status = launch_and_wait(command(stage, launch, {}, []))
+        if status:
+            raise BadInput(f"the training of {this.folder} failed with status {status}, see above") from None
+        steps = check_steps(stage)
     moved = None
     if stage.adapter is None:
         tensors = movement_of_weights(stage.base_model, stage.output_dir).values()
         matrices = [tensor for tensor in tensors if tensor["kind"] == "matrix"]
         moved = {key: statistics.median(tensor[key] for tensor in matrices) for key in ("changed", "relative")}
     return {
-        "steps": check_steps(stage),
+        "steps": steps,
         "tokens_a_step": stage.config["sequence_len"]
         * stage.config["micro_batch_size"]
         * stage.config["gradient_accumulation_steps"],
