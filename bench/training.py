@@ -22,7 +22,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -243,15 +242,8 @@ def validation_text(stage: str) -> dict[str, int]:
 
 def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> dict[str, Any]:
     """Train and score one run, write its result, and leave its weights, on which another may build."""
-    started = time.perf_counter()
     with contextlib.chdir(lay_out(this, work)):
-        trained = train(this, launch)
-        between = time.perf_counter()
-        result = {"key": this.key, **trained, **score(this.stage, tasks)}
-        result["seconds"] = {
-            "training": round(between - started, 1),
-            "scoring": round(time.perf_counter() - between, 1),
-        }
+        result = {"key": this.key, **train(this, launch), **score(this.stage, tasks)}
         store(result, work / "results" / f"{this.folder}.json")
         # Checkpoints hold the optimiser's state too; the final weights stand beside them.
         for checkpoint in checkpoints(Path(this.config["output_dir"])):
