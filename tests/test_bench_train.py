@@ -241,6 +241,20 @@ def test_the_recipes_readme_has_the_reports_tables() -> None:
         training_report.fill("# nothing here", training_report.load(REPORT))
 
 
+def test_the_committed_report_carries_what_is_said_of_2a() -> None:
+    """Ours closes at least three times the distance from the base, the reference's weights hardly move."""
+    variants = training_report.load(REPORT)["variants"]
+    for text in training_report.TEXTS:
+        gains = {name: variants[name]["gain"]["base"][text]["mean"] for name in ("2a-ours", "2a-reference")}
+        assert gains["2a-ours"]["bits_per_byte"] < 3 * gains["2a-reference"]["bits_per_byte"] < 0
+        less = variants["2a-reference"]["against"]["2a-ours"][text]["mean"]
+        assert less["interval"][0] > 0
+    moved = {
+        name: [result["movement"]["changed"] for result in training_report.finished(variants[name])] for name in gains
+    }
+    assert max(moved["2a-reference"]) < 0.02 and min(moved["2a-ours"]) > 0.5
+
+
 def test_recipes_point_to_rows_that_exist() -> None:
     """`bench: NAME` in a recipe names a finished variant of the committed report."""
     variants = training_report.load(REPORT)["variants"]
