@@ -109,10 +109,6 @@ compare: $(READY) ## Several reports in one page: make compare RUNS="small full"
 	@test -n "$(strip $(RUNS))" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
 	$(BIN)/python eval/compare.py $(RUNS) --reports eval/reports
 
-.PHONY: bench-eval
-bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
-	cd demo/run && ../../$(BIN)/python ../../bench/evaluation.py --recipes ../../recipes $(ARGS)
-
 .PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
 	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))
@@ -124,6 +120,18 @@ plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--b
 	$(BIN)/python bench/plan.py $(ARGS)
 bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/reports/gpu.json, .md (bench/README.md)
 	$(BIN)/python bench/gpu.py $(if $(strip $(MINUTES)),--minutes $(strip $(MINUTES))) $(ARGS)
+
+.PHONY: bench-eval
+bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
+	cd demo/run && ../../$(BIN)/python ../../bench/evaluation.py --recipes ../../recipes $(ARGS)
+
+.PHONY: bench-train
+bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
+	$(BIN)/python bench/training.py --readme recipes/README.md $(ARGS)
+
+.PHONY: bench-prep
+bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
+	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer"
 
 # --- small and local ---
 
@@ -146,10 +154,6 @@ test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds th
 .PHONY: test-fast
 test-fast: $(READY) ## The tests that load no model
 	$(BIN)/python -m pytest -m "not slow"
-
-.PHONY: bench-prep
-bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
-	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer"
 
 .PHONY: lint
 lint: $(READY) ## ruff and mypy

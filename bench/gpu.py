@@ -137,7 +137,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with a tiny model: a test of the bench itself")
     parser.add_argument("--work", type=Path, help="folder for weights, rows and logs (default: bench/run/gpu)")
-    parser.add_argument("--out", type=Path, help="report (default: bench/reports/gpu.json; with --tiny in the work folder)")
+    parser.add_argument(
+        "--out", type=Path, help="report (default: bench/reports/gpu.json; with --tiny in the work folder)"
+    )
     args = parser.parse_args()
     if args.warmup < 1 or args.seconds <= 0 or args.repetitions < 1:
         raise BadInput("--warmup and --repetitions are 1 at least, --seconds more than 0")

@@ -848,7 +848,9 @@ def test_tables_of_fiction_come_from_their_record_and_are_checked(tmp_path, monk
     server = ThreadingHTTPServer(("127.0.0.1", 0), Record)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("ZENODO_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # other tests' modules set it for the process
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", False
+    )  # other tests' modules set it for the process
     out = tmp_path / "raw"
     arguments = ["gallica", "--dataset", "biglam/gallica_literary_fictions", "--files", "2", "--out", str(out)]
     with pytest.raises(BadInput, match="was changed on its way"):

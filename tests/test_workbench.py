@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -224,15 +225,17 @@ def test_tables_and_curves_of_several_runs(tmp_path: Path) -> None:
         "2b, training",
         "2b, validation",
     ]
-    assert list(upper.lines[2].get_xdata()) == [2048, 4096, 6144] and list(upper.lines[3].get_ydata()) == [3.25]
+    assert np.asarray(upper.lines[2].get_xdata()).tolist() == [2048, 4096, 6144] and np.asarray(
+        upper.lines[3].get_ydata()
+    ).tolist() == [3.25]
     assert upper.lines[0].get_color() == upper.lines[1].get_color() != upper.lines[2].get_color()
-    assert [list(line.get_ydata()) for line in lower.lines] == [[pytest.approx(1e-4)] * 3] * 2
+    assert [np.asarray(line.get_ydata()).tolist() for line in lower.lines] == [[pytest.approx(1e-4)] * 3] * 2
     assert lower.get_xlabel() == "tokens of the run"
     for point in runs[0].points.values():  # one that was trained without counting
         point.pop("tokens")
     mixed = live.draw(runs)
     assert mixed and mixed.axes[1].get_xlabel() == "steps of the run"
-    assert list(mixed.axes[0].lines[2].get_xdata()) == [1, 2, 3]
+    assert np.asarray(mixed.axes[0].lines[2].get_xdata()).tolist() == [1, 2, 3]
 
 
 def test_progress_and_time_left(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
 def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What eval/continuation.py leaves when it has gone on with a few passages."""
     out = tmp_path_factory.mktemp("continued")
-    call = [sys.executable, ROOT / "eval/continuation.py", "--recipes", ROOT / "recipes", "--stage", "2a"]
+    call: list[str | Path] = [sys.executable, ROOT / "eval/continuation.py", "--recipes", ROOT / "recipes", "--stage", "2a"]
     call += [
         "--from",
         "K. ouvrit la porte.",

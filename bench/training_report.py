@@ -1,0 +1,256 @@
+"""The page and the pictures of the training bench, from bench/reports/train.json and nothing else.
+
+A table a stage: each variant's bits per byte after it, what it gained over what it started from, and its difference to
+the variants it is measured against. Figures are means over seeds, intervals 95 % over held-out works (eval/intervals.py).
+"""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from eval import pictures
+from eval.tables import Table, bracket, number
+from prep.files import BadInput, atomic_write
+
+TEXTS = ("gallica_heldout", "novel_heldout")
+MARKERS = re.compile(r"(<!-- bench-train:begin -->\n).*?(<!-- bench-train:end -->)", re.S)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The report. Raises BadInput when there is none, or it is of another format."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); `make bench-train` makes it") from error
+    if report.get("format") != 1:
+        raise BadInput(f"{path} is of format {report.get('format')}, not 1; `make bench-train` makes it anew")
+    return report
+
+
+def stages(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{stage: {variant: its part of the report}}, in the order of the plan's batch_divisor."""
+    return {
+        stage: {name: variant for name, variant in report["variants"].items() if variant["stage"] == stage}
+        for stage in report["plan"]["batch_divisor"]
+    }
+
+
+def finished(variant: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a variant's finished runs."""
+    return [result for result in variant["runs"].values() if result]
+
+
+def bits(variant: dict[str, Any], text: str) -> float | None:
+    """Mean over seeds of the bits per byte."""
+    values = [result["scores"][text]["bits_per_byte"] for result in finished(variant)]
+    return statistics.fmean(values) if values else None
+
+
+def starred(compared: dict[str, Any] | None) -> str:
+    """A difference with its interval, a star where the interval leaves out zero; a dash for what was not measured."""
+    mean = compared["mean"] if compared else None
+    if mean is None:
+        return "–"
+    sure = mean["interval"] and mean["interval"][0] * mean["interval"][1] > 0
+    return bracket(mean["bits_per_byte"], mean["interval"], "+") + (" *" if sure else "")
+
+
+def results_table(variants: dict[str, dict[str, Any]]) -> Table:
+    """What each variant of a stage reached."""
+    head = ["variant", "built on", "learning rate", "steps", "seeds", "Gallica", "gain there", "novel", "gain there"]
+    rows = []
+    for name, variant in variants.items():
+        done = finished(variant)
+        start = variant.get("parent") or "base"
+        step = f"{done[0]['steps']['reached']} x {done[0]['tokens_a_step']:,}" if done else "–"
+        rows.append(
+            [f"`{name}`", f"`{start}`", f"{float(variant['settings']['learning_rate']):g}", step, str(len(done))]
+        )
+        for text in TEXTS:
+            rows[-1] += [number(bits(variant, text)), starred(variant["gain"][start][text])]
+    return head, rows
+
+
+def comparison_table(variants: dict[str, dict[str, Any]]) -> Table:
+    """Each variant less those it is measured against."""
+    rows = [
+        [f"`{name}`", f"`{other}`", *(starred(compared[text]) for text in TEXTS), str(len(seeds(compared)))]
+        for name, variant in variants.items()
+        for other, compared in variant["against"].items()
+    ]
+    return ["variant", "less", "Gallica", "novel", "seeds"], rows
+
+
+def seeds(compared: dict[str, Any]) -> dict[str, Any]:
+    """The seeds that a comparison rests on."""
+    return compared[TEXTS[0]]["seeds"] if compared[TEXTS[0]] else {}
+
+
+def weights_table(variants: dict[str, dict[str, Any]]) -> Table:
+    """How much of the weights a full-weight stage moved: what rounding leaves of a learning rate."""
+    rows = []
+    for name, variant in variants.items():
+        moved = [result["movement"] for result in finished(variant) if result["movement"]]
+        if moved:
+            changed, relative = (statistics.fmean(each[key] for each in moved) for key in ("changed", "relative"))
+            rows.append([f"`{name}`", f"{changed:.1%}", f"{relative:.2g}"])
+    return ["variant", "elements changed", "change over norm"], rows
+
+
+def memory_table(variants: dict[str, dict[str, Any]]) -> Table:
+    """Pages that were trained on against pages that were not."""
+    rows = []
+    for name, variant in variants.items():
+        found = [result["memorisation"] for result in finished(variant) if result["memorisation"]]
+        if found:
+            typical = [
+                statistics.fmean(each[side]["token_probability"] for each in found) for side in ("train", "heldout")
+            ]
+            rows.append(
+                [
+                    f"`{name}`",
+                    number(bits(variant, "novel_train")),
+                    number(bits(variant, "novel_heldout")),
+                    *map(number, typical),
+                ]
+            )
+    return ["variant", "bits on trained pages", "on held-out pages", "token probability, trained", "held out"], rows
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table."""
+    head, rows = table
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def budget(report: dict[str, Any]) -> str:
+    """A sentence: on what machine, on how many tokens, scored on how many."""
+    machine = report["environment"]
+    trained = ", ".join(
+        f"{stage} {manifest['train']['windows'] * length(report, stage):,}"
+        for stage, manifest in report["manifests"].items()
+    )
+    scored = []
+    if report["base"]:
+        for text in TEXTS:
+            found = report["base"]["scores"][text]
+            unit = found["interval"]
+            scored.append(f"`{text}` {found['tokens']:,} ({unit['units']} {unit['unit']}s)")
+    divisors = ", ".join(f"{stage} {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items())
+    return (
+        f"{machine['cpu']}, {machine['threads']} cores, no GPU. Tokens of one pass: {trained}. Scored tokens: "
+        f"{', '.join(scored) or '–'}. Every recipe's tokens a step divided by: {divisors}."
+    )
+
+
+def length(report: dict[str, Any], stage: str) -> int:
+    """Tokens a window."""
+    return report["manifests"][stage]["sequence_len"]
+
+
+def tables(report: dict[str, Any], level: str = "###") -> str:
+    """What goes into recipes/README.md: results and comparisons, a stage after the other."""
+    parts = [budget(report) + "\n"]
+    base = report["base"]["scores"] if report["base"] else None
+    if base:
+        figures = ", ".join(f"{number(base[text]['bits_per_byte'])} on `{text}`" for text in TEXTS)
+        parts.append(f"The base before any training: {figures}.\n")
+    for stage, variants in stages(report).items():
+        parts.append(f"{level} {stage}\n\n" + markdown(results_table(variants)))
+        compared = comparison_table(variants)
+        if compared[1]:
+            parts.append(markdown(compared))
+    return "\n".join(parts)
+
+
+def page(report: dict[str, Any]) -> str:
+    """The whole page."""
+    git = report["environment"]["git"] or {"commit": "–", "modified": False}
+    parts = [
+        "# Which settings learn\n",
+        "Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %\n"
+        "interval over held-out works (blocks of the novel), paired on the same text; * where it leaves out zero. A dash is\n"
+        "not measured. Made by `make bench-train` from bench/train.yml.\n",
+        tables(report, "##"),
+        "## What moved in 2a\n\nMedian over the matrices, after rounding the base to the trained weights' precision.\n",
+        markdown(weights_table(report["variants"])),
+        "## By heart?\n\n`token probability`: geometric mean over spans of 50 tokens with 200 tokens of true text before them.\n",
+        markdown(memory_table(report["variants"])),
+        "## What each variant is\n",
+        "".join(
+            f"- `{name}`: {variant['recipe']}, seeds {', '.join(map(str, variant['seeds']))}. {variant.get('says', '')}"
+            + (f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else "")
+            + "\n"
+            for name, variant in report["variants"].items()
+        ),
+        f"\nOf every variant: `{json.dumps(report['plan']['all'])}`, profile `{report['plan']['profile']}`.\n",
+        f"\n![bits per byte over tokens seen](train.svg)\n\n{report['date']}, commit {git['commit'][:12]}"
+        f"{' with changes' if git['modified'] else ''}.\n",
+    ]
+    return "\n".join(parts)
+
+
+def curve(report: dict[str, Any], variant: dict[str, Any]) -> list[tuple[float, float]]:
+    """(tokens seen, bits per byte of the validation rows), the mean over seeds; empty when nothing is finished.
+
+    A variant that logged no validation loss has two points, what it started from and what it reached, as they are scored:
+    for 2b and 2c the validation rows are the text that is scored.
+    """
+    done, stage = finished(variant), variant["stage"]
+    if not variant.get("curve") or not done:
+        return []
+    by_step: dict[int, list[float]] = {}
+    for result in done:
+        for point in result["log"] or []:
+            if point["eval_loss"] is not None:
+                by_step.setdefault(point["step"], []).append(point["eval_loss"])
+    validation = report["validation"][stage]
+    scale = validation["tokens"] / validation["bytes"] / math.log(2)  # nats a token -> bits a byte
+    step = done[0]["tokens_a_step"]
+    if by_step:
+        return [(number * step, statistics.fmean(losses) * scale) for number, losses in sorted(by_step.items())]
+    text = TEXTS[stage == "2c"]
+    parent = report["variants"].get(variant.get("parent"))
+    start = bits(parent, text) if parent else report["base"]["scores"][text]["bits_per_byte"]
+    end = bits(variant, text)
+    return [(0, start), (done[0]["steps"]["reached"] * step, end)] if start is not None and end is not None else []
+
+
+def draw(report: dict[str, Any]) -> pictures.Figure:
+    """Held-out bits per byte over tokens seen, a panel a stage, a line for each variant that logged a curve."""
+    found = stages(report)
+    picture = pictures.figure(4.2 * len(found), 3.8)
+    for axis, (stage, variants) in zip(picture.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        lines = {name: curve(report, variant) for name, variant in variants.items()}
+        for index, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
+            colour = pictures.COLOURS[index % len(pictures.COLOURS)]
+            mark = pictures.MARKS[index % len(pictures.MARKS)]
+            axis.plot(*zip(*line, strict=True), label=name, color=colour, marker=mark, markersize=4, linewidth=1.4)
+        axis.set_title(f"{stage}: {'the novel' if stage == '2c' else 'Gallica'}, held out")
+        axis.set_xlabel("tokens seen")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+    picture.axes[0].set_ylabel("bits per byte (lower is better)")
+    return picture
+
+
+def fill(readme: str, report: dict[str, Any]) -> str:
+    """A README with the report's tables between its markers. Raises BadInput when it has none."""
+    if not MARKERS.search(readme):
+        raise BadInput("no place for the tables: <!-- bench-train:begin --> ... <!-- bench-train:end -->")
+    return MARKERS.sub(lambda found: found[1] + tables(report) + found[2], readme)
+
+
+def write(path: Path, readme: Path | None = None) -> None:
+    """train.md and train.svg beside train.json, and the tables in a README."""
+    report = load(path)
+    texts = {path.with_suffix(".md"): page(report), path.with_suffix(".svg"): pictures.svg(draw(report), path.stem)}
+    if readme:
+        texts[readme] = fill(readme.read_text(encoding="utf-8"), report)
+    for target, text in texts.items():
+        with atomic_write(target) as file:
+            file.write(text)

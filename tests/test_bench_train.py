@@ -1,0 +1,340 @@
+"""The bench of the recipes: a plan that is wrong is refused, what is finished is not run again, the page is the JSON's."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_tokenizers import llama_like
+from test_recipes import unknown_keys
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from bench import training, training_report
+from prep.files import BadInput
+from train.chain import load_recipe
+
+ROOT = Path(__file__).parent.parent
+REPORT = ROOT / "bench/reports/train.json"
+HASHES = {"2a": "a" * 64, "2b": "b" * 64, "2c": "c" * 64}
+
+
+def plan_of(*variants: dict[str, Any], **more: Any) -> dict[str, Any]:
+    settings = {"batch_divisor": {"2a": 8, "2b": 16, "2c": 4}, "largest_batch": 2048, "data": []}
+    return {"profile": "cpu", "all": {"bf16": True}, **settings, **more, "variants": list(variants)}
+
+
+OURS = {"name": "ours", "recipe": "recipes/2a.yml", "seeds": [1, 2]}
+ADAPTER = {"name": "adapter", "recipe": "recipes/2b.yml", "seeds": [1], "parent": "ours"}
+
+
+def load(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / "plan.yml"
+    path.write_text(yaml.safe_dump(plan))
+    return training.load_plan(path)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+def test_a_good_plan_is_read(tmp_path: Path) -> None:
+    assert len(load(plan_of(OURS, ADAPTER), tmp_path)["variants"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("variants", "said"),
+    [
+        ([{"name": "ours", "recipe": "recipes/2a.yml"}], "a name, a recipe and seeds"),
+        ([OURS, OURS], "another of this name"),
+        ([OURS | {"name": "base"}], "another of this name"),
+        ([OURS | {"override": {}}], "unknown override"),
+        ([OURS | {"recipe": "recipes/9z.yml"}], "no recipe recipes/9z.yml"),
+        ([ADAPTER, OURS], "parent ours does not stand before it"),
+        ([OURS, ADAPTER | {"seeds": [1, 3]}], "not trained with all of the seeds"),
+        ([OURS | {"against": ["theirs"]}], "against theirs"),
+    ],
+)
+def test_a_bad_variant_is_refused(variants: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        load(plan_of(*variants), tmp_path)
+
+
+def test_a_stage_without_its_divisor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="nothing of stage 2b"):
+        load(plan_of(OURS, ADAPTER, batch_divisor={"2a": 8}), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "all: [\n", "profile: cpu\n"])
+def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yml").write_text(text)
+    with pytest.raises(BadInput, match=r"plan\.yml"):
+        training.load_plan(tmp_path / "plan.yml")
+
+
+def test_the_batch_is_divided_exactly() -> None:
+    ours = {"micro_batch_size": 16, "gradient_accumulation_steps": 2, "sequence_len": 512}
+    theirs = {"micro_batch_size": 4, "gradient_accumulation_steps": 8, "sequence_len": 2048}
+    assert training.divided(ours, 8, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert training.divided(ours, 2, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
+    assert training.divided(theirs, 16, 2048) == {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    with pytest.raises(BadInput, match="cannot be divided"):
+        training.divided(theirs, 64, 2048)
+
+
+def test_settings_are_the_recipe_and_what_is_overridden() -> None:
+    variant = OURS | {"overrides": {"learning_rate": 1e-3, "optim_args": None}}
+    settings = training.settings(variant, 7, plan_of(variant))
+    assert settings["learning_rate"] == 1e-3 and settings["seed"] == 7 and settings["bf16"] is True
+    assert settings["optimizer"] == load_recipe(ROOT / "recipes/2a.yml")["optimizer"]
+    assert "optim_args" not in settings and "test_datasets" not in settings and settings["plugins"] == []
+    assert training.settings(variant | {"curve": True}, 7, plan_of(variant))["test_datasets"]
+
+
+def test_first_seeds_come_first_and_parents_before_their_children() -> None:
+    runs = training.runs_of(plan_of(OURS, ADAPTER, ADAPTER | {"name": "late", "seeds": [2]}), HASHES, "base")
+    assert [(run.name, run.seed) for run in runs] == [("ours", 1), ("adapter", 1), ("ours", 2), ("late", 2)]
+
+
+def test_what_decides_a_result_decides_its_key() -> None:
+    def keys(*variants: dict[str, Any], data: dict[str, str] = HASHES, base: str = "base") -> list[str]:
+        return [run.key for run in training.runs_of(plan_of(*variants), data, base)]
+
+    ours, adapter, again = keys(OURS, ADAPTER)
+    assert len({ours, adapter, again}) == 3
+    assert keys(OURS, ADAPTER | {"says": "other words", "against": ["ours"]}) == [ours, adapter, again]
+    hotter = keys(OURS | {"overrides": {"learning_rate": 1e-3}}, ADAPTER)
+    assert hotter[0] != ours and hotter[1] != adapter  # the child of a changed parent is another
+    assert keys(OURS, ADAPTER | {"overrides": {"lora_r": 8}})[0] == ours
+    assert ours not in keys(OURS, ADAPTER, base="other") and ours not in keys(OURS, ADAPTER, data=HASHES | {"2c": "d"})
+
+
+def test_the_shipped_plan_is_good_and_axolotl_knows_its_keys() -> None:
+    plan = training.load_plan(training.PLAN)
+    for variant in plan["variants"]:
+        settings = training.settings(variant | {"curve": True}, variant["seeds"][0], plan)
+        assert settings["plugins"] == ["bench.cpu_plugin.Plugin"]
+        del settings["plugins"]  # it adds no key, and Liger's are not read without Liger's plugin
+        assert unknown_keys({key: value for key, value in settings.items() if not key.startswith("liger_")}) == []
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def scores(shift: float, works: int = 12) -> dict[str, Any]:
+    """Invented scores: each work's nats are its own, moved by `shift` nats a byte, a little unevenly."""
+    documents = [
+        {
+            "source": f"work {i}", "part": "1", "tokens": 40, "words": 20, "bytes": 100,
+            "nll": 60 + i + 100 * shift * (1 + i / 100), "blocks": [{"nll": 60 + i, "bytes": 100}],
+        }
+        for i in range(works)
+    ]  # fmt: skip
+    return training.scoring.summary(documents) | {"interval": training.intervals.interval(documents)}
+
+
+def result(shift: float, steps: int = 4) -> dict[str, Any]:
+    log = [{"step": step, "epoch": None, "tokens": None, "loss": None, "eval_loss": 3 - step / 10} for step in (0, 4)]
+    return {
+        "scores": {task: scores(shift) for task in training.TASKS},
+        "memorisation": {side: {"token_probability": 0.1} for side in ("train", "heldout")},
+        "steps": {"planned": steps, "reached": steps},
+        "tokens_a_step": 2048,
+        "movement": {"changed": 0.987, "relative": 0.01},
+        "log": log,
+    }
+
+
+def test_documents_of_seeds_are_averaged() -> None:
+    mean = training.together([result(0.1), result(0.3)], "gallica_heldout")
+    assert mean[0]["nll"] == pytest.approx(60 + 20) and mean[5]["bytes"] == 100
+
+
+def test_a_comparison_is_paired_by_seed_and_by_mean() -> None:
+    before, after = {"1": result(0.2), "2": result(0.4)}, {"1": result(0.1), "2": result(0.3), "3": result(9)}
+    compared = training.comparison(before, after, "gallica_heldout")
+    assert compared and set(compared["seeds"]) == {"1", "2"}
+    assert all(each["bits_per_byte"] < 0 for each in compared["seeds"].values())
+    low, high = compared["mean"]["interval"]
+    assert low <= compared["mean"]["bits_per_byte"] <= high < 0
+    assert compared["mean"]["bits_per_byte"] == pytest.approx(-0.1 / 0.693147, rel=0.1)
+    assert training.comparison({}, after, "gallica_heldout") is None
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """Ours with both seeds, the adapter not yet run."""
+    plan = plan_of(OURS | {"curve": True}, ADAPTER, OURS | {"name": "theirs", "against": ["ours"], "seeds": [1]})
+    runs = training.runs_of(plan, HASHES, "base")
+    shifts = {"ours": 0.1, "theirs": 0.2}
+    found = {run.folder: result(shifts[run.name]) for run in runs if run.name in shifts}
+    facts = {
+        "format": 1, "date": "today", "plan": plan, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
+        "environment": {"cpu": "a machine", "threads": 2, "git": None},
+        "manifests": {stage: {"train": {"windows": 4}, "sequence_len": 512} for stage in HASHES},
+    }  # fmt: skip
+    return training.assemble(plan, runs, {"base": result(0.3), **found}, facts)
+
+
+def test_the_table_says_what_was_measured_and_what_not(report: dict[str, Any]) -> None:
+    text = training_report.tables(report)
+    rows = {line.split(" | ")[0].strip("|` "): line for line in text.splitlines() if line.startswith("| `")}
+    value = report["variants"]["ours"]["runs"]["1"]["scores"]["gallica_heldout"]["bits_per_byte"]
+    assert f"| {value:.3f} |" in rows["ours"] and "4 x 2,048" in rows["ours"]
+    assert rows["adapter"].count("–") == 5  # steps, two figures, two gains
+    assert rows["theirs"].count("*") == 2 and "+0.1" in rows["theirs"]
+    assert "12 works" in text
+
+
+def test_the_curve_is_in_bits_per_byte(report: dict[str, Any]) -> None:
+    line = training_report.curve(report, report["variants"]["ours"])
+    assert line == [(0, pytest.approx(3 / 3 / 0.693147, rel=1e-5)), (8192, pytest.approx(2.6 / 3 / 0.693147, rel=1e-5))]
+    assert training_report.curve(report, report["variants"]["theirs"]) == []  # not asked for
+    assert training_report.curve(report, report["variants"]["adapter"] | {"curve": True}) == []  # not run
+
+
+def test_without_a_log_the_curve_is_where_it_began_and_where_it_ended(report: dict[str, Any]) -> None:
+    ours = report["variants"]["ours"]
+    for done in ours["runs"].values():
+        done["log"] = None
+    start = report["base"]["scores"]["gallica_heldout"]["bits_per_byte"]
+    end = ours["runs"]["1"]["scores"]["gallica_heldout"]["bits_per_byte"]
+    assert training_report.curve(report, ours) == [(0, start), (8192, pytest.approx(end))]
+
+
+def test_page_and_picture_follow_from_the_json_alone(report: dict[str, Any], tmp_path: Path) -> None:
+    training.write(report, tmp_path, None)
+    written = {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in (".md", ".svg")}
+    for suffix in written:
+        (tmp_path / f"train{suffix}").unlink()
+    training_report.write(tmp_path / "train.json")
+    assert written == {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in written}
+    assert "ours" in written[".svg"] and "tokens seen" in written[".svg"] and "98.7%" in written[".md"]
+
+
+def test_a_damaged_or_foreign_report_is_refused(tmp_path: Path) -> None:
+    for text in ("{", '{"format": 9}'):
+        (tmp_path / "train.json").write_text(text)
+        with pytest.raises(BadInput, match="bench-train"):
+            training_report.load(tmp_path / "train.json")
+
+
+# --- what is committed --------------------------------------------------------------------------------------------
+
+
+def test_the_committed_page_and_picture_are_the_jsons(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(REPORT.read_text())
+    training_report.write(tmp_path / "train.json")
+    for suffix in (".md", ".svg"):
+        assert (tmp_path / f"train{suffix}").read_text() == REPORT.with_suffix(suffix).read_text(), suffix
+
+
+def test_the_recipes_readme_has_the_reports_tables() -> None:
+    readme = (ROOT / "recipes/README.md").read_text()
+    assert readme == training_report.fill(readme, training_report.load(REPORT))
+    assert readme != training_report.fill(readme, training_report.load(REPORT) | {"base": None})
+    with pytest.raises(BadInput, match="no place"):
+        training_report.fill("# nothing here", training_report.load(REPORT))
+
+
+def test_the_committed_report_carries_what_is_said_of_2a() -> None:
+    """Ours closes at least three times the distance from the base, the reference's weights hardly move."""
+    variants = training_report.load(REPORT)["variants"]
+    for text in training_report.TEXTS:
+        gains = {name: variants[name]["gain"]["base"][text]["mean"] for name in ("2a-ours", "2a-reference")}
+        assert gains["2a-ours"]["bits_per_byte"] < 3 * gains["2a-reference"]["bits_per_byte"] < 0
+        less = variants["2a-reference"]["against"]["2a-ours"][text]["mean"]
+        assert less["interval"][0] > 0
+    moved = {
+        name: [result["movement"]["changed"] for result in training_report.finished(variants[name])] for name in gains
+    }
+    assert max(moved["2a-reference"]) < 0.02 and min(moved["2a-ours"]) > 0.5
+
+
+def test_recipes_point_to_rows_that_exist() -> None:
+    """`bench: NAME` in a recipe names a finished variant of the committed report."""
+    variants = training_report.load(REPORT)["variants"]
+    pointers = [
+        (path.stem, name)
+        for path in (ROOT / "recipes").glob("*.yml")
+        for name in re.findall(r"bench: ([\w.-]+)", path.read_text())
+    ]
+    assert pointers
+    for stem, name in pointers:
+        assert variants[name]["stage"] == stem and training_report.finished(variants[name]), name
+
+
+# --- the real thing, small ----------------------------------------------------------------------------------------
+
+TINY = """
+profile: cpu
+all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.cpu_plugin.Plugin]}
+batch_divisor: {2a: 16, 2b: 16}
+largest_batch: 2048
+data:
+  - '"$PYTHON" "$ROOT/demo/corpus.py" --out sources'
+  - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 512 --windows 8 --split 1/2 --holdout 0.2 --heldout-windows 2 --out data/2a.jsonl'
+  - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 2048 --windows 4 --split 2/2 --holdout 0.2 --heldout-windows 2 --out data/2b.jsonl'
+  - '"$PYTHON" "$ROOT/prep/castle.py" --book "$ROOT/demo/corpus/novella.txt" --tokenizer models/base --holdout 0.2 --out data/2c.jsonl'
+variants:
+  - {name: full, recipe: recipes/2a.yml, seeds: [1], curve: true}
+  - {name: adapter, recipe: recipes/2b.yml, seeds: [1], parent: full, overrides: {learning_rate: 1e-2}, against: [full]}
+"""
+
+
+def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench/training.py", "--plan", folder / "plan.yml", "--base", folder / "base",
+         "--work", folder / "work", "--out", folder / "reports", *map(str, arguments)],
+        env=os.environ | {"CORPUS_DIR": str(folder), "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == expect, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_two_variants_end_to_end(tmp_path: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    tokenizer.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "plan.yml").write_text(TINY)
+
+    def variants() -> dict[str, Any]:
+        return json.loads((tmp_path / "reports/train.json").read_text())["variants"]
+
+    first = bench(tmp_path, "--at-most", 1)
+    assert "1 of 2 runs finished" in first and first.count("axolotl.cli.train") >= 1
+    assert variants()["full"]["runs"]["1"] and variants()["adapter"]["runs"]["1"] is None
+    before = variants()["full"]["runs"]["1"]
+
+    second = bench(tmp_path)
+    assert "2 of 2 runs finished" in second and "=== adapter" in second and "=== full" not in second
+    assert variants()["full"]["runs"]["1"] == before
+    after = variants()["adapter"]["runs"]["1"]
+    assert before["steps"]["reached"] == 4 and before["tokens_a_step"] == 1024 and before["movement"]["changed"] > 0.5
+    assert after["steps"]["reached"] == 4 and after["tokens_a_step"] == 2048 and after["movement"] is None
+    assert [point["eval_loss"] is not None for point in before["log"] if point["step"] in (0, 4)] == [True, True]
+    gain = variants()["adapter"]["gain"]["full"]["gallica_heldout"]["mean"]
+    assert gain["bits_per_byte"] == pytest.approx(
+        after["scores"]["gallica_heldout"]["bits_per_byte"] - before["scores"]["gallica_heldout"]["bits_per_byte"]
+    )
+
+    # What a kill in mid-training leaves: no result yet; it is made again, from the last whole checkpoint if there is one.
+    next((tmp_path / "work/results").glob("adapter-*.json")).unlink()
+    third = bench(tmp_path)
+    assert "=== adapter" in third and "=== full" not in third
+    fourth = bench(tmp_path)
+    assert "===" not in fourth and "2 of 2 runs finished" in fourth
+    assert re.findall(r"^finished (full|adapter)", bench(tmp_path, "--list"), re.M) == ["full", "adapter"]
+    assert "`adapter`" in (tmp_path / "reports/train.md").read_text()
