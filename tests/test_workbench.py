@@ -463,9 +463,10 @@ def test_two_pages_keep_at_once(tmp_path: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert len(path.read_text().splitlines()) == len(workbench.kept(path)) == 600
+    workbench.keep(path, {"text": "last", "n": 300})
     with path.open("a") as file:
         file.write('{"text": "half')
-    assert len(workbench.kept(path)) == 600
+    assert len(workbench.kept(path)) == 601 and workbench.kept(path)[0]["n"] == 300  # newest first
 
 
 @pytest.mark.slow
@@ -678,7 +679,7 @@ def test_a_gpu_that_is_lost_is_ill(
     health.check_card()  # none was given
     (tmp_path / "nvidiactl").touch()
     if answer:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$1" = -L ] || exit 9\n{answer}\n')
         (tmp_path / "nvidia-smi").chmod(0o755)
     if complaint is None:
         health.check_card()
