@@ -313,7 +313,14 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
 def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What eval/continuation.py leaves when it has gone on with a few passages."""
     out = tmp_path_factory.mktemp("continued")
-    call: list[str | Path] = [sys.executable, ROOT / "eval/continuation.py", "--recipes", ROOT / "recipes", "--stage", "2a"]
+    call: list[str | Path] = [
+        sys.executable,
+        ROOT / "eval/continuation.py",
+        "--recipes",
+        ROOT / "recipes",
+        "--stage",
+        "2a",
+    ]
     call += [
         "--from",
         "K. ouvrit la porte.",
