@@ -119,7 +119,8 @@ def test_the_shipped_plan_is_good_and_axolotl_knows_its_keys() -> None:
         settings = training.settings(variant | {"curve": True}, variant["seeds"][0], plan)
         assert settings["plugins"] == ["bench.cpu_plugin.Plugin"]
         del settings["plugins"]  # it adds no key, and Liger's are not read without Liger's plugin
-        assert unknown_keys({key: value for key, value in settings.items() if not key.startswith("liger_")}) == []
+        read = {key: value for key, value in settings.items() if not key.startswith("liger_")}
+        assert unknown_keys({"test_datasets": [], **read}) == []
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -207,7 +208,10 @@ def test_without_a_log_the_curve_is_where_it_began_and_where_it_ended(report: di
 
 
 def test_page_and_picture_follow_from_the_json_alone(report: dict[str, Any], tmp_path: Path) -> None:
-    training.write(report, tmp_path, None)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench-train:begin -->\nold\n<!-- bench-train:end -->\nafter\n")
+    training.write(report, tmp_path, readme)
+    assert "`ours`" in readme.read_text() and "old" not in readme.read_text() and "after" in readme.read_text()
     written = {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in (".md", ".svg")}
     for suffix in written:
         (tmp_path / f"train{suffix}").unlink()
