@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from prep.files import BadInput, sha256
 from train import gate
 from train.chain import Stage, load_chain
-from train.stage import check_tokenizer, is_whole, prepare_output
+from train.stage import check_compiler, check_tokenizer, is_whole, prepare_output
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CHAIN = {stage.name: stage for stage in load_chain(RECIPES)}
@@ -474,3 +474,16 @@ def test_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["gate.py", "--recipes", str(RECIPES)])
     with pytest.raises(BadInput, match="make stage-a"):
         gate.main()
+
+
+def test_a_missing_compiler_is_said_before_the_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first step would fail otherwise, minutes later and a hundred lines long."""
+    monkeypatch.delenv("CXX", raising=False)
+    check_compiler()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BadInput, match=r"no C\+\+ compiler \(g\+\+\)"):
+        check_compiler()
+    named = tmp_path / "my-compiler"
+    named.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(named))
+    check_compiler()

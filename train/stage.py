@@ -53,6 +53,16 @@ def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[st
     return profile.get("launch", launch), overrides | profile.get("all", {}) | profile.get(stage, {})
 
 
+def check_compiler() -> None:
+    """torch and Triton compile the optimiser's and the model's kernels at the first step: raises BadInput if they cannot."""
+    compiler = os.environ.get("CXX", "g++")  # as torch._inductor looks for it
+    if not shutil.which(compiler):
+        raise BadInput(
+            f"no C++ compiler ({compiler}): kernels are compiled at the first step. Install one (Debian: apt install g++), "
+            "or name it in CXX"
+        )
+
+
 def as_arguments(overrides: dict[str, Any]) -> list[str]:
     """{"bf16": False, "plugins": []} -> ["--bf16=False", "--plugins=[]"], as Axolotl's command line reads them."""
     return [f"--{key}={value}" for key, value in overrides.items()]
@@ -200,6 +210,7 @@ def main() -> int:
         "data": data,
         "inputs": inputs,
     }
+    check_compiler()
     prepare_output(stage, plan)
     # Axolotl's cache of tokenised rows does not notice new rows under an old name; this folder's name does.
     digest = "-".join(data[str(path)][:12] for path in stage.datasets)
