@@ -223,6 +223,7 @@ def train(this: Run, launch: list[str]) -> dict[str, Any]:
 def score(name: str, tasks: dict[str, Any]) -> dict[str, Any]:
     """Score the row `name` of the chain in the working directory."""
     row = next(row for row in weights.candidates(load_chain(Path("recipes"))) if row.name == name)
+    model: Any  # a PeftModel answers as the model under it does
     for _, model, tokenizer in weights.loaded([row], "cpu", getattr(torch, DTYPE)):
         scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, name), tasks, None)
     memorised = memory.memorisation(scores)
@@ -378,8 +379,9 @@ def main() -> None:
 
     if not results[base_name]:
         with contextlib.chdir(lay_out(runs[0], work)):
-            scored = results[base_name] = score(weights.BASE, tasks)
-        store(scored, work / "results" / f"{base_name}.json")
+            result = score(weights.BASE, tasks)
+        store(result, work / "results" / f"{base_name}.json")
+        results[base_name] = result
     report()
     for number, this in enumerate(waiting[: args.at_most], 1):
         print(f"=== {this.folder} ({number} of {len(waiting)} unfinished)", flush=True)
