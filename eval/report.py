@@ -247,16 +247,25 @@ def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def write(report: dict[str, Any], folder: Path) -> Path:
-    """Write the pages and their pictures into `folder`; returns the Markdown page's path."""
+def draw(report: dict[str, Any]) -> dict[str, str]:
+    """The pictures that there is something to draw for, as SVG, by their kind."""
     figures = {
         "bpb": pictures.draw_bits(report),
         "loss": pictures.draw_losses(report),
         "position": pictures.draw_positions(report),
         "memory": pictures.draw_memory(report),
     }
-    names = {kind: f"{report['run']}.{kind}.svg" for kind, figure in figures.items() if figure}
-    drawn = {kind: pictures.svg(figure, names[kind]) for kind, figure in figures.items() if figure}
+    return {kind: pictures.svg(figure, picture_name(report, kind)) for kind, figure in figures.items() if figure}
+
+
+def picture_name(report: dict[str, Any], kind: str) -> str:
+    return f"{report['run']}.{kind}.svg"
+
+
+def write(report: dict[str, Any], folder: Path) -> Path:
+    """Write the pages and their pictures into `folder`; returns the Markdown page's path."""
+    drawn = draw(report)
+    names = {kind: picture_name(report, kind) for kind in drawn}
     target = folder / f"{report['run']}.md"
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
     contents |= {target: markdown(report, names), target.with_suffix(".html"): html(report, drawn)}

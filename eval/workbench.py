@@ -277,16 +277,10 @@ def latest_pages(path: Path) -> str:
 
 def report_page(path: Path, height: int = 900) -> str:
     """A report's own page, made from its JSON, in a frame. Raises BadInput when it is torn or of another version."""
-    from eval import pictures, report
+    from eval import report
 
     content = report.load(path)
-    figures = {
-        "bpb": pictures.draw_bits(content),
-        "loss": pictures.draw_losses(content),
-        "position": pictures.draw_positions(content),
-    }
-    drawn = {kind: pictures.svg(figure, kind) for kind, figure in figures.items() if figure}
-    page = html.escape(report.html(content, drawn), quote=True)
+    page = html.escape(report.html(content, report.draw(content)), quote=True)
     return f'<iframe sandbox class="report" style="height:{height}px" srcdoc="{page}"></iframe>'
 
 

@@ -318,7 +318,7 @@ def test_two_variants_end_to_end(tmp_path: Path) -> None:
         return json.loads((tmp_path / "reports/train.json").read_text())["variants"]
 
     first = bench(tmp_path, "--at-most", 1)
-    assert "1 of 2 runs finished" in first and first.count("axolotl.cli.train") >= 1
+    assert "1 of 2 runs finished" in first
     assert variants()["full"]["runs"]["1"] and variants()["adapter"]["runs"]["1"] is None
     before = variants()["full"]["runs"]["1"]
 

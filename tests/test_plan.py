@@ -225,7 +225,10 @@ def test_axolotl_loads_weights_as_wide_as_planned(name: str, tmp_path: Path, mon
     from axolotl.utils.dict import DictDefault
     from small_tokenizers import save_llama_like
     from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
+    # Axolotl's LoRA kernels replace this for the whole process; what is set here is put back at the end.
+    monkeypatch.setattr(LlamaAttention, "forward", LlamaAttention.forward)
     monkeypatch.chdir(tmp_path)
     save_llama_like(tmp_path / "models/base")
     config = llama(vocab_size=3200)

@@ -107,7 +107,7 @@ def trained(workdir: Path) -> Iterator[dict[str, str]]:
         deadline = time.time() + 300
         while not (workdir / "outputs/2b/checkpoint-2/trainer_state.json").exists() and time.time() < deadline:
             assert process.poll() is None, (workdir / "2b.log").read_text()[-3000:]
-            time.sleep(0.05)
+            time.sleep(0.005)  # two more steps and it would be finished
         process.send_signal(signal.SIGINT)
         output["2b interrupted"] = f"status {process.wait(120)}\n" + (workdir / "2b.log").read_text()
     output["2c on half of 2b"] = train("2c", workdir, expect=1)

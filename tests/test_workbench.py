@@ -530,7 +530,7 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = workbench.reports()
     assert list(found) == ["old", "demo"] and found["demo"] == tmp_path / "eval/reports/demo.json"
     page = workbench.report_page(found["demo"])
-    assert page.startswith("<iframe sandbox ") and page.count("&lt;svg") == 2 and 'srcdoc="' in page
+    assert page.startswith("<iframe sandbox ") and page.count("&lt;svg") == 3 and 'srcdoc="' in page
     content = json.loads(original.read_text())
     written = [one["text"] for one in content["stages"]["2c"]["samples"] if one["prompt"] == "suite"]
     shown = html.unescape(workbench.novel(found["demo"]))
