@@ -39,7 +39,9 @@ def check_card() -> None:
         raise BadInput("a GPU is here without nvidia-smi: NVIDIA_DRIVER_CAPABILITIES must have utility")
     seen = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     if seen.returncode or "GPU" not in seen.stdout:
-        raise BadInput(f"the GPU does not answer ({(seen.stdout + seen.stderr).strip()}): restart the container")
+        raise BadInput(
+            f"the GPU does not answer ({' '.join((seen.stdout + seen.stderr).split())}): restart the container"
+        )
 
 
 def main() -> None:
