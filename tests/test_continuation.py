@@ -320,7 +320,14 @@ def test_other_weights_begin_another_text(place):
 def test_killed_and_run_again_it_is_the_same_text(place, how):
     command = [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "150", *SMALL]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+    )
     out = Path("outputs/continuation")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

@@ -103,7 +103,14 @@ def trained(workdir: Path) -> Iterator[dict[str, str]]:
     arguments = ["train/stage.py", "2b", "--recipes", "recipes", "--profile", "smoke"]
     command = [str(ROOT / part) if "/" in part or part == "recipes" else part for part in arguments]
     with (workdir / "2b.log").open("w") as log:
-        process = subprocess.Popen([sys.executable, *command], cwd=workdir, env=ENVIRONMENT, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=workdir,
+            env=ENVIRONMENT,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+        )
         deadline = time.time() + 300
         while not (workdir / "outputs/2b/checkpoint-2/trainer_state.json").exists() and time.time() < deadline:
             assert process.poll() is None, (workdir / "2b.log").read_text()[-3000:]
