@@ -208,7 +208,7 @@ def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None
         "--max-new-tokens", "8", "--limit", "2", cwd=workdir,
     )  # fmt: skip
     report = json.loads((workdir / "reports/smoke.json").read_text())
-    assert list(report["stages"]) == ["base", "2a", "2b", "2c"]
+    assert list(report["stages"]) == ["base", "2a", "2a 4-bit", "2b", "2c", "2c merged"]
     for name, stage in report["stages"].items():
         assert set(stage["scores"]) >= {"gallica_heldout", "novel_heldout", "english", "code"}
         assert all(0 < score["bits_per_byte"] < 12 for score in stage["scores"].values()), name
