@@ -49,5 +49,5 @@ step "2c. The same adapter, on the novella"
 step "3. Evaluation: base, 2a, 2b, 2c"
 "$bin/python" $root/eval/evaluation.py --recipes $root/recipes --run demo --out $root/eval/reports --max-new-tokens 80
 
-if [ -n "$fresh" ]; then echo "{\"seconds\": $SECONDS}" >$root/eval/reports/demo.seconds.json; fi
+if [ -n "$fresh" ]; then echo $SECONDS >$root/eval/reports/demo.seconds; fi
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"

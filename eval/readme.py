@@ -4,7 +4,6 @@ python eval/readme.py       # or: make readme, after a make demo
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from prep.files import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "eval/reports/demo.json"
-DURATION = ROOT / "eval/reports/demo.seconds.json"  # demo/demo.sh writes it, when it ran from the beginning to the end
+DURATION = ROOT / "eval/reports/demo.seconds"  # demo/demo.sh writes it, when it ran from the beginning to the end
 UNSEEN = ["gallica_heldout", "novel_heldout", "english", "code"]
 
 
@@ -68,7 +67,7 @@ def filled(page: str, mark: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """Each document as the committed report would have it."""
     evidence = report.load(REPORT)
-    seconds = json.loads(DURATION.read_text(encoding="utf-8"))["seconds"]
+    seconds = int(DURATION.read_text(encoding="utf-8"))
     contents = [
         (ROOT / "README.md", "demo", scores(evidence, seconds / 60)),
         (ROOT / "recipes/README.md", "measured", stages(evidence)),
