@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from small_tokenizers import llama_like
 from test_recipes import unknown_keys
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_curriculum import save_base
 
 from bench import training, training_report
 from prep.files import BadInput
@@ -302,16 +300,7 @@ def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
 
 @pytest.mark.slow
 def test_two_variants_end_to_end(tmp_path: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
-    tokenizer.save_pretrained(tmp_path / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     (tmp_path / "plan.yml").write_text(TINY)
 
     def variants() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from tiny_curriculum import save_curriculum, tiny_llama
+from tiny_curriculum import tiny_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import continuation, prose
@@ -26,18 +26,6 @@ from prep.files import BadInput
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--passage-tokens", "24", "--candidates", "2", "--window", "160", "--device", "cpu"]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_curriculum(tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture
-def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = shutil.copytree(trained, tmp_path / "place")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 @pytest.fixture(scope="session", params=[save_llama_like, save_gpt2_like])

@@ -18,7 +18,7 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from tiny_curriculum import save_adapter, save_curriculum, tiny_llama, write_rows
+from tiny_curriculum import save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import (
@@ -38,19 +38,6 @@ from eval import (
 )
 from prep.files import BadInput, sha256
 from train.chain import load_chain
-
-
-@pytest.fixture(scope="session")
-def curriculum(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_curriculum(tmp_path_factory.mktemp("curriculum"))
-
-
-@pytest.fixture
-def place(curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the curriculum to spoil, as the working directory."""
-    folder = shutil.copytree(curriculum, tmp_path / "place")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_tokenizers import llama_like
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_curriculum import save_base
 
 from train.chain import load_chain
 from train.stage import as_arguments, load_profile
@@ -62,16 +61,7 @@ def prepare(name: str, cwd: Path, windows: str) -> None:
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 0 and 1: a tiny Llama with random weights, and the demo's texts, collected and prepared by the real scripts."""
     cwd = tmp_path_factory.mktemp("smoke")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
-    tokenizer.save_pretrained(cwd / "tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(cwd / "tiny")
+    save_base(cwd / "tiny")
     python(ROOT / "demo/corpus.py", "--out", "sources", cwd=cwd)
     python(ROOT / "prep/collect.py", "base", "--source", "tiny", cwd=cwd)
     python(ROOT / "prep/collect.py", "gallica", "--source", "sources/gallica", cwd=cwd)

@@ -26,10 +26,9 @@ import pytest
 import torch
 import yaml
 from nbclient import NotebookClient
-from peft import LoraConfig, get_peft_model
-from small_tokenizers import llama_like
+from tiny_curriculum import save_adapter, save_base
 from torch.utils.tensorboard import SummaryWriter
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from docker import health
 from eval import live, workbench
@@ -270,22 +269,10 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory as a small training leaves it: base, 2a, 2b on it, their logs; nothing of 2c."""
     cwd = tmp_path_factory.mktemp("trained")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    for folder in ("models/base", "outputs/2a"):
-        model = LlamaForCausalLM(config)
-        model.save_pretrained(cwd / folder)
-        tokenizer.save_pretrained(cwd / folder)
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    adapted.peft_config["default"].base_model_name_or_path = "outputs/2a"
-    adapted.save_pretrained(str(cwd / "outputs/2b"))
-    tokenizer.save_pretrained(cwd / "outputs/2b")
+    save_base(cwd / "models/base", hidden=256, layers=8)
+    full = save_base(cwd / "outputs/2a", hidden=256, layers=8, seed=1)
+    save_adapter(full, cwd / "outputs/2b", "outputs/2a", seed=2)
+    AutoTokenizer.from_pretrained(full).save_pretrained(cwd / "outputs/2b")
     for name in ("2a", "2b"):
         with SummaryWriter(str(cwd / f"outputs/{name}/runs/x")) as writer:
             for step in range(1, 11):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from small_tokenizers import save_llama_like, tales
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from small_tokenizers import llama_like, save_llama_like, tales
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 RECIPES = {
     "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
@@ -33,6 +33,22 @@ def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM
         eos_token_id=2,
     )
     return LlamaForCausalLM(config)
+
+
+def save_base(folder: Path, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
+    """A base model with its tokenizer, as prep/collect.py leaves one to Axolotl: small enough to train in seconds."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 def save_adapter(
