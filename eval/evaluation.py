@@ -38,6 +38,7 @@ from eval import curves, intervals, memory, position, prose, report, samples, sc
 from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
 from train.chain import load_chain
+from train.gate import hashed
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = (
@@ -326,7 +327,7 @@ def main() -> None:
     }
     where = environment(args.device, args.dtype)
     code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
-    hashes = {row.name: {str(path): sha256(path) for path in files_of(row)} for row in chosen}
+    hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
     same_for_all = [settings, described, prompts, where["versions"], code]
     inputs = {
         row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
