@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_runs import CARD
+from eval.machine import commit
 from prep.files import BadInput, atomic_write
 
 GIB = 2**30
@@ -186,7 +187,7 @@ def page(report: dict[str, Any]) -> str:
         "# Speed and memory of the recipes" if not tiny else "# The bench, tested on itself", "", report["what"], "",
         f"Machine: {name}; {machine['cpu']}, {machine['cores']} cores. "
         + ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-        + f". Commit {report['commit']}. {report['model']['parameters']:,} parameters.",
+        + f"; {commit(report['commit'])}. {report['model']['parameters']:,} parameters.",
         "",
     ]  # fmt: skip
     if peak:

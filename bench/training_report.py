@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from eval import pictures
+from eval import machine, pictures
 from eval.readme import filled
 from eval.tables import Table, changed, number
 from prep.files import BadInput, atomic_write
@@ -123,7 +123,7 @@ def markdown(table: Table) -> str:
 
 def budget(report: dict[str, Any]) -> str:
     """A sentence: on what machine, on how many tokens, scored on how many."""
-    machine = report["environment"]
+    where = report["environment"]
     trained = ", ".join(
         f"{stage} {manifest['train']['windows'] * length(report, stage):,}"
         for stage, manifest in report["manifests"].items()
@@ -136,7 +136,7 @@ def budget(report: dict[str, Any]) -> str:
             scored.append(f"`{text}` {found['tokens']:,} ({unit['units']} {unit['unit']}s)")
     divisors = ", ".join(f"{stage} {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items())
     return (
-        f"{machine['cpu']}, {machine['threads']} cores, no GPU. Tokens of one pass: {trained}. Scored tokens: "
+        f"{where['cpu']}, {where['threads']} cores, no GPU. Tokens of one pass: {trained}. Scored tokens: "
         f"{', '.join(scored) or '–'}. Every recipe's tokens a step divided by: {divisors}."
     )
 
@@ -163,7 +163,6 @@ def tables(report: dict[str, Any], level: str = "###") -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The whole page."""
-    git = report["environment"]["git"] or {"commit": "–", "modified": False}
     parts = [
         "# Which settings learn\n",
         "Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %\n"
@@ -182,8 +181,8 @@ def page(report: dict[str, Any]) -> str:
             for name, variant in report["variants"].items()
         ),
         f"\nOf every variant: `{json.dumps(report['plan']['all'])}`, profile `{report['plan']['profile']}`.\n",
-        f"\n![bits per byte over tokens seen](train.svg)\n\n{report['date']}, commit {git['commit'][:12]}"
-        f"{' with changes' if git['modified'] else ''}.\n",
+        f"\n![bits per byte over tokens seen](train.svg)\n\n{report['date']}, "
+        f"{machine.commit(report['environment']['git'])}.\n",
     ]
     return "\n".join(parts)
 
