@@ -37,13 +37,9 @@ TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 AGREE = 1e-3  # bits per byte
 BATCHES = (1, 4, 16)
 NEW_TOKENS = 40
-# TinyLlama v1.1, by its config.json, and what a full evaluation on a GPU puts through it, a row of the report: held-out
-# Gallica (prep/gallica.py's default), 5 % of a novel of 211 k tokens, the excerpts, English and code, then pieces by
-# position at 6 tokens each, at most.
-TINYLLAMA = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-    "num_key_value_heads": 4, "vocab_size": 32000,
-}  # fmt: skip
+TINYLLAMA = ROOT / "bench/tinyllama.json"
+# What a full evaluation on a GPU puts through it, a row of the report: held-out Gallica (prep/gallica.py's default), 5 % of
+# a novel of 211 k tokens, the excerpts, English and code, then pieces by position at 6 tokens each, at most.
 SCORED = {
     "gallica_heldout": 262_144,
     "novel_heldout": 10_550,
@@ -189,7 +185,7 @@ def computed(result: dict[str, Any]) -> dict[str, Any]:
     name, full = next((row["name"], result["stages"][row["name"]]) for row in result["rows"] if not row["quantization"])
     rate = full["tokens_per_second"] * flop_per_token(result["config"], 2048)
     tokens = sum(SCORED.values())
-    needed = tokens * flop_per_token(TINYLLAMA, 2048)
+    needed = tokens * flop_per_token(json.loads(TINYLLAMA.read_text(encoding="utf-8")), 2048)
     return {
         "measured_on": name,
         "flop_per_second": rate,
@@ -225,19 +221,6 @@ def table(result: dict[str, Any]) -> str:
         f"{SUSTAINED / 1e12:.0f} TFLOP a second.",
     ]
     return "\n".join(lines)
-
-
-def demo_cost(report: dict[str, Any]) -> str:
-    """What the demo's evaluation took, out of its own report."""
-    spent = {
-        key: sum(stage["seconds"][key] for stage in report["stages"].values() if stage)
-        for key in ("scoring", "sampling")
-    }
-    tokens = sum(score["tokens"] for stage in report["stages"].values() if stage for score in stage["scores"].values())
-    return (
-        f"The demo's whole evaluation took {report['seconds']:.0f} s on {report['environment']['threads']} threads of "
-        f"{report['environment']['cpu']}: {spent['scoring']:.0f} s to score {tokens:,} tokens, {spent['sampling']:.0f} s to write."
-    )
 
 
 def parse() -> argparse.Namespace:

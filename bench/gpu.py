@@ -46,6 +46,7 @@ from bench.gpu_runs import (
     schedule,
 )
 from bench.plan import build, load_config
+from eval.machine import git_state
 from prep.files import BadInput, run
 from train.chain import load_chain
 
@@ -60,12 +61,6 @@ def tiny_config() -> PretrainedConfig:
         vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-
-
-def commit() -> str | None:
-    """The repository's commit, with a + when files differ from it."""
-    said = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
-    return said.stdout.strip() or None
 
 
 def matrix_product() -> dict[str, Any]:
@@ -154,7 +149,7 @@ def new_report(args: argparse.Namespace, base: PretrainedConfig) -> dict[str, An
         "what": gpu_report.NOT_RECIPES if args.tiny else gpu_report.RECIPES,
         "machine": machine(gpu=not args.tiny),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit(),
+        "commit": git_state(),
         "model": {"parameters": build(base, {}).num_parameters(), **json.loads(base.to_json_string())},
         "settings": {"seconds": args.seconds, "warmup": args.warmup},
         "matrix_products": [],

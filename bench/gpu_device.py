@@ -11,17 +11,16 @@ import contextlib
 import functools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.machine import cpu_name
 from prep.files import BadInput, run
 
 GIB = 2**30
@@ -48,15 +47,6 @@ def card_used() -> int:
     import pynvml
 
     return int(pynvml.nvmlDeviceGetMemoryInfo(nvml_card()).used)
-
-
-def cpu_name() -> str:
-    """The processor's name, where Linux tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def machine(gpu: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_runs import CARD
+from eval.machine import commit
 from prep.files import BadInput, atomic_write
 
 GIB = 2**30
@@ -144,21 +145,21 @@ def goals(report: dict[str, Any]) -> list[tuple[str, float | None, float, bool |
         ours, theirs = (speed(found.get((recipe, name, free), [])) for name in ("shipped", "reference"))
         return ours / theirs if ours and theirs else None
 
-    lines: list[tuple[str, float | None, float, bool | None]] = []
+    wanted: list[tuple[str, float | None, float]] = []
     for recipe in ("2a", "2b", "2c"):
         runs = found.get((recipe, "shipped", CARD), [])
         survived = sum(run["status"] == "ok" for run in runs) / len(runs) if runs else None
-        lines.append((f"{recipe} runs within {CARD:g} GiB (share of its runs)", survived, 1.0, None))
+        wanted.append((f"{recipe} runs within {CARD:g} GiB (share of its runs)", survived, 1.0))
     whole = found.get(("2a", "shipped", None), [])
     rate = speed(whole)
     used = rate * whole[-1]["flops_per_token"] / peak if rate and peak else None
-    lines += [
-        (f"2a against the reference within {CARD:g} GiB, tokens a second", ratio("2a", CARD), 1.3, None),
-        (f"2b against the reference within {CARD:g} GiB, tokens a second", ratio("2b", CARD), 2.0, None),
-        ("2a against the reference on the whole card, tokens a second", ratio("2a", None), 2.0, None),
-        ("2a on the whole card, share of the achievable peak", used, 0.5, None),
+    wanted += [
+        (f"2a against the reference within {CARD:g} GiB, tokens a second", ratio("2a", CARD), 1.3),
+        (f"2b against the reference within {CARD:g} GiB, tokens a second", ratio("2b", CARD), 2.0),
+        ("2a against the reference on the whole card, tokens a second", ratio("2a", None), 2.0),
+        ("2a on the whole card, share of the achievable peak", used, 0.5),
     ]
-    return [(name, value, least, None if value is None else value >= least) for name, value, least, _ in lines]
+    return [(name, value, least, None if value is None else value >= least) for name, value, least in wanted]
 
 
 def profile_table(run: dict[str, Any], most: int = 15) -> list[str]:
@@ -186,7 +187,7 @@ def page(report: dict[str, Any]) -> str:
         "# Speed and memory of the recipes" if not tiny else "# The bench, tested on itself", "", report["what"], "",
         f"Machine: {name}; {machine['cpu']}, {machine['cores']} cores. "
         + ", ".join(f"{package} {version}" for package, version in report["versions"].items())
-        + f". Commit {report['commit']}. {report['model']['parameters']:,} parameters.",
+        + f"; {commit(report['commit'])}. {report['model']['parameters']:,} parameters.",
         "",
     ]  # fmt: skip
     if peak:

@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import re
 import resource
@@ -35,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
+from eval.machine import cpu_name
 from prep.duplicates import Signatures, sampled_runs, word_hashes
 from prep.files import atomic_write, run
 from prep.pages import clean_pages
@@ -244,13 +244,6 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(": ", 1)[1]
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="a folder of French novels in parquet")
@@ -281,7 +274,11 @@ def main() -> None:
             print(json.dumps(result), flush=True)
         steps = single_steps(args.source, args.tokenizer, Path(scratch) / "signatures")
     report = {
-        "machine": {"cpu": cpu(), "cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 2**30)},
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 2**30),
+        },
         "sequence_len": LENGTH,
         "workers": args.workers,
         "sizes": results,

@@ -6,17 +6,16 @@ the variants it is measured against. Figures are means over seeds, intervals 95 
 
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 from typing import Any
 
-from eval import pictures
-from eval.tables import Table, bracket, number
+from eval import machine, pictures
+from eval.readme import filled
+from eval.tables import Table, changed, number
 from prep.files import BadInput, atomic_write
 
 TEXTS = ("gallica_heldout", "novel_heldout")
-MARKERS = re.compile(r"(<!-- bench-train:begin -->\n).*?(<!-- bench-train:end -->)", re.S)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -49,13 +48,9 @@ def bits(variant: dict[str, Any], text: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def starred(compared: dict[str, Any] | None) -> str:
-    """A difference with its interval, a star where the interval leaves out zero; a dash for what was not measured."""
-    mean = compared["mean"] if compared else None
-    if mean is None:
-        return "–"
-    sure = mean["interval"] and mean["interval"][0] * mean["interval"][1] > 0
-    return bracket(mean["bits_per_byte"], mean["interval"], "+") + (" *" if sure else "")
+def difference(compared: dict[str, Any] | None) -> str:
+    """The mean over seeds of a comparison."""
+    return changed(compared["mean"] if compared else None)
 
 
 def results_table(variants: dict[str, dict[str, Any]]) -> Table:
@@ -70,14 +65,14 @@ def results_table(variants: dict[str, dict[str, Any]]) -> Table:
             [f"`{name}`", f"`{start}`", f"{float(variant['settings']['learning_rate']):g}", step, str(len(done))]
         )
         for text in TEXTS:
-            rows[-1] += [number(bits(variant, text)), starred(variant["gain"][start][text])]
+            rows[-1] += [number(bits(variant, text)), difference(variant["gain"][start][text])]
     return head, rows
 
 
 def comparison_table(variants: dict[str, dict[str, Any]]) -> Table:
     """Each variant less those it is measured against."""
     rows = [
-        [f"`{name}`", f"`{other}`", *(starred(compared[text]) for text in TEXTS), str(len(seeds(compared)))]
+        [f"`{name}`", f"`{other}`", *(difference(compared[text]) for text in TEXTS), str(len(seeds(compared)))]
         for name, variant in variants.items()
         for other, compared in variant["against"].items()
     ]
@@ -128,7 +123,7 @@ def markdown(table: Table) -> str:
 
 def budget(report: dict[str, Any]) -> str:
     """A sentence: on what machine, on how many tokens, scored on how many."""
-    machine = report["environment"]
+    where = report["environment"]
     trained = ", ".join(
         f"{stage} {manifest['train']['windows'] * length(report, stage):,}"
         for stage, manifest in report["manifests"].items()
@@ -141,7 +136,7 @@ def budget(report: dict[str, Any]) -> str:
             scored.append(f"`{text}` {found['tokens']:,} ({unit['units']} {unit['unit']}s)")
     divisors = ", ".join(f"{stage} {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items())
     return (
-        f"{machine['cpu']}, {machine['threads']} cores, no GPU. Tokens of one pass: {trained}. Scored tokens: "
+        f"{where['cpu']}, {where['threads']} cores, no GPU. Tokens of one pass: {trained}. Scored tokens: "
         f"{', '.join(scored) or '–'}. Every recipe's tokens a step divided by: {divisors}."
     )
 
@@ -168,7 +163,6 @@ def tables(report: dict[str, Any], level: str = "###") -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The whole page."""
-    git = report["environment"]["git"] or {"commit": "–", "modified": False}
     parts = [
         "# Which settings learn\n",
         "Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %\n"
@@ -187,8 +181,8 @@ def page(report: dict[str, Any]) -> str:
             for name, variant in report["variants"].items()
         ),
         f"\nOf every variant: `{json.dumps(report['plan']['all'])}`, profile `{report['plan']['profile']}`.\n",
-        f"\n![bits per byte over tokens seen](train.svg)\n\n{report['date']}, commit {git['commit'][:12]}"
-        f"{' with changes' if git['modified'] else ''}.\n",
+        f"\n![bits per byte over tokens seen](train.svg)\n\n{report['date']}, "
+        f"{machine.commit(report['environment']['git'])}.\n",
     ]
     return "\n".join(parts)
 
@@ -239,10 +233,8 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
 
 
 def fill(readme: str, report: dict[str, Any]) -> str:
-    """A README with the report's tables between its markers. Raises BadInput when it has none."""
-    if not MARKERS.search(readme):
-        raise BadInput("no place for the tables: <!-- bench-train:begin --> ... <!-- bench-train:end -->")
-    return MARKERS.sub(lambda found: found[1] + tables(report) + found[2], readme)
+    """A README with the report's tables between its marks. Raises BadInput when it has none."""
+    return filled(readme, "bench-train", tables(report))
 
 
 def write(path: Path, readme: Path | None = None) -> None:

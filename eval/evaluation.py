@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 import warnings
@@ -34,10 +33,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import curves, intervals, memory, position, prose, report, samples, scoring, style, weights
+from eval import curves, intervals, machine, memory, position, prose, report, samples, scoring, style, weights
 from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
 from train.chain import load_chain
+from train.gate import hashed
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = (
@@ -81,10 +81,6 @@ def describe_tasks(tasks: dict[str, Any], limit: int | None) -> dict[str, dict[s
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
     """Machine, versions and commit."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux knows the model's name
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -92,29 +88,12 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "dtype": dtype,
-        "cpu": cpu,
+        "cpu": machine.cpu_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
-        "git": git_state(),
+        "git": machine.git_state(),
     }
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of this repository, and whether tracked files differ from it; None outside git.
-
-    In the container's image, which holds no .git, what the build was told: `CHATEAU_COMMIT`, as `git describe --always
-    --dirty --abbrev=40` prints it.
-    """
-    try:
-        commit, status = (
-            subprocess.run(["git", "-C", str(HERE), *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        built = os.environ.get("CHATEAU_COMMIT")
-        return {"commit": built.removesuffix("-dirty"), "modified": built.endswith("-dirty")} if built else None
-    return {"commit": commit.strip(), "modified": bool(status.strip())}
 
 
 def gate(row: weights.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
@@ -326,7 +305,7 @@ def main() -> None:
     }
     where = environment(args.device, args.dtype)
     code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
-    hashes = {row.name: {str(path): sha256(path) for path in files_of(row)} for row in chosen}
+    hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
     same_for_all = [settings, described, prompts, where["versions"], code]
     inputs = {
         row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])

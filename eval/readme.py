@@ -7,7 +7,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from bench import evaluation as bench
 from eval import report, tables
 from prep.files import BadInput, atomic_write, run
 
@@ -54,6 +53,21 @@ def stages(evidence: dict[str, Any]) -> str:
     )
 
 
+def cost(evidence: dict[str, Any]) -> str:
+    """What the demo's evaluation took, out of its own report."""
+    spent = {
+        key: sum(stage["seconds"][key] for stage in evidence["stages"].values() if stage)
+        for key in ("scoring", "sampling")
+    }
+    tokens = sum(
+        score["tokens"] for stage in evidence["stages"].values() if stage for score in stage["scores"].values()
+    )
+    return (
+        f"The demo's whole evaluation took {evidence['seconds']:.0f} s on {evidence['environment']['threads']} threads of "
+        f"{evidence['environment']['cpu']}: {spent['scoring']:.0f} s to score {tokens:,} tokens, {spent['sampling']:.0f} s to write."
+    )
+
+
 def filled(page: str, mark: str, content: str) -> str:
     """The page with `content` between `<!-- mark:begin -->` and `<!-- mark:end -->`. Raises BadInput without the marks."""
     begin, end = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->"
@@ -71,7 +85,7 @@ def pages() -> dict[Path, str]:
     contents = [
         (ROOT / "README.md", "demo", scores(evidence, seconds / 60)),
         (ROOT / "recipes/README.md", "measured", stages(evidence)),
-        (ROOT / "eval/README.md", "demo-cost", f"{bench.demo_cost(evidence)}\n"),
+        (ROOT / "eval/README.md", "demo-cost", f"{cost(evidence)}\n"),
     ]
     result: dict[Path, str] = {}
     for path, mark, content in contents:

@@ -15,7 +15,7 @@ import jinja2
 import jsonschema
 from markupsafe import Markup
 
-from eval import pictures, tables, verdict
+from eval import machine, pictures, tables, verdict
 from eval.tables import Table, measured
 from prep.files import BadInput, atomic_write, run
 
@@ -56,11 +56,10 @@ def load(path: Path) -> dict[str, Any]:
 
 def about(report: dict[str, Any]) -> str:
     """When, from what, and where it was measured."""
-    where, git = report["environment"], report["environment"]["git"]
-    commit = f"commit {git['commit'][:12]}{' with changes' if git['modified'] else ''}" if git else "no git commit"
+    where = report["environment"]
     missing = [name for name, stage in report["stages"].items() if stage is None]
     return (
-        f"{report['date'][:10]}, {commit}, {where['cpu']}, device {where['device']}, {where['dtype']}. "
+        f"{report['date'][:10]}, {machine.commit(where['git'])}, {where['cpu']}, device {where['device']}, {where['dtype']}. "
         "Generated from the JSON of the same name; what the figures mean stands in eval/README.md."
         + (f" Not measured: {', '.join(missing)}." if missing else "")
     )

@@ -110,7 +110,7 @@ def style(
         sides["Gallica, held out"] = "\n\n".join(gallica.values())
     long = {name: text for name, text in sides.items() if len(prose.words(text)) >= LEAST_WORDS}
 
-    # One key a text, whatever works are called: ("novel", ""), ("gallica", title), ("base", "").
+    # One key a text, whatever works are called: no title can be "novel" or "base".
     reference = {f"gallica {title}": text for title, text in gallica.items() if len(prose.words(text)) >= LEAST_WORDS}
     works = list(reference)
     reference |= {"novel": novel} if "the novel" in long else {}

@@ -24,6 +24,15 @@ def bracket(value: float | None, limits: Sequence[float] | None, sign: str = "")
     return f"{value:{sign}.3f}" + (f" [{limits[0]:{sign}.3f}, {limits[1]:{sign}.3f}]" if limits else "")
 
 
+def changed(difference: dict[str, Any] | None) -> str:
+    """A paired difference with its interval, a star where that leaves out zero; a dash for what was not measured."""
+    if difference is None:
+        return "–"
+    interval = difference["interval"]
+    sure = interval and interval[0] * interval[1] > 0
+    return bracket(difference["bits_per_byte"], interval, "+") + (" *" if sure else "")
+
+
 def passed(stage: dict[str, Any] | None) -> str:
     """What the gate says of a stage's training."""
     if stage is None or stage["recipe"] is None:
@@ -52,12 +61,7 @@ def changes(report: dict[str, Any]) -> Table:
     tasks = list(report["tasks"])
     rows = []
     for name, difference in report["differences"].items():
-        cells = []
-        for task in tasks:
-            change = difference["scores"].get(task)
-            text = bracket(change["bits_per_byte"], change["interval"], "+") if change else "–"
-            sure = change and change["interval"] and change["interval"][0] * change["interval"][1] > 0
-            cells.append(f"{text} *" if sure else text)
+        cells = [changed(difference["scores"].get(task)) for task in tasks]
         rows.append([f"{name} less {difference['against']}", *cells])
     return ["change", *tasks], rows
 

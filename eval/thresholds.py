@@ -97,7 +97,7 @@ def table(result: dict[str, Any], novels: int, words: int) -> str:
     """What eval/README.md shows."""
     alarms, reports, above = result["alarms"], result["reports"], result["above"]
     thresholds = {
-        "samples that loop": f"over {verdict.LOOPING:.0%}",
+        "samples that loop": f"{verdict.LOOPING:.0%} above the author's",
         "repeated 4-grams": f"{verdict.REPEATED:.0%} above the author's",
         "not French": f"{verdict.NOT_FRENCH:.0%} above the author's",
         "page noise": f"{verdict.ARTEFACTS} lines above the author's",

@@ -7,7 +7,7 @@ EXTRACTABLE = 0.05  # share of trained passages; one in twenty is no accident of
 # The five below are calibrated on novels by people, which they should let pass: eval/README.md has the false alarms.
 COPY_WORDS = 15  # of 49 novels 46 repeat no run of words so long; two novels of one author shared 9 words at most
 COPY_TIMES = 2  # and this many times the longest run that the author's own held-out pages share
-LOOPING = 0.1  # share of samples
+LOOPING = 0.1  # share of samples above the author's own
 REPEATED = 0.05  # rep-4 above the author's own, speech and litany are in that already; people reach 0.03
 NOT_FRENCH = 0.1  # share of words above the author's own, whose proper names are in that already; people reach 0.08
 ARTEFACTS = 0.5  # lines like a page number or a running header, a sample
@@ -17,8 +17,8 @@ EXPLAINED = (
     f"Memorised: {EXTRACTABLE:.0%} or more of the trained passages of 50 tokens would come out word by word once in a "
     "thousand draws, and at least twice as many as of held-out ones; or a sample copies "
     f"{COPY_WORDS} words or more, and {COPY_TIMES} times the longest run that the author's own held-out pages share with the "
-    f"rest. Degenerated: more than {LOOPING:.0%} of samples loop, or repeated 4-grams or words that are not French lie "
-    f"{REPEATED:.0%} above the author's own, or page noise {ARTEFACTS} lines a sample above."
+    f"rest. Degenerated: above the author's own pages by more than {LOOPING:.0%} of samples that loop, {REPEATED:.0%} of "
+    f"4-grams repeated, {NOT_FRENCH:.0%} of words that are not French, or {ARTEFACTS} lines of page noise a sample."
 )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import html
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -106,7 +107,7 @@ class Models:
 
         from eval import weights
 
-        row = next(iter(weights.present(weights.candidates(load_chain(ROOT / "recipes")), [name])))
+        row = weights.present(weights.candidates(load_chain(ROOT / "recipes")), [name])[0]
         paths = [*row.weights, *([] if row.adapter is None else sorted(row.model.glob("model*.safetensors")))]
         try:
             files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
@@ -155,14 +156,8 @@ def elements(path: Path) -> int:
     from safetensors import safe_open
 
     try:
-        total = 0
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                count = 1
-                for length in file.get_slice(name).get_shape():
-                    count *= length
-                total += count
-        return total
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
     except Exception as error:  # safetensors raises its own, of a class that is not public
         raise BadInput(f"{path} is not whole ({error}): is it being written?") from error
 

@@ -217,7 +217,7 @@ def measured(recipe: str, variant: str, free: float | None, tokens_per_s: float,
 def a_report(*runs: dict[str, Any]) -> dict[str, Any]:
     """A report made by hand, to see what the page makes of it."""
     return {
-        "what": gpu_report.RECIPES, "commit": "c", "settings": {}, "model": {"parameters": 1},
+        "what": gpu_report.RECIPES, "commit": {"commit": "c" * 40, "modified": True}, "settings": {}, "model": {"parameters": 1},
         "machine": {"gpu": "G", "gpu_bytes": 2**34, "driver": "1", "cpu": "C", "cores": 2}, "versions": {"torch": "2"},
         "matrix_products": [{"n": 8, "dtype": "bfloat16", "flops": flops} for flops in (4e13, 5e13, 1e13)],
         "runs": list(runs),
@@ -288,7 +288,7 @@ def test_a_report_is_read_back_and_a_damaged_one_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("key", ["machine", "versions", "model", "what", "settings"])
 def test_two_machines_do_not_share_a_report(key: str) -> None:
     fresh = copy.deepcopy(FULL_REPORT)
-    gpu_report.check_same(Path("gpu.json"), FULL_REPORT, fresh | {"commit": "d", "runs": []})
+    gpu_report.check_same(Path("gpu.json"), FULL_REPORT, fresh | {"commit": None, "runs": []})
     with pytest.raises(BadInput, match=f"another {key}"):
         gpu_report.check_same(Path("gpu.json"), FULL_REPORT, fresh | {key: "other"})
 

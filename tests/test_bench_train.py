@@ -239,7 +239,7 @@ def test_the_recipes_readme_has_the_reports_tables() -> None:
     readme = (ROOT / "recipes/README.md").read_text()
     assert readme == training_report.fill(readme, training_report.load(REPORT))
     assert readme != training_report.fill(readme, training_report.load(REPORT) | {"base": None})
-    with pytest.raises(BadInput, match="no place"):
+    with pytest.raises(BadInput, match="no single pair of marks"):
         training_report.fill("# nothing here", training_report.load(REPORT))
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from docker import steps
+from eval import machine
 from prep.files import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -210,11 +211,9 @@ def test_what_compose_reads_is_set_somewhere() -> None:
 
 def test_the_image_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the build argument to the report, where there is no .git."""
-    from eval import evaluation  # heavy, and needed here alone
-
-    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    monkeypatch.setattr(machine, "HERE", tmp_path)
     monkeypatch.delenv("CHATEAU_COMMIT", raising=False)
-    assert evaluation.git_state() is None
+    assert machine.git_state() is None
     described = subprocess.run(
         shlex.split(re.findall(r'COMMIT="\$\((.*?)\)"', DOCKERFILE.read_text())[0]),
         cwd=ROOT, capture_output=True, text=True,
@@ -232,11 +231,11 @@ def test_the_image_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             if step.instruction in ("ARG", "ENV"):
                 steps.carry_out(step, image, ROOT, [])
         monkeypatch.setenv("CHATEAU_COMMIT", image.environment["CHATEAU_COMMIT"])
-        assert evaluation.git_state() == state
-    monkeypatch.setattr(evaluation, "HERE", ROOT)
+        assert machine.git_state() == state
+    monkeypatch.setattr(machine, "HERE", ROOT)
     monkeypatch.setenv("CHATEAU_COMMIT", commit)
     if (ROOT / ".git").exists():
-        assert evaluation.git_state() != {"commit": commit, "modified": False}  # where there is a .git, it decides
+        assert machine.git_state() != {"commit": commit, "modified": False}  # where there is a .git, it decides
 
 
 # --- docker/steps.py on a small Dockerfile, in a root of a few programs -----------------------------------------------

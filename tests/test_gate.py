@@ -487,3 +487,21 @@ def test_a_missing_compiler_is_said_before_the_training(monkeypatch: pytest.Monk
     named.touch(mode=0o755)
     monkeypatch.setenv("CXX", str(named))
     check_compiler()
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, content in (("a", b"one"), ("b", b"two")):
+        path = tmp_path / folder / "model.safetensors"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+    name = Path("model.safetensors")
+    monkeypatch.chdir(tmp_path / "a")
+    first, reads = gate.hashed(name), gate._hash_of.cache_info().misses
+    assert gate.hashed(name) == first == sha256(name)
+    assert gate._hash_of.cache_info().misses == reads
+    monkeypatch.chdir(tmp_path / "b")  # the same name, size and time elsewhere is another file
+    assert gate.hashed(name) == sha256(name) != first
+    monkeypatch.chdir(tmp_path / "a")
+    name.write_bytes(b"six")
+    assert gate.hashed(name) == sha256(name) != first

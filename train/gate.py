@@ -15,6 +15,7 @@ that is not the one on the disk any more. A stage counts as trained only when al
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -56,6 +57,17 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
+def hashed(path: Path) -> str:
+    """sha256 of a file, read once as long as nobody writes to it: every later stage asks for 2a's gigabytes again."""
+    state = path.stat()
+    return _hash_of(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of(path: Path, size: int, written: int) -> str:
+    return sha256(path)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors of a model or adapter folder. Raises NotTrained when there are none."""
     files = sorted(folder.glob("*.safetensors"))
@@ -66,7 +78,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def described(folder: Path) -> list[dict[str, Any]]:
     """Name, bytes and sha256 of each weight file, as source.json has them of a collected model."""
-    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in weight_files(folder)]
+    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": hashed(path)} for path in weight_files(folder)]
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,7 +119,7 @@ def check_steps(stage: Stage) -> dict[str, Any]:
         )
     for path in weight_files(stage.output_dir):
         twin = last / path.name
-        if not twin.exists() or sha256(twin) != sha256(path):
+        if not twin.exists() or hashed(twin) != hashed(path):
             raise NotTrained(
                 f"{path} is not what {last.name} saved at the last step; run stage {stage.name} again, it resumes"
             )
@@ -140,7 +152,7 @@ def check_data(stage: Stage) -> dict[str, str]:
                 vouched = json.loads(manifest.read_text())[part]["sha256"]
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f"{manifest} is damaged; `make {step_of('prep', stage)}` makes it anew") from error
-            hashes[str(path)] = sha256(path)
+            hashes[str(path)] = hashed(path)
             if hashes[str(path)] != vouched:
                 raise BadInput(
                     f"{path} is not the file that {manifest} describes; `make {step_of('prep', stage)}` makes both anew"
@@ -207,7 +219,7 @@ def check_inputs(stage: Stage, chain: list[Stage]) -> dict[str, dict[str, str]]:
             vouched = {file["name"]: file["sha256"] for file in json.loads(record.read_text())["files"]}
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{record} is damaged; `{missing}` makes it anew") from error
-        inputs[str(folder)] = {path.name: sha256(path) for path in weight_files(folder)}
+        inputs[str(folder)] = {path.name: hashed(path) for path in weight_files(folder)}
         for name, digest in inputs[str(folder)].items():
             if vouched.get(name) != digest:
                 raise BadInput(f"{folder / name} is not the file that {record} vouches for; `{missing}` makes it anew")
