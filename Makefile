@@ -123,7 +123,7 @@ bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/
 
 .PHONY: bench-eval
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
-	cd demo/run && ../../$(BIN)/python ../../bench/evaluation.py --recipes ../../recipes $(ARGS)
+	cd demo/run && ../../$(BIN)/python ../../bench/evaluation.py --recipes ../../recipes --readme ../../eval/README.md $(ARGS)
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)

@@ -29,10 +29,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything evaluated is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from eval.readme import filled
 from prep.files import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench/reports/eval.json"
+MARK = "bench-eval"  # of the table in eval/README.md
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 AGREE = 1e-3  # bits per byte
 BATCHES = (1, 4, 16)
@@ -230,9 +232,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--limit", type=int, help="only the first N documents of each task")
     parser.add_argument("--out", type=Path, default=REPORT, help="the report (default bench/reports/eval.json)")
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of a report that is there, measure nothing"
-    )
+    parser.add_argument("--readme", type=Path, help="put the table between the marks of this file, too")
     parser.add_argument("--ours", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # the process that is timed
     return parser.parse_args()
 
@@ -271,6 +271,10 @@ def main() -> None:
     with atomic_write(args.out) as file:
         json.dump(result, file, ensure_ascii=False, indent=1)
         file.write("\n")
+    if args.readme:
+        page = filled(args.readme.read_text(encoding="utf-8"), MARK, f"{table(result)}\n")
+        with atomic_write(args.readme) as file:
+            file.write(page)
     print(table(result))
     worst = max(result["compared"]["differences"].values())
     if worst > AGREE:

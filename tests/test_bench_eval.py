@@ -47,13 +47,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.slow
 def test_figures_are_those_of_lm_evals_command(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full model and an adapter on a base in four bits, both scored by `lm_eval run` itself."""
-    arguments = ["--stages", "2a", "2b", "--tasks", "novel_heldout", "--out", "eval.json"]
+    Path("page.md").write_text("<!-- bench-eval:begin -->\n<!-- bench-eval:end -->\n")
+    arguments = ["--stages", "2a", "2b", "--tasks", "novel_heldout", "--out", "eval.json", "--readme", "page.md"]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "bench/evaluation.py"), *arguments])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     bench.main()
     result = json.loads(Path("eval.json").read_text())
     assert set(result["stages"]) == set(result["lm_eval"]) == {"2a", "2b"}
     assert max(result["compared"]["differences"].values()) < 1e-4
+    assert bench.table(result) in Path("page.md").read_text()
     assert result["stages"]["2a"]["bits_per_byte"] != result["stages"]["2b"]["bits_per_byte"]
     assert result["compared"]["seconds_ours"] > sum(stage["seconds"] for stage in result["stages"].values())
     assert all(0 <= share < 0.1 for share in result["padding"].values())
@@ -64,3 +66,9 @@ def test_figures_are_those_of_lm_evals_command(place: Path, monkeypatch: pytest.
     with pytest.raises(BadInput, match="differ by"):
         bench.main()
     assert before == 1e-3
+
+
+def test_the_page_says_what_the_committed_report_says() -> None:
+    assert (
+        f"begin -->\n{bench.table(json.loads(bench.REPORT.read_text()))}\n<!--" in (ROOT / "eval/README.md").read_text()
+    )
