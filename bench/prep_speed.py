@@ -283,8 +283,8 @@ def on_paper(report: dict[str, Any]) -> str:
         f"On paper: the whole library ({LIBRARY_BOOKS:,} books, {LIBRARY_WORDS / 1e9:g} G words, at {report['bytes_a_word']:g} "
         f"bytes a word {megabytes / 1000:,.0f} GB of text), were every book fiction and all of it cut: {hours:,.1f} processor "
         f"hours, {hours / 16:.1f} h on one machine of 16 such cores, {hours / 320 * 60:.0f} minutes on 20 Slurm nodes of 16, if "
-        f"disks keep up and the one task that draws is not counted. The two splits' {tokens / 1e9:.2f} G tokens are a "
-        f"{round(1 / share)}th of it."
+        f"disks keep up and the one task that draws is not counted. The two splits' {tokens / 1e9:.2f} G tokens are one "
+        f"part in {round(1 / share)} of it."
     )
 
 
