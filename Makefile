@@ -131,7 +131,7 @@ bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench
 
 .PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
-	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer"
+	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer" --readme prep/README.md
 
 # --- small and local ---
 

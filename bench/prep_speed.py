@@ -1,25 +1,32 @@
 """How fast the rows of Gallica are made, and in how much memory: this project's whole pipeline beside the naive method.
 
-    python bench/prep_speed.py --source FOLDER --tokenizer models/base --books 50 100 200    -> bench/reports/prep.json
+    python bench/prep_speed.py --source FOLDER --tokenizer models/base     -> bench/reports/prep.json
+    python bench/prep_speed.py --again                                     the tables once more, from that report
 
-Both make windows of 512 tokens from the same parquet files with the same tokenizer, one after the other. The naive
-method is what projects like this one do: take a random book, a random slice of it of 6 characters a token, tokenise it,
-decode a window, repeat, in one process; its books lie in memory and nothing is cleaned. Ours is the command
-`prep/gallica.py --windows all` as it stands, from a bare folder: cleaning, rules, signatures and all, two workers.
+Both make windows of 512 tokens from the same parquet files with the same tokenizer, in turns, so often as --repeats says;
+the table has the middle run. The naive method is what projects like this one do: take a random book, a random slice of it
+of 6 characters a token, tokenise it, decode a window, repeat, in one process; its books lie in memory, nothing is cleaned,
+and its start is not counted. Ours is the command `prep/gallica.py --windows all` as it stands, start and all, from a bare
+folder: cleaning, rules, signatures, two workers.
 
-The corpus of each size is made from the novels of FOLDER: a book more is one of them with two small words in three
-another word of the same book, so that it has their pages, headers and letters, and no two are near-duplicates.
-A processor second is what a process ran, whatever else the machine did: on a busy machine it is the figure to compare.
-Memory is resident memory, sampled ten times a second: of the largest worker, and of all processes together.
+The corpus of each size is made from the novels of FOLDER: a book more is one of them with three small words in five another
+word of the same book, and one in 25 a form that no other book has, as a novel brings new ones (3 % of its words after
+fifty other novels). So it has their pages, headers and letters, and no two are near-duplicates.
+A processor second is what processes ran, whatever else the machine did: on a busy machine it is the figure to compare.
+Memory is resident memory, sampled ten times a second: of the largest worker, and of all processes together (pages that
+workers share are counted in each).
 """
 
 import argparse
+import ctypes
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,27 +43,38 @@ from tokenizers import Tokenizer
 
 from eval.machine import cpu_name
 from prep.duplicates import Signatures, sampled_runs, word_hashes
-from prep.files import atomic_write, run
+from prep.files import BadInput, atomic_write, run
 from prep.pages import clean_pages
 from prep.rows import Cutter, load_tokenizer, versions
 from prep.sources import read_books, source_paths
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 512
+LIBRARY_BOOKS, LIBRARY_WORDS = 261_000, 16.4e9  # of PleIAs/French-PD-Books
+WANTED_TOKENS = 512e6  # by each of 2a and 2b
 FILES = 8  # as the library's own files are many: tasks for two workers
 
 
 def perturbed(text: str, draw: random.Random) -> str:
-    """Another book on the same pages: two words in three are other words of the book, headers stay."""
+    """Another book on the same pages: other words of the book for most of its small words, headers stay.
+
+    One in 25 has a letter too many, as no other book has it.
+    """
     words = re.split(r"( |\n)", text)
     pool = [word for word in words if word.isalpha() and word.islower()]
-    return "".join(
-        draw.choice(pool) if word.islower() and word.isalpha() and draw.random() < 0.65 else word for word in words
-    )
+
+    def another(word: str) -> str:
+        chance = draw.random()
+        if chance < 0.04:
+            place = draw.randrange(len(word) + 1)
+            return word[:place] + draw.choice("abcdefghijklmnopqrstuvwxyzéèêàùç") + word[place:]
+        return draw.choice(pool) if chance < 0.65 else word
+
+    return "".join(another(word) if word.islower() and word.isalpha() else word for word in words)
 
 
-def write_corpus(source: Path, folder: Path, count: int) -> int:
-    """`count` books in FILES parquet files; returns their bytes of text."""
+def write_corpus(source: Path, folder: Path, count: int) -> tuple[int, int]:
+    """`count` books in FILES parquet files; returns their bytes and words."""
     novels = [
         book
         for path in source_paths(source)
@@ -65,14 +83,16 @@ def write_corpus(source: Path, folder: Path, count: int) -> int:
     ]
     novels = [book for book in novels if " the " not in book.text[:20_000]]
     folder.mkdir()
-    size = 0
+    size = words = 0
     for number in range(FILES):
         rows = []
         for i in range(number, count, FILES):
             book = novels[i % len(novels)]
             text = book.text if i < len(novels) else perturbed(book.text, random.Random(i))
             size += len(text.encode())
-            title = book.title if i < len(novels) else f"{book.title} autrement {chr(97 + i // 26)}{chr(97 + i % 26)}"
+            words += len(text.split())
+            letters = "".join(chr(97 + digit) for digit in (i // 676, i // 26 % 26, i % 26))
+            title = book.title if i < len(novels) else f"{book.title} autrement {letters}"
             rows.append(
                 {
                     "file_id": f"book{i:05d}",
@@ -83,7 +103,7 @@ def write_corpus(source: Path, folder: Path, count: int) -> int:
                 }
             )
         pq.write_table(pa.Table.from_pylist(rows), folder / f"gallica_mono_{number + 1}.parquet")
-    return size
+    return size, words
 
 
 def naive(source: Path, tokenizer: Path, seconds: float) -> dict[str, Any]:
@@ -115,6 +135,7 @@ def ours(source: Path, tokenizer: Path, folder: Path, workers: int, size: int) -
     words = ["--source", source, "--tokenizer", tokenizer, "--sequence-len", LENGTH, "--windows", "all"]
     words += ["--split", "1/1", "--holdout", 0.02, "--workers", workers, "--out", folder / "2a.jsonl"]
     peaks = {"worker": 0, "sum": 0, "main": 0}
+    before = {child.pid for child in psutil.Process().children()}
     began, cpu_began = time.monotonic(), children_cpu()
     process = psutil.Popen(
         [sys.executable, str(ROOT / "prep" / "gallica.py"), *map(str, words)], stderr=subprocess.DEVNULL
@@ -142,6 +163,9 @@ def ours(source: Path, tokenizer: Path, folder: Path, workers: int, size: int) -
         raise RuntimeError("prep/gallica.py failed")
     spent = time.monotonic() - began
     thread.join()
+    while left := {child.pid for child in psutil.Process().children()} - before:
+        os.waitpid(left.pop(), 0)  # the server of its workers, which it does not wait for
+    cpu_seconds = children_cpu() - cpu_began
     manifest = json.loads((folder / "2a.manifest.json").read_text(encoding="utf-8"))
     windows = manifest["train"]["windows"] + manifest["heldout"]["windows"]
     steps: dict[str, float] = {}
@@ -157,8 +181,8 @@ def ours(source: Path, tokenizer: Path, folder: Path, workers: int, size: int) -
         "seconds": round(spent, 1),
         "windows_a_second": round(windows / spent),
         "windows_a_second_a_core": round(windows / spent / workers),
-        "cpu_seconds": round(children_cpu() - cpu_began, 1),
-        "windows_a_cpu_second": round(windows / (children_cpu() - cpu_began)),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "windows_a_cpu_second": round(windows / cpu_seconds),
         "mb_a_second_by_step": {name: round(size / 1e6 / total, 1) for name, total in steps.items() if total > 0.01},
         "peak_worker_mb": peaks["worker"] >> 20,
         "peak_main_mb": peaks["main"] >> 20,
@@ -174,8 +198,8 @@ def children_cpu() -> float:
 
 def single_steps(source: Path, tokenizer: Path, scratch: Path) -> dict[str, float]:
     """MB of text a processor second of the steps whose time datatrove's statistics do not tell apart."""
-    texts = [book.text for path in source_paths(source)[:1] for book in read_books(path)]
-    texts = ["\n\n".join(clean_pages(text).paragraphs) for text in texts[:12]]
+    texts = [book.text for path in source_paths(source) for book in itertools.islice(read_books(path), 10)]
+    texts = ["\n\n".join(clean_pages(text).paragraphs) for text in texts]
     size = sum(len(text.encode()) for text in texts) / 1e6
     cutter = Cutter(load_tokenizer(tokenizer), LENGTH)
     minhash = Signatures(scratch)
@@ -185,8 +209,16 @@ def single_steps(source: Path, tokenizer: Path, scratch: Path) -> dict[str, floa
         sampled_runs(words, 8)
         minhash.get_signature(sampled_runs(words, 5).reshape(-1, 1))
 
+    def tokens(text: str) -> None:
+        for start in range(0, len(text), 25_000):  # a row of 16 windows
+            cutter.count(text[start : start + 25_000])
+
     rates = {}
-    for name, step in (("signatures", signature), ("tokenised and cut", cutter.passages)):
+    for name, step in (
+        ("signatures", signature),
+        ("counted and cut", cutter.passages),
+        ("for comparison: rows tokenised whole", tokens),
+    ):
         began = time.process_time()
         for text in texts:
             step(text)
@@ -200,80 +232,106 @@ def growth(sizes: list[dict[str, Any]]) -> dict[str, float]:
     seconds = many["ours"]["cpu_seconds"] - few["ours"]["cpu_seconds"]
     windows = many["ours"]["windows"] - few["ours"]["windows"]
     rate = windows / seconds
+    cost = seconds / (many["text_mb"] - few["text_mb"])
     return {
+        "start_cpu_seconds": round(few["ours"]["cpu_seconds"] - cost * few["text_mb"], 1),
         "windows_a_cpu_second": round(rate),
         "times_naive_a_core": round(rate / many["naive"]["windows_a_cpu_second"], 2),
-        "cpu_seconds_a_mb": round(seconds / (many["text_mb"] - few["text_mb"]), 3),
+        "cpu_seconds_a_mb": round(cost, 3),
     }
 
 
-LIBRARY_MB = (
-    16.4e9 * 6.1 / 1e6
-)  # 16.4 G words; a French word has 6.1 bytes in the novels of the benchmark, its space counted
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of repeated runs the one of middle speed."""
+    return sorted(runs, key=lambda run: run["windows_a_second"])[len(runs) // 2]
 
 
 def tables(report: dict[str, Any]) -> str:
-    """The tables of prep/README.md."""
+    """What prep/README.md says of speed and memory, all of it from the report."""
     machine, grown = report["machine"], report["growth"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {report['workers']} workers; windows of {report['sequence_len']} tokens.",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {report['workers']} workers; windows of "
+        f"{report['sequence_len']} tokens; the middle one of {len(report['sizes'][0]['times_naive'])} runs, in turns.",
         "",
-        "| books | MB | naive, windows a processor second | ours | start-up included, windows a second: naive | ours | largest worker, MB | all processes, MB |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| books | MB | windows a second: naive | ours | ours a core | times naive, each run "
+        "| windows a processor second: naive | ours | largest worker, MB | all processes, MB |",
+        "|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for size in report["sizes"]:
         one, other = size["naive"], size["ours"]
         lines.append(
-            f"| {size['books']} | {size['text_mb']:g} | {one['windows_a_cpu_second']:,} | {other['windows_a_cpu_second']:,} "
-            f"| {one['windows_a_second']:,} | {other['windows_a_second']:,} | {other['peak_worker_mb']:,} | {other['peak_sum_mb']:,} |"
+            f"| {size['books']} | {size['text_mb']:g} | {one['windows_a_second']:,} | {other['windows_a_second']:,} "
+            f"| {other['windows_a_second_a_core']:,} | {', '.join(f'{times:g}' for times in size['times_naive'])} "
+            f"| {one['windows_a_cpu_second']:,} | {other['windows_a_cpu_second']:,} "
+            f"| {other['peak_worker_mb']:,} | {other['peak_sum_mb']:,} |"
         )
-    lines += ["", "| step | MB a processor second |", "|---|---:|"]
-    steps = {k: v for k, v in report["sizes"][-1]["ours"]["mb_a_second_by_step"].items() if k != "signatures"}
+    lines += ["", "| step | MB a second, one worker |", "|---|---:|"]
+    steps = {
+        name: rate
+        for name, rate in report["sizes"][-1]["ours"]["mb_a_second_by_step"].items()
+        if name != "signatures" and rate < 1000  # the others only look at a field
+    }
     lines += [f"| {name} | {rate:g} |" for name, rate in (steps | report["single_steps"]).items()]
-    hours = LIBRARY_MB * grown["cpu_seconds_a_mb"] / 3600
     lines += [
         "",
-        f"Beyond the start of programs, more books cost {grown['cpu_seconds_a_mb']:g} processor seconds a MB: "
+        f"The start of programs costs {grown['start_cpu_seconds']:g} processor seconds whatever the corpus (a third of it is "
+        f"Transformers, loading the tokenizer as Axolotl does), and more books {grown['cpu_seconds_a_mb']:g} processor seconds a MB: "
         f"{grown['windows_a_cpu_second']:,} windows a processor second, {grown['times_naive_a_core']:g} times the naive "
         f"method's on one core, {2 * grown['times_naive_a_core']:.2g} times on two.",
         "",
-        f"The whole library (261,000 books, 16.4 G words, {LIBRARY_MB / 1000:,.0f} GB of text), were every book fiction and "
-        f"all of it tokenised: {hours:,.0f} processor hours, {hours / 16:.1f} h on 16 cores, {hours / 320 * 60:.0f} minutes on 20 "
-        "Slurm nodes of 16. Of it, two splits' 1.02 G tokens need a thirtieth tokenised.",
+        on_paper(report),
     ]
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="a folder of French novels in parquet")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--books", type=int, nargs="+", default=[50, 100, 200])
-    parser.add_argument("--seconds", type=float, default=20, help="of the naive method, a size (default 20)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
-    args = parser.parse_args()
+def on_paper(report: dict[str, Any]) -> str:
+    """What the whole library would take at the rate of the report."""
+    megabytes = LIBRARY_WORDS * report["bytes_a_word"] / 1e6
+    hours = megabytes * report["growth"]["cpu_seconds_a_mb"] / 3600
+    tokens = 2 * WANTED_TOKENS
+    share = tokens / (LIBRARY_WORDS * report["tokens_a_word"])
+    return (
+        f"On paper: the whole library ({LIBRARY_BOOKS:,} books, {LIBRARY_WORDS / 1e9:g} G words, at {report['bytes_a_word']:g} "
+        f"bytes a word {megabytes / 1000:,.0f} GB of text), were every book fiction and all of it cut: {hours:,.1f} processor "
+        f"hours, {hours / 16:.1f} h on one machine of 16 such cores, {hours / 320 * 60:.0f} minutes on 20 Slurm nodes of 16, if "
+        f"disks keep up and the one task that draws is not counted. The two splits' {tokens / 1e9:.2f} G tokens are one "
+        f"part in {round(1 / share)} of it."
+    )
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The report."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Whatever the command leaves behind becomes a child of this process, which waits for it and counts its time.
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for count in args.books:
             corpus = Path(scratch) / f"corpus{count}"
-            size = write_corpus(args.source, corpus, count)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                baseline = alone.submit(naive, corpus, args.tokenizer, args.seconds).result()
-            made = ours(corpus, args.tokenizer, Path(scratch) / f"rows{count}", args.workers, size)
+            size, words = write_corpus(args.source, corpus, count)
+            baselines, made, loads = [], [], []
+            for number in range(args.repeats):
+                loads.append(round(os.getloadavg()[0], 1))
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                    baselines.append(alone.submit(naive, corpus, args.tokenizer, args.seconds).result())
+                rows = Path(scratch) / f"rows{count}.{number}"
+                made.append(ours(corpus, args.tokenizer, rows, args.workers, size))
+                shutil.rmtree(rows)
             result = {
                 "books": count,
                 "text_mb": round(size / 1e6, 1),
-                "naive": baseline,
-                "ours": made,
-                "times_naive": round(made["windows_a_second"] / baseline["windows_a_second"], 2),
-                "load_average": round(os.getloadavg()[0], 1),
+                "naive": middle(baselines),
+                "ours": middle(made),
+                "times_naive": [
+                    round(b["windows_a_second"] / a["windows_a_second"], 2)
+                    for a, b in zip(baselines, made, strict=True)
+                ],
+                "load_average": loads,
             }
             results.append(result)
             print(json.dumps(result), flush=True)
-        steps = single_steps(args.source, args.tokenizer, Path(scratch) / "signatures")
-    report = {
+        steps = single_steps(corpus, args.tokenizer, Path(scratch) / "signatures")
+    return {
         "machine": {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
@@ -281,14 +339,47 @@ def main() -> None:
         },
         "sequence_len": LENGTH,
         "workers": args.workers,
+        "bytes_a_word": round(size / words, 2),
+        "tokens_a_word": round(LENGTH * result["ours"]["windows"] / words, 2),
         "sizes": results,
         "growth": growth(results),
         "single_steps": steps,
         "versions": versions("datatrove", "tokenizers", "pyarrow", "numpy"),
     }
-    with atomic_write(args.out) as handle:
-        json.dump(report, handle, indent=1)
-        handle.write("\n")
+
+
+def fill(readme: Path, report: dict[str, Any]) -> None:
+    """Put the tables between the marks of a page."""
+    from eval.readme import filled  # here: the processes that are measured need none of it
+
+    page = filled(readme.read_text(encoding="utf-8"), "speed", f"{tables(report)}\n")
+    with atomic_write(readme) as handle:
+        handle.write(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="a folder of French novels in parquet")
+    parser.add_argument("--tokenizer", type=Path, help="folder of the base model")
+    parser.add_argument("--books", type=int, nargs="+", default=[50, 200, 800], help="sizes (default 50 200 800)")
+    parser.add_argument("--repeats", type=int, default=3, help="of both, at each size (default 3)")
+    parser.add_argument("--seconds", type=float, default=15, help="of the naive method each time (default 15)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
+    parser.add_argument("--readme", type=Path, help="put the tables between the marks of this page, too")
+    parser.add_argument("--again", action="store_true", help="measure nothing: tables of the report that is there")
+    args = parser.parse_args()
+    if not args.again and not (args.source and args.tokenizer):
+        raise BadInput("give --source and --tokenizer; or --again for the tables of a report that is there")
+    if args.again:
+        report = json.loads(args.out.read_text(encoding="utf-8"))
+    else:
+        report = measured(args)
+        with atomic_write(args.out) as handle:
+            json.dump(report, handle, indent=1)
+            handle.write("\n")
+    if args.readme:
+        fill(args.readme, report)
     print(tables(report))
 
 

@@ -51,6 +51,8 @@ PACKAGES = ("datatrove", "numpy", "py3langid", "pyarrow", "pyspellchecker", "rap
 # Sampled runs of eight words that a book may share with the protected texts: 128 or so of all, less than a page. A
 # proverb, a verse or a prayer that both quote is a dozen.
 OVERLAP = 8
+# This folder's modules that decide what a corpus is; the others cut rows from it, or bring it here.
+CODE = ("corpus", "duplicates", "matter", "pages", "selection", "sources", "typography", "works")
 TWICE, COPY, NEAR = "identifier seen before", "near-duplicate", "overlaps protected text"
 
 
@@ -243,10 +245,10 @@ def funnel(folder: Path, tasks: int, gone: dict[Entry, Gone], entries: list[Entr
 
 
 def described(files: list[dict[str, Any]], wanted: Wanted) -> dict[str, Any]:
-    """All that the corpus hangs on: files (name, bytes, sha256), arguments, this folder's code, packages."""
+    """All that the corpus hangs on: files (name, bytes, sha256), arguments, code, packages."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
+    for name in CODE:
+        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     return {
         "files": files,
         "wanted": wanted.described(),

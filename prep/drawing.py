@@ -145,7 +145,7 @@ class Draw(NamedTuple):
             for entry, heldout in books:
                 if heldout == side:
                     # A short book's estimate may be out by a window: all of it is cut.
-                    caps[entry] = len(entry.title) + entry.characters if cap is None else max(1, cap)
+                    caps[entry] = entry.characters if cap is None else max(1, cap)
                     if self.cap_per_work and not side:
                         caps[entry] = min(caps[entry], self.cap_per_work)
         return caps
@@ -285,6 +285,11 @@ class Pool:
                 row = Row(*json.loads(files[rank].readline()))
                 if windows < row.windows:
                     passage = cutter.passages(row.text, windows)[0]
+                    if passage.windows != windows:
+                        raise BadInput(
+                            f"{row.source}, {row.part}: cannot be cut to {windows} of its {row.windows} windows: a word is "
+                            "longer than a window; ask for one window less or more"
+                        )
                     row = row._replace(text=row.text[: passage.end], windows=passage.windows, tail=passage.tail)
                 yield row
 

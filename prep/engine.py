@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -51,12 +50,13 @@ class LocalExecutor(LocalPipelineExecutor):
                     self._run_for_rank(rank, local_rank=1)
                     bar.update()
                 return
-            # Spawned: a fork would copy a parent that has threads. Each worker is this process's own child.
+            # Forked from a server that has imported everything once, and has no threads as this process has.
+            multiprocessing.set_forkserver_preload(["prep.drawing"])
             with ProcessPoolExecutor(
                 min(self.workers, len(ranks)),
-                multiprocessing.get_context("spawn"),
+                multiprocessing.get_context("forkserver"),
                 initializer=_begin_worker,
-                initargs=(os.getpid(), self.logging_dir.path),
+                initargs=(self.logging_dir.path,),
             ) as pool:
                 pickled = dill.dumps(self)
                 tasks = [pool.submit(_run_task, pickled, rank) for rank in ranks]
@@ -82,18 +82,18 @@ def _run_task(pickled: bytes, rank: int) -> None:
     dill.loads(pickled)._run_for_rank(rank, local_rank=1)  # noqa: S301 (what the parent has just pickled)
 
 
-def _begin_worker(parent: int, logs: str) -> None:
-    """Hold the workers' lock for life, and die with the parent, however it dies."""
+def _begin_worker(logs: str) -> None:
+    """Hold the workers' lock for life, and die with the command, however it dies."""
     lock = open(_workers_lock(Path(logs).parent.parent), "w")  # noqa: SIM115 (for the life of the process)
     fcntl.flock(lock, fcntl.LOCK_SH)
+    globals()["_lock"] = lock
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        if command := multiprocessing.parent_process():
+            command.join()
         os._exit(1)
 
     threading.Thread(target=watch, args=(), daemon=True).start()
-    globals()["_lock"] = lock
 
 
 def _workers_lock(folder: Path) -> Path:

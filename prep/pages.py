@@ -162,7 +162,10 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
     chained = _chain(_numbers(lines), lines)
     for number in chained:
         drop[number.line] = True
-    marks = _page_marks(lines, chained)
+    for i in (own := _own_numbers(lines, chained)):
+        drop[i] = True
+        counts["page_numbers"] += 1
+    marks = _page_marks(lines, chained) - own
     if marks:
         counts["page_marks"] = len(marks)
     for i in marks:
@@ -218,6 +221,51 @@ def _drop_furniture(lines: list[str], counts: Counter[str]) -> tuple[list[str], 
     return kept, gaps
 
 
+_FIGURE = re.compile(r"(?<!\w)\d{1,4}(?!\w)")
+
+
+def _own_numbers(lines: list[str], chained: list[_Number]) -> set[int]:
+    """Short lines at the edges of pages that form feeds divide, with the very number that the pages around say it has.
+
+    They are running headers too badly read to come back, and numbers with blots, which no chain has. Of a figure that
+    is alone in its line, and above 99, one digit may be misread.
+    """
+    at = {number.line: number.value for number in chained}
+    if PAGE_END not in lines or len(at) < 5:
+        return set()
+    width = sorted(len(line) for line in lines if line and line != PAGE_END)
+    short = 0.6 * width[len(width) * 9 // 10]
+    pages: list[list[int]] = [[]]
+    for i, line in enumerate(lines):
+        if line == PAGE_END:
+            pages += [[]] if pages[-1] else []
+        elif line:
+            pages[-1].append(i)
+    known = [next((at[i] for i in page if i in at), None) for page in pages]
+    expected: list[set[int]] = [set() for _ in pages]
+    for step in (1, -1):  # from the page before that has a number, from the page after
+        value = None
+        for n in range(len(pages))[::step]:
+            value = known[n] or (value and value + step)
+            if value:
+                expected[n].add(value)
+    return {
+        i
+        for page, values, value in zip(pages, expected, known, strict=True)
+        if value is None
+        for i in {*page[:2], *page[-2:]}
+        if len(lines[i]) < short
+        and (values & {*map(int, _FIGURE.findall(lines[i]))} or any(_misread(lines[i], value) for value in values))
+    }
+
+
+def _misread(line: str, value: int) -> bool:
+    """Whether a line is a figure of three digits or more, all but one of them those of `value`."""
+    match = _NUMBER.fullmatch(line)
+    digits, wanted = (match and match[1]) or "", str(value)
+    return len(digits) == len(wanted) >= 3 and sum(a != b for a, b in zip(digits, wanted, strict=True)) <= 1
+
+
 _MARK = re.compile(
     r"(?=.{1,12}$)(?!.*\w\d{2}|.*[^\W\d_]{3})(?:(?:[ITL][.,]? )?[\W\d_]*\d[\W\d_]*|.*[|_*+=<>#\\^{}©®§~].*)"
 )
@@ -253,7 +301,7 @@ def _headers(edges: list[str], lines: list[str]) -> set[str]:
     """Lines at the edges of pages that come back there, and hardly anywhere else."""
     groups: dict[str, list[str]] = {}
     for line in edges:
-        reply = line[:1] in _DASHES and line[-1] not in _DASHES
+        reply = line[:1] in _DASHES and line[-1] not in _DASHES and not (line.isupper() and _FIGURE.search(line))
         if len(line) <= 70 and not reply and (key := _key(line)) and len(key) >= 3:
             groups.setdefault(key, []).append(line)
     everywhere = Counter(lines)

@@ -101,6 +101,23 @@ def load_tokenizer(folder: str | Path) -> Loaded:
     return Loaded(backend, tokenizer.eos_token_id, [token for token in tokenizer.all_special_tokens if token])
 
 
+class _WordCounts(dict[str, int]):
+    """How many tokens a word has inside a text, after a space.
+
+    Each form of a word is tokenised once, or anew after a million others: they take 120 MB.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, lead: str):
+        super().__init__()
+        self.tokenizer, self.lead = tokenizer, lead
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= 1_000_000:
+            self.clear()
+        count = self[word] = len(self.tokenizer.encode(self.lead + word, add_special_tokens=False))
+        return count
+
+
 class Cutter:
     """Cuts text into passages that Axolotl slices into exactly the stated number of windows."""
 
@@ -121,6 +138,7 @@ class Cutter:
         self._around = self.count("a") - len(self._bare(["a"])[0])  # tokens of a row that are not its text's
         self._lead = self._leading_space()
         self._piece = re.compile(rf"[^ ].{{0,{min(400, 2 * sequence_len)}}}[^ ]*", re.S)
+        self._tokens_of = _WordCounts(self._tokenizer, self._lead or "")
 
     def _bare(self, texts: list[str]) -> list[list[int]]:
         """The tokens of texts, without special ones."""
@@ -184,24 +202,28 @@ class Cutter:
         return passages
 
     def passages(self, text: str, windows: int | None = None) -> list[Passage]:
-        """What `cut` gives of a text in the project's convention, twice as fast.
+        """What `cut` gives of a text in the project's convention, many times as fast.
 
-        The text is tokenised once, in pieces of words whose tokens add up to those of the whole, and passages begin and
-        end where pieces do: a passage's tokens are counted, not looked for. That costs half a piece of text a passage,
-        some 60 tokens of 8,192. A tokenizer whose pieces do not add up is left to `cut`.
+        Between spaces the tokens of a text are those of its words, so that its words are counted, each form of them
+        tokenised once. Passages begin and end where pieces of some 400 characters do. That costs half a piece of text
+        a passage, some 60 tokens of 8,192. A tokenizer whose words do not add up is left to `cut`.
         """
-        if self._lead is None or "  " in text:
+        if self._lead is None or "  " in f" {text} ":
             return self.cut(self.encode([text])[0], windows=windows)
+        words = text.split(" ")
+        spaces = np.flatnonzero(np.frombuffer(text.encode("utf-32-le"), np.uint32) == ord(" "))
+        counts = np.fromiter(map(self._tokens_of.__getitem__, words), np.int64, len(words))
         places = [match.span() for match in self._piece.finditer(text)]
-        inside = self._bare([text[a - len(self._lead) if a else 0 : b] for a, b in places])
-        ends = np.cumsum([0, *map(len, inside)])  # tokens before each piece, and all
+        at = [0, *(1 + np.searchsorted(spaces, [end for _, end in places]))]  # words before each piece, and all
+        ends = np.concatenate([[0], np.cumsum(counts)])[at]  # tokens before each piece, and all
         passages: list[Passage] = []
         wanted = windows if windows is not None else int(ends[-1])
         first = 0
         while wanted > 0 and first < len(places):
-            a, b = places[first]
+            a = places[first][0]
             # The first word of a row has no space before it, whatever it had in the text.
-            around = self._around + (len(self._bare([text[a:b]])[0]) - len(inside[first]) if self._lead else 0)
+            word = words[at[first]]
+            around = self._around + (len(self._bare([word])[0]) - self._tokens_of[word] if self._lead else 0)
             available = int(ends[-1] - ends[first]) + around
             for number in range(min(wanted, MAX_WINDOWS, (available - 1) // self.sequence_len), 0, -1):
                 full = number * self.sequence_len

@@ -188,8 +188,15 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
                 kind = "compound" if "-" in right else "cut"
         elif len(extra) > len(wanted):
             page = a / len(words)
+            around = {word for word in [*words[a - 8 : a], *words[b : b + 8]] if len(word) > 5}
             left = [
-                w for w in extra if w not in wanted and any(abs(page - p) < 0.03 for p in figures.get(_figure(w), []))
+                w
+                for w in extra
+                if w not in wanted
+                and any(
+                    abs(page - p) < 0.03 and (not around or around & on_page)
+                    for p, on_page in figures.get(_figure(w), [])
+                )
             ]
             left = left if len(extra) <= len(wanted) + 6 else []  # more is a picture, read as letters
             numbers += bool(left)
@@ -215,15 +222,15 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
     )
 
 
-def _page_edges(raw: str) -> tuple[list[str], dict[int, list[float]], int]:
-    """Running titles (their letters), figures with the places (0 to 1) of the pages they stand on, number of pages.
+def _page_edges(raw: str) -> tuple[list[str], dict[int, list[tuple[float, set[str]]]], int]:
+    """Running titles (their letters), figures with the place (0 to 1) and the words of each page they stand on, pages.
 
     Both from the first two and last two lines of pages. A lone digit is mostly a blot or a sheet's signature: figures
     from 10 on, and those of the first pages.
     """
     pages = [page for page in raw.split("\f") if any(map(str.isalpha, page))]
     titles: Counter[str] = Counter()
-    figures: dict[int, list[float]] = {}
+    figures: dict[int, list[tuple[float, set[str]]]] = {}
     for n, page in enumerate(pages):
         lines = [line.strip() for line in page.split("\n") if line.strip()]
         for line in {*lines[:2], *lines[-2:]}:
@@ -231,7 +238,7 @@ def _page_edges(raw: str) -> tuple[list[str], dict[int, list[float]], int]:
                 titles[_key([line])] += 1
                 for word in line.split():
                     if (value := _figure(word)) >= 10 or 0 < value <= n <= 20:
-                        figures.setdefault(value, []).append(n / len(pages))
+                        figures.setdefault(value, []).append((n / len(pages), {*to_convention(page).split()}))
     return [key for key, n in titles.items() if n >= 5 and len(key) >= 5], figures, len(pages)
 
 

@@ -21,6 +21,7 @@ from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 
 import prep.drawing
+from prep import corpus
 from prep.drawing import SEGMENT, Share, level, rows_of, segments, shares_of
 from prep.duplicates import Entry
 from prep.engine import alone
@@ -539,3 +540,14 @@ def test_real_books(sequence_len, windows, split, tmp_path):
     assert held and not trained & held
     anonymous = [row for row in rows(out) + rows(heldout_path(out)) if row["title"] == "Le château de Pinon I"]
     assert {(row["author"], row["date"]) for row in anonymous} == {("", "1876-????")}
+
+
+def test_the_corpus_hangs_on_the_code_that_decides_it() -> None:
+    """All that corpus.py imports of prep/, down to the last, but what runs it, writes it, or only names versions."""
+    found, waiting = set(), {"corpus"}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        text = (Path(corpus.__file__).with_name(f"{name}.py")).read_text()
+        waiting |= set(re.findall(r"^from prep\.(\w+) import", text, re.M)) - found
+    assert found - {"engine", "files", "rows"} == set(corpus.CODE)

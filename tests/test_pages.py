@@ -286,6 +286,21 @@ def test_sheet_numbers_and_blots_at_a_pages_foot_go_and_title_pages_before_the_t
     assert found.counts["title_page"] == 2
 
 
+def test_a_pages_own_number_tells_a_header_that_was_read_as_rubbish(novel):
+    """Numbers between blots at a page's edge, where the pages around say that it is this page's; others stay."""
+    rubbish = {206: "1A ma50m du p4 206 %", 208: f"- 308 {TITLE}", 209: "209 ES rn", 210: "Rm | 210 :", 214: "274"}
+    sheets = list(pages(novel[10:70], lines=12))
+    assert len(sheets) > 12
+    sheets[7].insert(0, "Vers 1870, au 223 du quai,")  # page 212
+    sheets[10].append("et 3 ou 4 autres.")
+    raw = "\f".join("\n".join([rubbish.get(n, f"{n} {TITLE}"), *lines]) for n, lines in enumerate(sheets, 205))
+    found = clean_pages(raw)
+    assert " ".join(found.paragraphs) == " ".join(itertools.chain.from_iterable(sheets))
+    assert found.counts["page_numbers"] == len(sheets) - 1  # a dash before it, and it is a header that has one
+    for mine, another in (("p4 206", "p4 216"), ("\f274", "\f259")):
+        assert another.strip() in " ".join(clean_pages(raw.replace(mine, another)).paragraphs)
+
+
 def test_empty_and_tiny_texts():
     assert clean_pages("").paragraphs == []
     assert clean_pages(" \n\f\n \n").paragraphs == []

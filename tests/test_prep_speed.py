@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.prep_speed import growth, perturbed, tables
+from bench.prep_speed import fill, growth, middle, on_paper, perturbed, tables
+from eval.readme import filled
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench" / "reports" / "prep.json"
@@ -20,7 +21,12 @@ def test_growth_leaves_the_start_of_programs_out():
         }
 
     found = growth([size(10, 6_000, 20), size(30, 18_000, 26), size(50, 30_000, 30)])
-    assert found == {"windows_a_cpu_second": 2400, "times_naive_a_core": 4.8, "cpu_seconds_a_mb": 0.25}
+    assert found == {
+        "start_cpu_seconds": 17.5,
+        "windows_a_cpu_second": 2400,
+        "times_naive_a_core": 4.8,
+        "cpu_seconds_a_mb": 0.25,
+    }
 
 
 def test_a_perturbed_book_is_another_on_the_same_pages():
@@ -33,12 +39,49 @@ def test_a_perturbed_book_is_another_on_the_same_pages():
     )
     words = text.split()
     other = perturbed(text, random.Random(1))
+    new = sum(word not in words for word in other.split())
+    assert 0.01 * len(words) < new < 0.05 * len(words)
     assert other.count("\n") == text.count("\n") and "TITRE 7\n" in other and len(other.split()) == len(words)
     assert shared(fingerprint(text), fingerprint(other)) < 8
 
 
-@pytest.mark.skipif(not REPORT.is_file(), reason="make bench-prep has not been run: there is no report to compare with")
-def test_readme_shows_the_report():
-    assert tables(json.loads(REPORT.read_text(encoding="utf-8"))) in (ROOT / "prep" / "README.md").read_text(
-        encoding="utf-8"
+def test_the_middle_run_is_told():
+    assert [middle([{"windows_a_second": n} for n in speeds])["windows_a_second"] for speeds in ([3, 1, 2], [9])] == [
+        2,
+        9,
+    ]
+
+
+def test_the_library_on_paper_follows_from_the_rates():
+    report = {"bytes_a_word": 6.0, "tokens_a_word": 2.0, "growth": {"cpu_seconds_a_mb": 0.36}}
+    told = on_paper(report)
+    assert "98 GB" in told and "9.8 processor hours" in told  # 16.4e9 x 6 bytes, at 0.36 s a MB
+    assert "0.6 h on one machine" in told and "2 minutes on 20 Slurm nodes" in told
+    assert "1.02 G tokens are one part in 32" in told
+    assert "19.7 processor hours" in on_paper(report | {"growth": {"cpu_seconds_a_mb": 0.72}})
+
+
+def test_readme_shows_the_report(tmp_path):
+    if not REPORT.is_file():
+        pytest.skip("make bench-prep has not been run: there is no report to compare with")
+    readme = ROOT / "prep" / "README.md"
+    page = readme.read_text(encoding="utf-8")
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    assert page == filled(page, "speed", f"{tables(report)}\n"), (
+        "python bench/prep_speed.py --again --readme prep/README.md"
     )
+    copy = tmp_path / "README.md"
+    copy.write_text(page, encoding="utf-8")
+    report["sizes"][0]["ours"]["windows_a_second"] += 1
+    fill(copy, report)
+    assert copy.read_text(encoding="utf-8") != page
+
+
+def test_every_kill_of_the_report_gave_the_same_bytes():
+    path = REPORT.with_name("prep_kill.txt")
+    if not path.is_file():
+        pytest.skip("bench/prep_kill.py has not been run: there is no report")
+    first, *kills, last = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("undisturbed: ") and len(kills) == 20
+    assert all(line.endswith("then: the same bytes") for line in kills) and last == "20 of 20 the same"
+    assert last in (ROOT / "prep" / "README.md").read_text(encoding="utf-8")
