@@ -63,8 +63,8 @@ def cost(evidence: dict[str, Any]) -> str:
         score["tokens"] for stage in evidence["stages"].values() if stage for score in stage["scores"].values()
     )
     return (
-        f"The demo's whole evaluation took {evidence['seconds']:.0f} s on {evidence['environment']['threads']} threads of "
-        f"{evidence['environment']['cpu']}: {spent['scoring']:.0f} s to score {tokens:,} tokens, {spent['sampling']:.0f} s to write."
+        f"The demo's evaluation took {spent['scoring']:.0f} s to score {tokens:,} tokens and {spent['sampling']:.0f} s to write, on "
+        f"{evidence['environment']['threads']} threads of {evidence['environment']['cpu']}."
     )
 
 
