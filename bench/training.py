@@ -234,6 +234,13 @@ def score(name: str, tasks: dict[str, Any]) -> dict[str, Any]:
     return {"scores": scores, "memorisation": memorised}
 
 
+def manifest(stage: str) -> dict[str, Any]:
+    """What a stage's rows were made from, without the folder where the corpus lay on this machine."""
+    found = json.loads(Path(f"data/{stage}.manifest.json").read_text())
+    found["source"]["path"] = Path(found["source"]["path"]).name
+    return found
+
+
 def validation_text(stage: str) -> dict[str, int]:
     """Tokens and UTF-8 bytes of a stage's held-out rows, by which its validation loss becomes bits per byte."""
     manifest = json.loads(Path(f"data/{stage}.manifest.json").read_text())["heldout"]
@@ -367,7 +374,7 @@ def main() -> None:
             "format": 1,
             "plan": {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
             "base_sha256": base_hash,
-            "manifests": {stage: json.loads(Path(f"data/{stage}.manifest.json").read_text()) for stage in data},
+            "manifests": {stage: manifest(stage) for stage in data},
             "validation": {stage: validation_text(stage) for stage in data},
             "dtype": DTYPE,
         }

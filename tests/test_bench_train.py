@@ -298,6 +298,14 @@ def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/2a.manifest.json").write_text(json.dumps({"seed": 42, "source": {"path": "/home/a/corpus/gallica"}}))
+    assert training.manifest("2a") == {"seed": 42, "source": {"path": "gallica"}}
+    assert '"/' not in REPORT.read_text()
+
+
 @pytest.mark.slow
 def test_two_variants_end_to_end(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
