@@ -47,6 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PLAN = Path(__file__).with_name("train.yml")
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train")
 DTYPE = "bfloat16"  # of scoring, as of training; in float32 this CPU takes 2.5 times as long
+MERGED = Path("outputs/merged")  # of a run whose recipe names it as its base
 KEYS = {"name", "recipe", "seeds", "parent", "overrides", "against", "curve", "says"}
 
 
@@ -194,12 +195,29 @@ def lay_out(this: Run, work: Path) -> Path:
     return folder
 
 
+def merge(adapter: Run | None) -> None:
+    """Make `outputs/merged`: the parent's adapter in its base's weights, as a user would. Raises BadInput."""
+    if MERGED.is_dir():
+        return
+    if not adapter or not adapter.config.get("adapter"):
+        raise BadInput(f"{MERGED} is asked for, and there is no adapter to merge: the variant needs a parent with one")
+    making = MERGED.with_name("merging")  # beside it, so that a torn one is never taken for it
+    recipe = f"recipes/{adapter.stage}.yml"
+    arguments = [f"--lora_model_dir={adapter.config['output_dir']}", f"--output_dir={making}"]
+    status = launch_and_wait([sys.executable, "-m", "axolotl.cli.merge_lora", recipe, *arguments])
+    if status:
+        raise BadInput(f"merging the adapter of {adapter.folder} failed with status {status}, see above")
+    (making / MERGED.name).rename(MERGED)
+
+
 def train(this: Run, launch: list[str]) -> dict[str, Any]:
     """Train in the working directory, or go on from a checkpoint; what the training says of itself. Raises BadInput."""
     stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
     try:
         steps = check_steps(stage)  # a bench that was killed while it scored has its training behind it
     except NotTrained:
+        if stage.base_model == MERGED:
+            merge(this.parent)
         prepare_output(stage, {"key": this.key})
         status = launch_and_wait(command(stage, launch, {}, []))
         if status:
