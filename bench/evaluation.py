@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything evaluated is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from eval.readme import filled
+from eval.readme import fill
 from prep.files import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,9 +272,7 @@ def main() -> None:
         json.dump(result, file, ensure_ascii=False, indent=1)
         file.write("\n")
     if args.readme:
-        page = filled(args.readme.read_text(encoding="utf-8"), MARK, f"{table(result)}\n")
-        with atomic_write(args.readme) as file:
-            file.write(page)
+        fill(args.readme, MARK, f"{table(result)}\n")
     print(table(result))
     worst = max(result["compared"]["differences"].values())
     if worst > AGREE:

@@ -348,15 +348,6 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def fill(readme: Path, report: dict[str, Any]) -> None:
-    """Put the tables between the marks of a page."""
-    from eval.readme import filled  # here: the processes that are measured need none of it
-
-    page = filled(readme.read_text(encoding="utf-8"), "speed", f"{tables(report)}\n")
-    with atomic_write(readme) as handle:
-        handle.write(page)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="a folder of French novels in parquet")
@@ -379,7 +370,9 @@ def main() -> None:
             json.dump(report, handle, indent=1)
             handle.write("\n")
     if args.readme:
-        fill(args.readme, report)
+        from eval.readme import fill  # here: the processes that are measured need none of it
+
+        fill(args.readme, "speed", f"{tables(report)}\n")
     print(tables(report))
 
 

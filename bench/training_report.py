@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from eval import machine, pictures
-from eval.readme import filled
+from eval.readme import fill
 from eval.tables import Table, changed, number
 from prep.files import BadInput, atomic_write
 
+MARK = "bench-train"  # of the tables in recipes/README.md
 TEXTS = ("gallica_heldout", "novel_heldout")
 
 
@@ -232,17 +233,12 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
     return picture
 
 
-def fill(readme: str, report: dict[str, Any]) -> str:
-    """A README with the report's tables between its marks. Raises BadInput when it has none."""
-    return filled(readme, "bench-train", tables(report))
-
-
 def write(path: Path, readme: Path | None = None) -> None:
     """train.md and train.svg beside train.json, and the tables in a README."""
     report = load(path)
     texts = {path.with_suffix(".md"): page(report), path.with_suffix(".svg"): pictures.svg(draw(report), path.stem)}
-    if readme:
-        texts[readme] = fill(readme.read_text(encoding="utf-8"), report)
     for target, text in texts.items():
         with atomic_write(target) as file:
             file.write(text)
+    if readme:
+        fill(readme, MARK, tables(report))

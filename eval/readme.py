@@ -78,6 +78,13 @@ def filled(page: str, mark: str, content: str) -> str:
     return page[: page.index(begin) + len(begin)] + content + page[page.index(end) :]
 
 
+def fill(path: Path, mark: str, content: str) -> None:
+    """Put `content` between the marks of the page at `path`. Raises BadInput without the marks."""
+    text = filled(path.read_text(encoding="utf-8"), mark, content)
+    with atomic_write(path) as file:
+        file.write(text)
+
+
 def pages() -> dict[Path, str]:
     """Each document as the committed report would have it."""
     evidence = report.load(REPORT)

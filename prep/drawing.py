@@ -284,8 +284,8 @@ class Pool:
                 files[rank].seek(offset)
                 row = Row(*json.loads(files[rank].readline()))
                 if windows < row.windows:
-                    passage = cutter.passages(row.text, windows)[0]
-                    if passage.windows != windows:
+                    passage = next(iter(cutter.passages(row.text, windows)), None)
+                    if not passage or (passage.start, passage.windows) != (0, windows):
                         raise BadInput(
                             f"{row.source}, {row.part}: cannot be cut to {windows} of its {row.windows} windows: a word is "
                             "longer than a window; ask for one window less or more"

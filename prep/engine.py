@@ -84,9 +84,8 @@ def _run_task(pickled: bytes, rank: int) -> None:
 
 def _begin_worker(logs: str) -> None:
     """Hold the workers' lock for life, and die with the command, however it dies."""
-    lock = open(_workers_lock(Path(logs).parent.parent), "w")  # noqa: SIM115 (for the life of the process)
+    lock = os.open(_workers_lock(Path(logs).parent.parent), os.O_RDWR | os.O_CREAT)  # never closed: held for life
     fcntl.flock(lock, fcntl.LOCK_SH)
-    globals()["_lock"] = lock
 
     def watch() -> None:
         if command := multiprocessing.parent_process():

@@ -26,8 +26,8 @@ def drop_matter(lines: list[str], counts: Counter[str]) -> list[str]:
     lines = _drop_notice(lines, counts)
     lines = _drop_source(lines, counts)
     for kind, sign in ("catalogue", _catalogue_sign), ("table_of_contents", _contents_sign):
-        for _ in range(2):  # the back, then the front, each seen from its outer end
-            lines = _drop_list(lines[::-1], width, kind, sign, counts, backwards=not _)
+        for backwards in True, False:  # the back, then the front, each seen from its outer end
+            lines = _drop_list(lines[::-1], width, kind, sign, counts, backwards)
     return _drop_title_pages(_drop_stamps(lines, width, counts), counts)
 
 

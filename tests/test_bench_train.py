@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_recipes import unknown_keys
 from tiny_curriculum import save_base
 
 from bench import training, training_report
+from eval.readme import filled
 from prep.files import BadInput
 from train.chain import load_recipe
 
@@ -236,11 +238,23 @@ def test_the_committed_page_and_picture_are_the_jsons(tmp_path: Path) -> None:
 
 
 def test_the_recipes_readme_has_the_reports_tables() -> None:
-    readme = (ROOT / "recipes/README.md").read_text()
-    assert readme == training_report.fill(readme, training_report.load(REPORT))
-    assert readme != training_report.fill(readme, training_report.load(REPORT) | {"base": None})
+    page, report = (ROOT / "recipes/README.md").read_text(), training_report.load(REPORT)
+    assert page == filled(page, training_report.MARK, training_report.tables(report))
+    assert page != filled(page, training_report.MARK, training_report.tables(report | {"base": None}))
+
+
+def test_tables_go_between_a_pages_marks(tmp_path: Path) -> None:
+    shutil.copy(REPORT, tmp_path / "train.json")
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- bench-train:begin -->\nold\n<!-- bench-train:end -->\nafter\n")
+    training_report.write(tmp_path / "train.json", page)
+    assert page.read_text() == (
+        f"before\n<!-- bench-train:begin -->\n{training_report.tables(training_report.load(REPORT))}"
+        "<!-- bench-train:end -->\nafter\n"
+    )
+    page.write_text("# nothing here")
     with pytest.raises(BadInput, match="no single pair of marks"):
-        training_report.fill("# nothing here", training_report.load(REPORT))
+        training_report.write(tmp_path / "train.json", page)
 
 
 def test_the_committed_report_carries_what_is_said_of_2a() -> None:

@@ -10,6 +10,7 @@ import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, save_llama_like, tales
 
+from prep.drawing import Cutting, Pool
 from prep.files import BadInput
 from prep.rows import MAX_WINDOWS, Cutter, Passage, Row, heldout_path, load_tokenizer, manifest_path, write_prepared
 
@@ -210,3 +211,26 @@ def test_a_manifest_is_renamed_last(folder, tmp_path):
     assert out.exists() and heldout_path(out).exists()
     with pytest.raises(BadInput, match=r"\.jsonl"):
         write(tmp_path / "2a.txt", folder, some_rows(1))
+
+
+def test_a_row_that_cannot_be_shortened_is_an_error(tmp_path):
+    """A word of more than a window: the windows it lies in are taken together or not at all."""
+    cutter = Cutter(load_tokenizer(save_llama_like(tmp_path / "tokenizer")), 64)
+    prose = tales()[0].partition("\n\n")[2]
+    text = f"{prose[:400]} {'qwzx' * 100}"
+    [whole] = cutter.passages(text)
+    assert whole.windows > 2
+    row = Row(text[: whole.end], "ark", "", "", "", "1", whole.windows, whole.tail)
+    (tmp_path / "00000.rows").write_text(json.dumps(row) + "\n")
+    pool = Pool([Cutting(0.5, "work", 9, [(0, 0, whole.windows)])])
+    drawn = {}
+    for windows in range(1, whole.windows + 1):
+        try:
+            [drawn[windows]] = pool.draw([windows], tmp_path, cutter, 42)
+        except BadInput as error:
+            assert f"cannot be cut to {windows} of its {whole.windows} windows" in str(error)
+            drawn[windows] = None
+    assert drawn[whole.windows] == row and drawn[whole.windows - 1] is None
+    shortened = drawn[1]
+    assert shortened.windows == 1 and text.startswith(shortened.text)
+    assert cutter.count(shortened.text) == 64 + shortened.tail
