@@ -52,13 +52,12 @@ SUSTAINED = 10e12  # FLOP a second that the computed figure stands for
 
 
 def flop_per_token(config: dict[str, Any], window: int) -> float:
-    """Of a forward pass: 2 a weight that multiplies (the input embedding does not), and 4 x hidden size x the tokens
-    before, window / 2 in the mean, in each layer's attention."""
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    attention = 2 * hidden * head * (config["num_attention_heads"] + config["num_key_value_heads"])
-    weights = layers * (attention + 3 * hidden * config["intermediate_size"]) + hidden * config["vocab_size"]
-    return 2 * weights + layers * 4 * hidden * window / 2
+    """Of a forward pass over windows of `window` tokens: a third of what training every weight takes."""
+    from transformers import AutoConfig
+
+    from bench.gpu_runs import flops_per_token
+
+    return flops_per_token(AutoConfig.for_model(**config), {"sequence_len": window}) / 3
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,6 +71,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     warnings.filterwarnings("ignore")
     rows = weights.present(weights.candidates(load_chain(args.recipes)), args.stages)
+    if all(row.quantization for row in rows):
+        raise BadInput("every stage asked for is rounded: name one that is not, too; its speed is what is computed with")
     tasks = scoring.load_tasks(args.tasks)
     stages: dict[str, Any] = {}
     padding: dict[str, float] = {}
@@ -133,8 +134,9 @@ def rounded(row: dict[str, Any], folder: Path) -> Path:
     import torch
 
     from eval import weights
+    from eval.evaluation import digest
 
-    target = folder / "rounded"
+    target = folder / f"rounded-{digest([row['model'], row['quantization']])}"
     if not target.is_dir():
         tokenizer = weights.load_tokenizer(Path(row["model"]))
         model = weights.load_model(Path(row["model"]), tokenizer, "cpu", torch.float32, row["quantization"])
@@ -184,7 +186,8 @@ def theirs(rows: list[dict[str, Any]], args: argparse.Namespace, folder: Path) -
 
 def computed(result: dict[str, Any]) -> dict[str, Any]:
     """From FLOP alone: a row of TinyLlama's full evaluation, at the rate measured here and at SUSTAINED."""
-    name, full = next((row["name"], result["stages"][row["name"]]) for row in result["rows"] if not row["quantization"])
+    name = next(row["name"] for row in result["rows"] if not row["quantization"])
+    full = result["stages"][name]
     rate = full["tokens_per_second"] * flop_per_token(result["config"], 2048)
     tokens = sum(SCORED.values())
     needed = tokens * flop_per_token(json.loads(TINYLLAMA.read_text(encoding="utf-8")), 2048)
