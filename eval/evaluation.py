@@ -317,6 +317,10 @@ def main() -> None:
     if measured:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
 
+    authors_own = (
+        reference(paths["novel_heldout"], trained_on, args.max_new_tokens) if "novel_heldout" in paths else None
+    )
+
     def write() -> dict[str, Any]:
         stages: dict[str, Any] = {row.name: None for row in rows}
         for row in chosen:
@@ -343,9 +347,7 @@ def main() -> None:
             "environment": where,
             "tasks": described,
             "prompts": prompts,
-            "reference": reference(paths["novel_heldout"], trained_on, args.max_new_tokens)
-            if "novel_heldout" in paths
-            else None,
+            "reference": authors_own,
             "stages": stages,
             "style": styles(stages, paths),
             "differences": differences(stages),

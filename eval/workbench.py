@@ -164,7 +164,7 @@ def elements(path: Path) -> int:
 
 def size(count: int) -> str:
     """Bytes for people."""
-    return f"{count / 2**30:.1f} GB"
+    return f"{count / 1e9:.1f} GB"
 
 
 class Stopped(Exception):
