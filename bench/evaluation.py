@@ -72,7 +72,9 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     rows = weights.present(weights.candidates(load_chain(args.recipes)), args.stages)
     if all(row.quantization for row in rows):
-        raise BadInput("every stage asked for is rounded: name one that is not, too; its speed is what is computed with")
+        raise BadInput(
+            "every stage asked for is rounded: name one that is not, too; its speed is what is computed with"
+        )
     tasks = scoring.load_tasks(args.tasks)
     stages: dict[str, Any] = {}
     padding: dict[str, float] = {}
