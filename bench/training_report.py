@@ -12,6 +12,7 @@ from typing import Any
 
 from eval import machine, pictures
 from eval.readme import fill
+from eval.report import markdown_table
 from eval.tables import Table, changed, number
 from prep.files import BadInput, atomic_write
 
@@ -116,12 +117,6 @@ def memory_table(variants: dict[str, dict[str, Any]]) -> Table:
     return ["variant", "bits on trained pages", "on held-out pages", "token probability, trained", "held out"], rows
 
 
-def markdown(table: Table) -> str:
-    """A Markdown table."""
-    head, rows = table
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)) + "\n"
-
-
 def budget(report: dict[str, Any]) -> str:
     """A sentence: on what machine, on how many tokens, scored on how many."""
     where = report["environment"]
@@ -155,10 +150,10 @@ def tables(report: dict[str, Any], level: str = "###") -> str:
         figures = ", ".join(f"{number(base[text]['bits_per_byte'])} on `{text}`" for text in TEXTS)
         parts.append(f"The base before any training: {figures}.\n")
     for stage, variants in stages(report).items():
-        parts.append(f"{level} {stage}\n\n" + markdown(results_table(variants)))
+        parts.append(f"{level} {stage}\n\n{markdown_table(results_table(variants))}\n")
         compared = comparison_table(variants)
         if compared[1]:
-            parts.append(markdown(compared))
+            parts.append(f"{markdown_table(compared)}\n")
     return "\n".join(parts)
 
 
@@ -171,9 +166,9 @@ def page(report: dict[str, Any]) -> str:
         "not measured. Made by `make bench-train` from bench/train.yml.\n",
         tables(report, "##"),
         "## What moved in 2a\n\nMedian over the matrices, after rounding the base to the trained weights' precision.\n",
-        markdown(weights_table(report["variants"])),
+        f"{markdown_table(weights_table(report['variants']))}\n",
         "## By heart?\n\n`token probability`: geometric mean over spans of 50 tokens with 200 tokens of true text before them.\n",
-        markdown(memory_table(report["variants"])),
+        f"{markdown_table(memory_table(report['variants']))}\n",
         "## What each variant is\n",
         "".join(
             f"- `{name}`: {variant['recipe']}, seeds {', '.join(map(str, variant['seeds']))}. {variant.get('says', '')}"
