@@ -127,7 +127,7 @@ bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on 
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	$(BIN)/python bench/training.py --readme recipes/README.md $(ARGS)
+	$(BIN)/python bench/training.py --tables-in recipes/README.md --summary-in README.md $(ARGS)
 
 .PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json

@@ -11,7 +11,7 @@ Writes <out>/train.json (the evidence), then train.md and train.svg from it and 
     CORPUS_DIR=~/corpus python bench/training.py --base demo/run/models/base
     python bench/training.py --at-most 1      one variant, then stop: for a machine that others use too
     python bench/training.py --list           what is finished, what is not
-    python bench/training.py --report --readme recipes/README.md    page, picture and tables again, from train.json alone
+    python bench/training.py --report      page and picture again, from train.json alone
 """
 
 import argparse
@@ -344,12 +344,6 @@ def assemble(plan: dict[str, Any], runs: list[Run], found: dict[str, Any], facts
     return {**facts, "base": base, "variants": variants}
 
 
-def write(report: dict[str, Any], out: Path, readme: Path | None) -> None:
-    """train.json, and what is made of it."""
-    store(report, out / "train.json")
-    training_report.write(out / "train.json", readme)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=PLAN, help="the variants (default: bench/train.yml)")
@@ -358,13 +352,16 @@ def main() -> None:
         "--work", type=Path, default=ROOT / "bench/run/train", help="where it works; 0.3 GB a run of 2a"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/reports", help="folder of the report")
-    parser.add_argument("--readme", type=Path, help="put the tables between the markers of this file, too")
+    parser.add_argument("--tables-in", type=Path, metavar="FILE", help="put the tables between the marks of this page")
+    parser.add_argument(
+        "--summary-in", type=Path, metavar="FILE", help="put the summary between the marks of this page"
+    )
     parser.add_argument("--at-most", type=int, metavar="N", help="train N variants and stop")
     parser.add_argument("--list", action="store_true", help="print what is finished and what is not, and stop")
     parser.add_argument("--report", action="store_true", help="only write page and pictures again, from train.json")
     args = parser.parse_args()
     if args.report:
-        training_report.write(args.out / "train.json", args.readme)
+        training_report.write(args.out / "train.json", args.tables_in, args.summary_in)
         return
     warnings.filterwarnings("ignore")
     plan = load_plan(args.plan)
@@ -400,7 +397,8 @@ def main() -> None:
     def report() -> None:
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment("cpu", DTYPE)}
         found = {weights.BASE: results[base_name], **results}
-        write(assemble(plan, runs, found, facts | now), args.out, args.readme)
+        store(assemble(plan, runs, found, facts | now), args.out / "train.json")
+        training_report.write(args.out / "train.json", args.tables_in, args.summary_in)
 
     if not results[base_name]:
         with contextlib.chdir(lay_out(runs[0], work)):

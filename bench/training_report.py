@@ -16,7 +16,8 @@ from eval.report import markdown_table
 from eval.tables import Table, changed, number
 from prep.files import BadInput, atomic_write
 
-MARK = "bench-train"  # of the tables in recipes/README.md
+TABLES, SUMMARY = "bench-train", "bench-train-summary"  # marks in recipes/README.md and in README.md
+REFERENCE = "bench/reference/"  # where its recipes lie
 TEXTS = ("gallica_heldout", "novel_heldout")
 
 
@@ -55,6 +56,11 @@ def difference(compared: dict[str, Any] | None) -> str:
     return changed(compared["mean"] if compared else None)
 
 
+def rate(variant: dict[str, Any]) -> str:
+    """Its learning rate, as people write it."""
+    return f"{float(variant['settings']['learning_rate']):.0e}".replace("e-0", "e-")
+
+
 def results_table(variants: dict[str, dict[str, Any]]) -> Table:
     """What each variant of a stage reached."""
     head = ["variant", "built on", "learning rate", "steps", "seeds", "Gallica", "gain there", "novel", "gain there"]
@@ -63,9 +69,7 @@ def results_table(variants: dict[str, dict[str, Any]]) -> Table:
         done = finished(variant)
         start = variant.get("parent") or "base"
         step = f"{done[0]['steps']['reached']} x {done[0]['tokens_a_step']:,}" if done else "–"
-        rows.append(
-            [f"`{name}`", f"`{start}`", f"{float(variant['settings']['learning_rate']):g}", step, str(len(done))]
-        )
+        rows.append([f"`{name}`", f"`{start}`", rate(variant), step, str(len(done))])
         for text in TEXTS:
             rows[-1] += [number(bits(variant, text)), difference(variant["gain"][start][text])]
     return head, rows
@@ -157,6 +161,36 @@ def tables(report: dict[str, Any], level: str = "###") -> str:
     return "\n".join(parts)
 
 
+def summary(report: dict[str, Any]) -> str:
+    """What goes into README.md: a row a stage, ours against the reference as it is and at its best learning rate.
+
+    Ours is the stage's first variant; the text is that which the stage is for.
+    """
+    rows = []
+    for stage, variants in stages(report).items():
+        if not variants:
+            continue
+        text = TEXTS[stage == "2c"]
+        ours = next(iter(variants))
+        plain, *retuned = [n for n, variant in variants.items() if variant["recipe"].startswith(REFERENCE)] or [None]
+        done = {name: score for name in retuned if (score := bits(variants[name], text)) is not None}
+        best = min(done, key=done.__getitem__, default=None)
+        start = report["variants"].get(variants[ours].get("parent"))
+        before = bits(start, text) if start else report["base"]["scores"][text]["bits_per_byte"]
+        rows.append([f"`{stage}`", f"`{text}`", number(before), number(bits(variants[ours], text))])
+        for name in plain, best:
+            if name is None:
+                rows[-1] += [number(None), difference(None)]
+                continue
+            variant = variants[name]
+            rows[-1] += [
+                f"{number(bits(variant, text))} at {rate(variant)}",
+                difference(variant["against"][ours][text]),
+            ]
+    head = ["stage", "text", "before", "ours", "reference", "less ours", "reference retuned", "less ours"]
+    return f"{markdown_table((head, rows))}\n"
+
+
 def page(report: dict[str, Any]) -> str:
     """The whole page."""
     parts = [
@@ -228,12 +262,14 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
     return picture
 
 
-def write(path: Path, readme: Path | None = None) -> None:
-    """train.md and train.svg beside train.json, and the tables in a README."""
+def write(path: Path, tables_in: Path | None = None, summary_in: Path | None = None) -> None:
+    """train.md and train.svg beside train.json, the tables and the summary between the marks of a page each."""
     report = load(path)
     texts = {path.with_suffix(".md"): page(report), path.with_suffix(".svg"): pictures.svg(draw(report), path.stem)}
     for target, text in texts.items():
         with atomic_write(target) as file:
             file.write(text)
-    if readme:
-        fill(readme, MARK, tables(report))
+    if tables_in:
+        fill(tables_in, TABLES, tables(report))
+    if summary_in:
+        fill(summary_in, SUMMARY, summary(report))

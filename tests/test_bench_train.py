@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,9 +168,11 @@ def test_a_comparison_is_paired_by_seed_and_by_mean() -> None:
 @pytest.fixture
 def report() -> dict[str, Any]:
     """Ours with both seeds, the adapter not yet run."""
-    plan = plan_of(OURS | {"curve": True}, ADAPTER, OURS | {"name": "theirs", "against": ["ours"], "seeds": [1]})
+    theirs = {"name": "theirs", "recipe": "bench/reference/2a.yml", "against": ["ours"], "seeds": [1]}
+    retuned = [theirs | {"name": f"theirs-{rate}", "overrides": {"learning_rate": rate}} for rate in (2e-4, 4e-4, 8e-4)]
+    plan = plan_of(OURS | {"curve": True}, ADAPTER, theirs, *retuned)
     runs = training.runs_of(plan, HASHES, "base")
-    shifts = {"ours": 0.1, "theirs": 0.2}
+    shifts = {"ours": 0.1, "theirs": 0.2, "theirs-0.0002": 0.19, "theirs-0.0004": 0.15}
     found = {run.folder: result(shifts[run.name]) for run in runs if run.name in shifts}
     facts = {
         "format": 1, "date": "today", "plan": plan, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
@@ -207,10 +208,32 @@ def test_without_a_log_the_curve_is_where_it_began_and_where_it_ended(report: di
     assert training_report.curve(report, ours) == [(0, start), (8192, pytest.approx(end))]
 
 
+def test_the_summary_takes_the_references_best_learning_rate(report: dict[str, Any]) -> None:
+    """Of those that are finished; a stage that is not is a row of dashes."""
+    row, adapters = (line.split("|")[1:-1] for line in training_report.summary(report).splitlines()[2:])
+    cells = [cell.strip() for cell in row]
+    value = {name: training_report.bits(report["variants"][name], "gallica_heldout") for name in report["variants"]}
+    assert cells[0] == "`2a`" and cells[3] == f"{value['ours']:.3f}"
+    assert cells[4] == f"{value['theirs']:.3f} at 1e-5" and cells[6] == f"{value['theirs-0.0004']:.3f} at 4e-4"
+    assert cells[5].startswith("+0.1") and cells[7].startswith("+0.0") and cells[7].endswith("*")
+    assert [cell.strip() for cell in adapters[3:]] == ["–"] * 5
+
+
+def test_a_page_without_marks_is_an_error(report: dict[str, Any], tmp_path: Path) -> None:
+    training.store(report, tmp_path / "train.json")
+    page = tmp_path / "README.md"
+    page.write_text("# nothing here")
+    with pytest.raises(BadInput, match="no single pair of marks"):
+        training_report.write(tmp_path / "train.json", page)
+    with pytest.raises(BadInput, match="bench-train-summary"):
+        training_report.write(tmp_path / "train.json", summary_in=page)
+
+
 def test_page_and_picture_follow_from_the_json_alone(report: dict[str, Any], tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench-train:begin -->\nold\n<!-- bench-train:end -->\nafter\n")
-    training.write(report, tmp_path, readme)
+    training.store(report, tmp_path / "train.json")
+    training_report.write(tmp_path / "train.json", readme)
     assert "`ours`" in readme.read_text() and "old" not in readme.read_text() and "after" in readme.read_text()
     written = {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in (".md", ".svg")}
     for suffix in written:
@@ -239,22 +262,16 @@ def test_the_committed_page_and_picture_are_the_jsons(tmp_path: Path) -> None:
 
 def test_the_recipes_readme_has_the_reports_tables() -> None:
     page, report = (ROOT / "recipes/README.md").read_text(), training_report.load(REPORT)
-    assert page == filled(page, training_report.MARK, training_report.tables(report))
-    assert page != filled(page, training_report.MARK, training_report.tables(report | {"base": None}))
+    assert page == filled(page, training_report.TABLES, training_report.tables(report))
+    assert page != filled(page, training_report.TABLES, training_report.tables(report | {"base": None}))
 
 
-def test_tables_go_between_a_pages_marks(tmp_path: Path) -> None:
-    shutil.copy(REPORT, tmp_path / "train.json")
-    page = tmp_path / "README.md"
-    page.write_text("before\n<!-- bench-train:begin -->\nold\n<!-- bench-train:end -->\nafter\n")
-    training_report.write(tmp_path / "train.json", page)
-    assert page.read_text() == (
-        f"before\n<!-- bench-train:begin -->\n{training_report.tables(training_report.load(REPORT))}"
-        "<!-- bench-train:end -->\nafter\n"
-    )
-    page.write_text("# nothing here")
-    with pytest.raises(BadInput, match="no single pair of marks"):
-        training_report.write(tmp_path / "train.json", page)
+def test_readme_has_the_reports_summary() -> None:
+    page, report = (ROOT / "README.md").read_text(), training_report.load(REPORT)
+    summary = training_report.summary(report)
+    assert page == filled(page, training_report.SUMMARY, summary)
+    for stage in report["plan"]["batch_divisor"]:
+        assert f"| `{stage}` " in summary
 
 
 def test_the_committed_report_carries_what_is_said_of_2a() -> None:

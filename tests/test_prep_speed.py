@@ -79,3 +79,14 @@ def test_every_kill_of_the_report_gave_the_same_bytes():
     assert first.startswith("undisturbed: ") and len(kills) == 20
     assert all(line.endswith("then: the same bytes") for line in kills) and last == "20 of 20 the same"
     assert last in (ROOT / "prep" / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_shows_what_the_cleaning_scored():
+    """Each command of the report with its last line, the sum over the books."""
+    report = REPORT.with_name("prep_score.txt").read_text(encoding="utf-8")
+    page = (ROOT / "prep" / "README.md").read_text(encoding="utf-8")
+    runs = report.split("$ ")[1:]
+    assert len(runs) == 3
+    for run in runs:
+        command, *_, total = run.strip().splitlines()
+        assert total.startswith("all  ") and f"```\n$ {command}\n{total}\n```" in page
