@@ -39,7 +39,7 @@ from eval import curves, intervals, memory, scoring, weights
 from eval.evaluation import digest, environment
 from eval.tasks.texts import read_rows
 from prep.files import BadInput, atomic_write, run, sha256
-from train.chain import load_chain, load_recipe
+from train.chain import Stage, load_chain, load_recipe
 from train.gate import NotTrained, check_steps, checkpoints, movement_of_weights
 from train.stage import command, launch_and_wait, load_profile, prepare_output
 
@@ -210,9 +210,8 @@ def merge(adapter: Run | None) -> None:
     (making / MERGED.name).rename(MERGED)
 
 
-def train(this: Run, launch: list[str]) -> dict[str, Any]:
+def train(this: Run, stage: Stage, launch: list[str]) -> dict[str, Any]:
     """Train in the working directory, or go on from a checkpoint; what the training says of itself. Raises BadInput."""
-    stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
     try:
         steps = check_steps(stage)  # a bench that was killed while it scored has its training behind it
     except NotTrained:
@@ -238,12 +237,11 @@ def train(this: Run, launch: list[str]) -> dict[str, Any]:
     }
 
 
-def score(name: str, tasks: dict[str, Any]) -> dict[str, Any]:
-    """Score the row `name` of the chain in the working directory."""
-    row = next(row for row in weights.candidates(load_chain(Path("recipes"))) if row.name == name)
+def score(row: weights.Candidate, tasks: dict[str, Any]) -> dict[str, Any]:
+    """Score one row of the working directory."""
     model: Any  # a PeftModel answers as the model under it does
     for _, model, tokenizer in weights.loaded([row], "cpu", getattr(torch, DTYPE)):
-        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, name), tasks, None)
+        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), tasks, None)
     memorised = memory.memorisation(scores)
     for result in scores.values():
         result["interval"] = intervals.interval(result["documents"])
@@ -269,7 +267,8 @@ def validation_text(stage: str) -> dict[str, int]:
 def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> dict[str, Any]:
     """Train and score one run, write its result, and leave its weights, on which another may build."""
     with contextlib.chdir(lay_out(this, work)):
-        result = {"key": this.key, **train(this, launch), **score(this.stage, tasks)}
+        stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
+        result = {"key": this.key, **train(this, stage, launch), **score(weights.candidate(stage), tasks)}
         store(result, work / "results" / f"{this.folder}.json")
         # Checkpoints hold the optimiser's state too; the final weights stand beside them.
         for checkpoint in checkpoints(Path(this.config["output_dir"])):
@@ -402,7 +401,7 @@ def main() -> None:
 
     if not results[base_name]:
         with contextlib.chdir(lay_out(runs[0], work)):
-            result = score(weights.BASE, tasks)
+            result = score(weights.Candidate(weights.BASE, Path("models/base"), None, None, None), tasks)
         store(result, work / "results" / f"{base_name}.json")
         results[base_name] = result
     report()

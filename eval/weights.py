@@ -52,17 +52,19 @@ def quantization_of(stage: Stage) -> dict[str, Any] | None:
     return {**bits, **stage.config.get("bnb_config_kwargs", {})} if stage.adapter and bits else None
 
 
+def candidate(stage: Stage) -> Candidate:
+    """The row of one stage, compared with the one it builds on."""
+    model = stage.base_model if stage.adapter else stage.output_dir
+    adapter = stage.output_dir if stage.adapter else None
+    return Candidate(stage.name, model, adapter, stage.parent or BASE, stage, quantization_of(stage))
+
+
 def candidates(chain: list[Stage]) -> list[Candidate]:
     """The base and every stage, in the chain's order. Raises BadInput when the recipes start from several bases."""
     bases = sorted({str(stage.base_model) for stage in chain if stage.parent is None})
     if len(bases) > 1:
         raise BadInput(f"the recipes start from several bases ({', '.join(bases)}); give each chain its own folder")
-    rows = [Candidate(BASE, Path(bases[0]), None, None, None)]
-    for stage in chain:
-        model = stage.base_model if stage.adapter else stage.output_dir
-        adapter = stage.output_dir if stage.adapter else None
-        rows.append(Candidate(stage.name, model, adapter, stage.parent or BASE, stage, quantization_of(stage)))
-    return rows
+    return [Candidate(BASE, Path(bases[0]), None, None, None), *map(candidate, chain)]
 
 
 def with_forms(rows: list[Candidate]) -> list[Candidate]:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors import safe_open
 from test_recipes import unknown_keys
 from tiny_curriculum import save_base
 
@@ -306,7 +308,7 @@ def test_recipes_point_to_rows_that_exist() -> None:
 TINY = """
 profile: cpu
 all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.cpu_plugin.Plugin]}
-batch_divisor: {2a: 16, 2b: 16}
+batch_divisor: {2a: 16, 2b: 16, 2c: 4}
 largest_batch: 2048
 data:
   - '"$PYTHON" "$ROOT/demo/corpus.py" --out sources'
@@ -316,6 +318,7 @@ data:
 variants:
   - {name: full, recipe: recipes/2a.yml, seeds: [1], curve: true}
   - {name: adapter, recipe: recipes/2b.yml, seeds: [1], parent: full, overrides: {learning_rate: 1e-2}, against: [full]}
+  - {name: merged, recipe: recipes/2c.yml, seeds: [1], parent: adapter, overrides: {base_model: outputs/merged, lora_model_dir: null}}
 """
 
 
@@ -338,7 +341,7 @@ def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_two_variants_end_to_end(tmp_path: Path) -> None:
+def test_three_variants_end_to_end(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     (tmp_path / "plan.yml").write_text(TINY)
 
@@ -346,12 +349,12 @@ def test_two_variants_end_to_end(tmp_path: Path) -> None:
         return json.loads((tmp_path / "reports/train.json").read_text())["variants"]
 
     first = bench(tmp_path, "--at-most", 1)
-    assert "1 of 2 runs finished" in first
+    assert "1 of 3 runs finished" in first
     assert variants()["full"]["runs"]["1"] and variants()["adapter"]["runs"]["1"] is None
     before = variants()["full"]["runs"]["1"]
 
     second = bench(tmp_path)
-    assert "2 of 2 runs finished" in second and "=== adapter" in second and "=== full" not in second
+    assert "3 of 3 runs finished" in second and "=== adapter" in second and "=== full" not in second
     assert variants()["full"]["runs"]["1"] == before
     after = variants()["adapter"]["runs"]["1"]
     assert before["steps"]["reached"] == 4 and before["tokens_a_step"] == 1024 and before["movement"]["changed"] > 0.5
@@ -362,11 +365,20 @@ def test_two_variants_end_to_end(tmp_path: Path) -> None:
         after["scores"]["gallica_heldout"]["bits_per_byte"] - before["scores"]["gallica_heldout"]["bits_per_byte"]
     )
 
+    # The last one trained a new adapter on the parent's, merged into the model that it stood on.
+    (merged,) = (tmp_path / "work").glob("merged-1-*/outputs/merged/model.safetensors")
+    (full,) = (tmp_path / "work").glob("full-1-*/outputs/2a/model.safetensors")
+    with safe_open(merged, "pt") as with_adapter, safe_open(full, "pt") as without:
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert not torch.equal(with_adapter.get_tensor(name).float(), without.get_tensor(name).float())
+    last = variants()["merged"]["runs"]["1"]["scores"]["novel_heldout"]["bits_per_byte"]
+    assert last != after["scores"]["novel_heldout"]["bits_per_byte"]
+
     # What a kill in mid-training leaves: no result yet; it is made again, from the last whole checkpoint if there is one.
     next((tmp_path / "work/results").glob("adapter-*.json")).unlink()
     third = bench(tmp_path)
     assert "=== adapter" in third and "=== full" not in third
     fourth = bench(tmp_path)
-    assert "===" not in fourth and "2 of 2 runs finished" in fourth
-    assert re.findall(r"^finished (full|adapter)", bench(tmp_path, "--list"), re.M) == ["full", "adapter"]
+    assert "===" not in fourth and "3 of 3 runs finished" in fourth
+    assert re.findall(r"^finished (\w+)", bench(tmp_path, "--list"), re.M) == ["full", "adapter", "merged"]
     assert "`adapter`" in (tmp_path / "reports/train.md").read_text()
