@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,12 +48,12 @@ PLAN = Path(__file__).with_name("train.yml")
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train")
 DTYPE = "bfloat16"  # of scoring, as of training; in float32 this CPU takes 2.5 times as long
 MERGED = Path("outputs/merged")  # of a run whose recipe names it as its base
-KEYS = {"name", "recipe", "seeds", "parent", "overrides", "against", "curve", "says"}
+KEYS = {"name", "recipe", "seeds", "parent", "start", "rounded", "overrides", "against", "curve", "says"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a variant under one seed."""
+    """One training, or one rounding of what was trained: a variant under one seed."""
 
     name: str  # of the variant
     seed: int
@@ -61,6 +61,9 @@ class Run:
     config: dict[str, Any] = field(hash=False)  # the recipe with everything that is overridden
     parent: "Run | None"
     key: str  # hash of what decides its result
+    rounded: dict[str, Any] | None = field(
+        hash=False, default=None
+    )  # nothing is trained: the parent is scored so rounded
 
     @property
     def folder(self) -> str:
@@ -102,9 +105,12 @@ def load_plan(path: Path) -> dict[str, Any]:
             raise BadInput(f"{where}: its parent {variant['parent']} does not stand before it")
         if parent and set(variant["seeds"]) - set(parent["seeds"]):
             raise BadInput(f"{where}: its parent was not trained with all of the seeds {variant['seeds']}")
-        unknown = set(variant.get("against", [])) - set(known) - {weights.BASE}
+        others = [*variant.get("against", []), *filter(None, [variant.get("start")])]
+        unknown = set(others) - set(known) - {weights.BASE}
         if unknown:
             raise BadInput(f"{where}: against {', '.join(sorted(unknown))}, which does not stand before it")
+        if variant.get("rounded") and (not parent or Path(parent["recipe"]).stem != Path(variant["recipe"]).stem):
+            raise BadInput(f"{where}: what is rounded is its parent, of the same recipe")
         known[name] = variant
     return plan
 
@@ -155,8 +161,9 @@ def runs_of(plan: dict[str, Any], data: dict[str, str], base: str) -> list[Run]:
             config = settings(variant, seed, plan)
             # Axolotl's cache of tokenised rows does not notice new rows under an old name; this name does.
             config["dataset_prepared_path"] += f"-{data[stage][:12]}"
-            key = digest([config, data, base, parent.key if parent else None])
-            this = made[variant["name"], seed] = Run(variant["name"], seed, stage, config, parent, key)
+            rounded = variant.get("rounded")
+            key = digest([config, data, base, parent.key if parent else None, *filter(None, [rounded])])
+            this = made[variant["name"], seed] = Run(variant["name"], seed, stage, config, parent, key, rounded)
             turn[this] = max(place, turn[parent] if parent else 0)
     return sorted(made.values(), key=lambda this: turn[this])
 
@@ -268,7 +275,13 @@ def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> d
     """Train and score one run, write its result, and leave its weights, on which another may build."""
     with contextlib.chdir(lay_out(this, work)):
         stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
-        result = {"key": this.key, **train(this, stage, launch), **score(weights.candidate(stage), tasks)}
+        row = weights.candidate(stage)
+        if this.rounded:
+            trained = dict.fromkeys(("steps", "tokens_a_step", "movement", "log"))
+            row = replace(row, quantization=this.rounded)
+        else:
+            trained = train(this, stage, launch)
+        result = {"key": this.key, **trained, **score(row, tasks)}
         store(result, work / "results" / f"{this.folder}.json")
         # Checkpoints hold the optimiser's state too; the final weights stand beside them.
         for checkpoint in checkpoints(Path(this.config["output_dir"])):
@@ -335,7 +348,8 @@ def assemble(plan: dict[str, Any], runs: list[Run], found: dict[str, Any], facts
 
     for variant in variants.values():
         after = finished(variant["name"], [])
-        for key, others in (("gain", [variant.get("parent") or weights.BASE]), ("against", variant.get("against", []))):
+        start = variant.get("start") or variant.get("parent") or weights.BASE
+        for key, others in (("gain", [start]), ("against", variant.get("against", []))):
             variant[key] = {
                 other: {task: comparison(finished(other, list(after)), after, task) for task in TASKS}
                 for other in others

@@ -51,24 +51,42 @@ def bits(variant: dict[str, Any], text: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def started(report: dict[str, Any], variant: dict[str, Any], text: str) -> float | None:
+    """Bits per byte of what a variant started from."""
+    (start,) = variant["gain"]
+    if start in report["variants"]:
+        return bits(report["variants"][start], text)
+    return report["base"]["scores"][text]["bits_per_byte"] if report["base"] else None
+
+
 def difference(compared: dict[str, Any] | None) -> str:
     """The mean over seeds of a comparison."""
     return changed(compared["mean"] if compared else None)
 
 
 def rate(variant: dict[str, Any]) -> str:
-    """Its learning rate, as people write it."""
-    return f"{float(variant['settings']['learning_rate']):.0e}".replace("e-0", "e-")
+    """Its learning rate, as people write it; a dash where nothing is trained."""
+    return "–" if variant.get("rounded") else f"{float(variant['settings']['learning_rate']):.0e}".replace("e-0", "e-")
 
 
 def results_table(variants: dict[str, dict[str, Any]]) -> Table:
     """What each variant of a stage reached."""
-    head = ["variant", "built on", "learning rate", "steps", "seeds", "Gallica", "gain there", "novel", "gain there"]
+    head = [
+        "variant",
+        "started from",
+        "learning rate",
+        "steps",
+        "seeds",
+        "Gallica",
+        "gain there",
+        "novel",
+        "gain there",
+    ]
     rows = []
     for name, variant in variants.items():
         done = finished(variant)
-        start = variant.get("parent") or "base"
-        step = f"{done[0]['steps']['reached']} x {done[0]['tokens_a_step']:,}" if done else "–"
+        (start,) = variant["gain"]
+        step = f"{done[0]['steps']['reached']} x {done[0]['tokens_a_step']:,}" if done and done[0]["steps"] else "–"
         rows.append([f"`{name}`", f"`{start}`", rate(variant), step, str(len(done))])
         for text in TEXTS:
             rows[-1] += [number(bits(variant, text)), difference(variant["gain"][start][text])]
@@ -175,8 +193,7 @@ def summary(report: dict[str, Any]) -> str:
         plain, *retuned = [n for n, variant in variants.items() if variant["recipe"].startswith(REFERENCE)] or [None]
         done = {name: score for name in retuned if (score := bits(variants[name], text)) is not None}
         best = min(done, key=done.__getitem__, default=None)
-        start = report["variants"].get(variants[ours].get("parent"))
-        before = bits(start, text) if start else report["base"]["scores"][text]["bits_per_byte"]
+        before = started(report, variants[ours], text)
         rows.append([f"`{stage}`", f"`{text}`", number(before), number(bits(variants[ours], text))])
         for name in plain, best:
             if name is None:
@@ -237,9 +254,7 @@ def curve(report: dict[str, Any], variant: dict[str, Any]) -> list[tuple[float, 
     if by_step:
         return [(number * step, statistics.fmean(losses) * scale) for number, losses in sorted(by_step.items())]
     text = TEXTS[stage == "2c"]
-    parent = report["variants"].get(variant.get("parent"))
-    start = bits(parent, text) if parent else report["base"]["scores"][text]["bits_per_byte"]
-    end = bits(variant, text)
+    start, end = started(report, variant, text), bits(variant, text)
     return [(0, start), (done[0]["steps"]["reached"] * step, end)] if start is not None and end is not None else []
 
 

@@ -58,6 +58,9 @@ def test_a_good_plan_is_read(tmp_path: Path) -> None:
         ([ADAPTER, OURS], "parent ours does not stand before it"),
         ([OURS, ADAPTER | {"seeds": [1, 3]}], "not trained with all of the seeds"),
         ([OURS | {"against": ["theirs"]}], "against theirs"),
+        ([OURS, ADAPTER | {"start": "theirs"}], "against theirs"),
+        ([OURS | {"rounded": {"load_in_8bit": True}}], "what is rounded is its parent"),
+        ([OURS, ADAPTER | {"rounded": {"load_in_8bit": True}}], "what is rounded is its parent"),
     ],
 )
 def test_a_bad_variant_is_refused(variants: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
@@ -111,6 +114,10 @@ def test_what_decides_a_result_decides_its_key() -> None:
     hotter = keys(OURS | {"overrides": {"learning_rate": 1e-3}}, ADAPTER)
     assert hotter[0] != ours and hotter[1] != adapter  # the child of a changed parent is another
     assert keys(OURS, ADAPTER | {"overrides": {"lora_r": 8}})[0] == ours
+    rounded = OURS | {"name": "rounded", "parent": "ours", "seeds": [1]}
+    assert (
+        len({*(keys(OURS, rounded | {"rounded": {bits: True}})[1] for bits in ("load_in_4bit", "load_in_8bit"))}) == 2
+    )
     assert ours not in keys(OURS, ADAPTER, base="other") and ours not in keys(OURS, ADAPTER, data=HASHES | {"2c": "d"})
 
 
@@ -172,10 +179,13 @@ def report() -> dict[str, Any]:
     """Ours with both seeds, the adapter not yet run."""
     theirs = {"name": "theirs", "recipe": "bench/reference/2a.yml", "against": ["ours"], "seeds": [1]}
     retuned = [theirs | {"name": f"theirs-{rate}", "overrides": {"learning_rate": rate}} for rate in (2e-4, 4e-4, 8e-4)]
-    plan = plan_of(OURS | {"curve": True}, ADAPTER, theirs, *retuned)
+    rounded = {"name": "rounded", "recipe": "recipes/2a.yml", "parent": "ours", "seeds": [1], "rounded": {"bits": 8}}
+    plan = plan_of(OURS | {"curve": True}, rounded, ADAPTER | {"start": "rounded"}, theirs, *retuned)
     runs = training.runs_of(plan, HASHES, "base")
     shifts = {"ours": 0.1, "theirs": 0.2, "theirs-0.0002": 0.19, "theirs-0.0004": 0.15}
     found = {run.folder: result(shifts[run.name]) for run in runs if run.name in shifts}
+    untrained = dict.fromkeys(("steps", "tokens_a_step", "movement", "log"))
+    found |= {run.folder: result(0.12) | untrained for run in runs if run.rounded}
     facts = {
         "format": 1, "date": "today", "plan": plan, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
         "environment": {"cpu": "a machine", "threads": 2, "git": None},
@@ -192,6 +202,8 @@ def test_the_table_says_what_was_measured_and_what_not(report: dict[str, Any]) -
     assert rows["adapter"].count("–") == 5  # steps, two figures, two gains
     assert rows["theirs"].count("*") == 2 and "+0.1" in rows["theirs"]
     assert "12 works" in text
+    assert rows["rounded"].count("–") == 2 and rows["rounded"].count("+0.") == 6  # no rate, no steps, and worse
+    assert "| `rounded` |" in rows["adapter"].replace("  ", "")  # what its gain is counted from
 
 
 def test_the_curve_is_in_bits_per_byte(report: dict[str, Any]) -> None:
@@ -218,7 +230,7 @@ def test_the_summary_takes_the_references_best_learning_rate(report: dict[str, A
     assert cells[0] == "`2a`" and cells[3] == f"{value['ours']:.3f}"
     assert cells[4] == f"{value['theirs']:.3f} at 1e-5" and cells[6] == f"{value['theirs-0.0004']:.3f} at 4e-4"
     assert cells[5].startswith("+0.1") and cells[7].startswith("+0.0") and cells[7].endswith("*")
-    assert [cell.strip() for cell in adapters[3:]] == ["–"] * 5
+    assert [cell.strip() for cell in adapters[2:]] == [f"{value['rounded']:.3f}", *["–"] * 5]
 
 
 def test_a_page_without_marks_is_an_error(report: dict[str, Any], tmp_path: Path) -> None:
@@ -317,7 +329,8 @@ data:
   - '"$PYTHON" "$ROOT/prep/castle.py" --book "$ROOT/demo/corpus/novella.txt" --tokenizer models/base --holdout 0.2 --out data/2c.jsonl'
 variants:
   - {name: full, recipe: recipes/2a.yml, seeds: [1], curve: true}
-  - {name: adapter, recipe: recipes/2b.yml, seeds: [1], parent: full, overrides: {learning_rate: 1e-2}, against: [full]}
+  - {name: full-4bit, recipe: recipes/2a.yml, seeds: [1], parent: full, rounded: {load_in_4bit: true}}
+  - {name: adapter, recipe: recipes/2b.yml, seeds: [1], parent: full, start: full-4bit, overrides: {learning_rate: 1e-2}, against: [full]}
   - {name: merged, recipe: recipes/2c.yml, seeds: [1], parent: adapter, overrides: {base_model: outputs/merged, lora_model_dir: null}}
 """
 
@@ -341,7 +354,7 @@ def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_three_variants_end_to_end(tmp_path: Path) -> None:
+def test_four_variants_end_to_end(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     (tmp_path / "plan.yml").write_text(TINY)
 
@@ -349,21 +362,22 @@ def test_three_variants_end_to_end(tmp_path: Path) -> None:
         return json.loads((tmp_path / "reports/train.json").read_text())["variants"]
 
     first = bench(tmp_path, "--at-most", 1)
-    assert "1 of 3 runs finished" in first
+    assert "1 of 4 runs finished" in first
     assert variants()["full"]["runs"]["1"] and variants()["adapter"]["runs"]["1"] is None
     before = variants()["full"]["runs"]["1"]
 
     second = bench(tmp_path)
-    assert "3 of 3 runs finished" in second and "=== adapter" in second and "=== full" not in second
+    assert "4 of 4 runs finished" in second and "=== adapter" in second and "=== full" not in second
     assert variants()["full"]["runs"]["1"] == before
     after = variants()["adapter"]["runs"]["1"]
     assert before["steps"]["reached"] == 4 and before["tokens_a_step"] == 1024 and before["movement"]["changed"] > 0.5
     assert after["steps"]["reached"] == 4 and after["tokens_a_step"] == 2048 and after["movement"] is None
     assert [point["eval_loss"] is not None for point in before["log"] if point["step"] in (0, 4)] == [True, True]
-    gain = variants()["adapter"]["gain"]["full"]["gallica_heldout"]["mean"]
-    assert gain["bits_per_byte"] == pytest.approx(
-        after["scores"]["gallica_heldout"]["bits_per_byte"] - before["scores"]["gallica_heldout"]["bits_per_byte"]
-    )
+    rounded = variants()["full-4bit"]["runs"]["1"]
+    gain = variants()["adapter"]["gain"]["full-4bit"]["gallica_heldout"]["mean"]
+    bits = [each["scores"]["gallica_heldout"]["bits_per_byte"] for each in (before, rounded, after)]
+    assert gain["bits_per_byte"] == pytest.approx(bits[2] - bits[1]) and bits[0] != bits[1]
+    assert rounded["steps"] is None and rounded["log"] is None
 
     # The last one trained a new adapter on the parent's, merged into the model that it stood on.
     (merged,) = (tmp_path / "work").glob("merged-1-*/outputs/merged/model.safetensors")
@@ -379,6 +393,11 @@ def test_three_variants_end_to_end(tmp_path: Path) -> None:
     third = bench(tmp_path)
     assert "=== adapter" in third and "=== full" not in third
     fourth = bench(tmp_path)
-    assert "===" not in fourth and "3 of 3 runs finished" in fourth
-    assert re.findall(r"^finished (\w+)", bench(tmp_path, "--list"), re.M) == ["full", "adapter", "merged"]
+    assert "===" not in fourth and "4 of 4 runs finished" in fourth
+    assert re.findall(r"^finished ([\w-]+)-1-", bench(tmp_path, "--list"), re.M) == [
+        "full",
+        "full-4bit",
+        "adapter",
+        "merged",
+    ]
     assert "`adapter`" in (tmp_path / "reports/train.md").read_text()
