@@ -259,19 +259,24 @@ def curve(report: dict[str, Any], variant: dict[str, Any]) -> list[tuple[float, 
 
 
 def draw(report: dict[str, Any]) -> pictures.Figure:
-    """Held-out bits per byte over tokens seen, a panel a stage, a line for each variant that logged a curve."""
-    found = stages(report)
-    picture = pictures.figure(4.2 * len(found), 3.8)
-    for axis, (stage, variants) in zip(picture.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        lines = {name: curve(report, variant) for name, variant in variants.items()}
-        for index, (name, line) in enumerate((name, line) for name, line in lines.items() if line):
-            colour = pictures.COLOURS[index % len(pictures.COLOURS)]
-            mark = pictures.MARKS[index % len(pictures.MARKS)]
-            axis.plot(*zip(*line, strict=True), label=name, color=colour, marker=mark, markersize=4, linewidth=1.4)
-        axis.set_title(f"{stage}: {'the novel' if stage == '2c' else 'Gallica'}, held out")
-        axis.set_xlabel("tokens seen")
+    """Held-out bits per byte over tokens seen: a panel a stage with a line for each variant that logged a curve, and one
+    for each variant whose curve stands apart, because it saw more tokens than the others."""
+    panels: list[tuple[str, str, list[str]]] = []
+    for stage, variants in stages(report).items():
+        drawn = [name for name, variant in variants.items() if curve(report, variant)]
+        apart = [name for name in drawn if variants[name]["curve"] == "apart"]
+        panels += [(stage, stage, [name for name in drawn if name not in apart])]
+        panels += [(stage, name, [name]) for name in apart]
+    picture = pictures.figure(3.6 * len(panels), 3.8)
+    for axis, (stage, title, names) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, colour, mark in zip(names, pictures.COLOURS, pictures.MARKS, strict=False):
+            tokens, bits_per_byte = zip(*curve(report, report["variants"][name]), strict=True)
+            thousands = [count / 1000 for count in tokens]
+            axis.plot(thousands, bits_per_byte, label=name, color=colour, marker=mark, markersize=4, linewidth=1.4)
+        axis.set_title(f"{title}: {'the novel' if stage == '2c' else 'Gallica'}, held out", fontsize=10)
+        axis.set_xlabel("tokens seen, thousands")
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if names:
             axis.legend(frameon=False, fontsize=8)
     picture.axes[0].set_ylabel("bits per byte (lower is better)")
     return picture
