@@ -159,6 +159,18 @@ def budget(report: dict[str, Any]) -> str:
     )
 
 
+def seed_spread(report: dict[str, Any]) -> float | None:
+    """The most that any difference of the tables moved from one seed to another, in bits per byte."""
+    found = [
+        [seed["bits_per_byte"] for seed in compared[text]["seeds"].values()]
+        for variant in report["variants"].values()
+        for compared in (variant["gain"] | variant["against"]).values()
+        for text in TEXTS
+        if compared[text] and len(compared[text]["seeds"]) > 1
+    ]
+    return max((max(values) - min(values) for values in found), default=None)
+
+
 def length(report: dict[str, Any], stage: str) -> int:
     """Tokens a window."""
     return report["manifests"][stage]["sequence_len"]
@@ -171,6 +183,9 @@ def tables(report: dict[str, Any], level: str = "###") -> str:
     if base:
         figures = ", ".join(f"{number(base[text]['bits_per_byte'])} on `{text}`" for text in TEXTS)
         parts.append(f"The base before any training: {figures}.\n")
+    spread = seed_spread(report)
+    if spread is not None:
+        parts.append(f"From one seed to the other a difference of these tables moved by {spread:.3f} at most.\n")
     for stage, variants in stages(report).items():
         parts.append(f"{level} {stage}\n\n{markdown_table(results_table(variants))}\n")
         compared = comparison_table(variants)
@@ -216,7 +231,7 @@ def page(report: dict[str, Any]) -> str:
         "interval over held-out works (blocks of the novel), paired on the same text; * where it leaves out zero. A dash is\n"
         "not measured. Made by `make bench-train` from bench/train.yml.\n",
         tables(report, "##"),
-        "## What moved in 2a\n\nMedian over the matrices, after rounding the base to the trained weights' precision.\n",
+        "## What moved where every weight trains\n\nMedian over the matrices, after rounding the base to the trained weights' precision.\n",
         f"{markdown_table(weights_table(report['variants']))}\n",
         "## By heart?\n\n`token probability`: geometric mean over spans of 50 tokens with 200 tokens of true text before them.\n",
         f"{markdown_table(memory_table(report['variants']))}\n",
