@@ -205,12 +205,12 @@ def summary(report: dict[str, Any]) -> str:
             continue
         text = TEXTS[stage == "2c"]
         ours = next(iter(variants))
-        plain, *retuned = [n for n, variant in variants.items() if variant["recipe"].startswith(REFERENCE)] or [None]
-        done = {name: score for name in retuned if (score := bits(variants[name], text)) is not None}
+        theirs = [name for name, variant in variants.items() if variant["recipe"].startswith(REFERENCE)]
+        done = {name: score for name in theirs[1:] if (score := bits(variants[name], text)) is not None}
         best = min(done, key=done.__getitem__, default=None)
         before = started(report, variants[ours], text)
         rows.append([f"`{stage}`", f"`{text}`", number(before), number(bits(variants[ours], text))])
-        for name in plain, best:
+        for name in next(iter(theirs), None), best:
             if name is None:
                 rows[-1] += [number(None), difference(None)]
                 continue

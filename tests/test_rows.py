@@ -223,7 +223,7 @@ def test_a_row_that_cannot_be_shortened_is_an_error(tmp_path):
     row = Row(text[: whole.end], "ark", "", "", "", "1", whole.windows, whole.tail)
     (tmp_path / "00000.rows").write_text(json.dumps(row) + "\n")
     pool = Pool([Cutting(0.5, "work", 9, [(0, 0, whole.windows)])])
-    drawn = {}
+    drawn: dict[int, Row | None] = {}
     for windows in range(1, whole.windows + 1):
         try:
             [drawn[windows]] = pool.draw([windows], tmp_path, cutter, 42)
@@ -232,5 +232,5 @@ def test_a_row_that_cannot_be_shortened_is_an_error(tmp_path):
             drawn[windows] = None
     assert drawn[whole.windows] == row and drawn[whole.windows - 1] is None
     shortened = drawn[1]
-    assert shortened.windows == 1 and text.startswith(shortened.text)
+    assert shortened and shortened.windows == 1 and text.startswith(shortened.text)
     assert cutter.count(shortened.text) == 64 + shortened.tail
