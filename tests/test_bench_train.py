@@ -417,7 +417,7 @@ def test_four_variants_end_to_end(tmp_path: Path) -> None:
     before = variants()["full"]["runs"]["1"]
 
     second = bench(tmp_path)
-    assert "4 of 4 runs finished" in second and "=== adapter" in second and "=== full" not in second
+    assert "4 of 4 runs finished" in second and "=== adapter" in second and "=== full-1-" not in second
     assert variants()["full"]["runs"]["1"] == before
     after = variants()["adapter"]["runs"]["1"]
     assert before["steps"]["reached"] == 4 and before["tokens_a_step"] == 1024 and before["movement"]["changed"] > 0.5
@@ -441,7 +441,7 @@ def test_four_variants_end_to_end(tmp_path: Path) -> None:
     # What a kill in mid-training leaves: no result yet; it is made again, from the last whole checkpoint if there is one.
     next((tmp_path / "work/results").glob("adapter-*.json")).unlink()
     third = bench(tmp_path)
-    assert "=== adapter" in third and "=== full" not in third
+    assert "=== adapter" in third and "=== full-1-" not in third
     fourth = bench(tmp_path)
     assert "===" not in fourth and "4 of 4 runs finished" in fourth
     assert re.findall(r"^finished ([\w-]+)-1-", bench(tmp_path, "--list"), re.M) == [
