@@ -61,9 +61,8 @@ class Run:
     config: dict[str, Any] = field(hash=False)  # the recipe with everything that is overridden
     parent: "Run | None"
     key: str  # hash of what decides its result
-    rounded: dict[str, Any] | None = field(
-        hash=False, default=None
-    )  # nothing is trained: the parent is scored so rounded
+    # Nothing is trained, the parent is scored as these arguments of BitsAndBytesConfig round it.
+    rounded: dict[str, Any] | None = field(hash=False, default=None)
 
     @property
     def folder(self) -> str:
