@@ -129,6 +129,10 @@ bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on 
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
 	$(BIN)/python bench/training.py --tables-in recipes/README.md --summary-in README.md $(ARGS)
 
+.PHONY: bench-train-long
+bench-train-long: $(READY) ## The same on three times the tokens, a few variants: bench/train-long.yml -> bench/reports/train-long.md
+	$(BIN)/python bench/training.py --plan bench/train-long.yml $(ARGS)
+
 .PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
 	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer" --readme prep/README.md

@@ -6,12 +6,14 @@ text, and runs through Axolotl's own command line. Each result is written when i
 settings, data, base and parents: killed and started again, the bench goes on; a changed variant is run again, with all
 that builds on it, and nothing else.
 
-Writes <out>/train.json (the evidence), then train.md and train.svg from it and nothing else.
+Writes <out>/train.json (the evidence), then train.md and train.svg from it and nothing else; another plan's are named
+after it.
 
     CORPUS_DIR=~/corpus python bench/training.py --base demo/run/models/base
     python bench/training.py --at-most 1      one variant, then stop: for a machine that others use too
     python bench/training.py --list           what is finished, what is not
-    python bench/training.py --report      page and picture again, from train.json alone
+    python bench/training.py --report         page and picture again, from train.json alone
+    python bench/training.py --plan bench/train-long.yml    fewer variants, three times the tokens
 """
 
 import argparse
@@ -107,7 +109,7 @@ def load_plan(path: Path) -> dict[str, Any]:
         others = [*variant.get("against", []), *filter(None, [variant.get("start")])]
         unknown = set(others) - set(known) - {weights.BASE}
         if unknown:
-            raise BadInput(f"{where}: against {', '.join(sorted(unknown))}, which does not stand before it")
+            raise BadInput(f"{where}: start or against {', '.join(sorted(unknown))}, which does not stand before it")
         if variant.get("rounded") and (not parent or Path(parent["recipe"]).stem != Path(variant["recipe"]).stem):
             raise BadInput(f"{where}: what is rounded is its parent, of the same recipe")
         known[name] = variant
@@ -265,9 +267,9 @@ def manifest(stage: str) -> dict[str, Any]:
 
 def validation_text(stage: str) -> dict[str, int]:
     """Tokens and UTF-8 bytes of a stage's held-out rows, by which its validation loss becomes bits per byte."""
-    manifest = json.loads(Path(f"data/{stage}.manifest.json").read_text())["heldout"]
+    heldout = manifest(stage)["heldout"]
     size = sum(len(row["text"].encode()) for row in read_rows(Path(f"data/{stage}.heldout.jsonl")))
-    return {"tokens": manifest["tokens"] + manifest["tail_tokens"], "bytes": size}
+    return {"tokens": heldout["tokens"] + heldout["tail_tokens"], "bytes": size}
 
 
 def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> dict[str, Any]:
@@ -361,7 +363,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=PLAN, help="the variants (default: bench/train.yml)")
     parser.add_argument("--base", type=Path, default=ROOT / "demo/run/models/base", help="folder of the base model")
     parser.add_argument(
-        "--work", type=Path, default=ROOT / "bench/run/train", help="where it works; 0.3 GB a run of 2a"
+        "--work", type=Path, help="where it works; 0.3 GB a run of 2a (default: bench/run/ and the name of the plan)"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/reports", help="folder of the report")
     parser.add_argument("--tables-in", type=Path, metavar="FILE", help="put the tables between the marks of this page")
@@ -372,12 +374,13 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print what is finished and what is not, and stop")
     parser.add_argument("--report", action="store_true", help="only write page and pictures again, from train.json")
     args = parser.parse_args()
+    target = args.out / f"{args.plan.stem}.json"
     if args.report:
-        training_report.write(args.out / "train.json", args.tables_in, args.summary_in)
+        training_report.write(target, args.tables_in, args.summary_in)
         return
     warnings.filterwarnings("ignore")
     plan = load_plan(args.plan)
-    work, base = args.work.resolve(), args.base.resolve()
+    work, base = (args.work or ROOT / "bench/run" / args.plan.stem).resolve(), args.base.resolve()
     if not (base / "model.safetensors").is_file():
         raise BadInput(f"{base} holds no base model; `make demo` collects one in its first step, or say --base folder")
     (work / "models").mkdir(parents=True, exist_ok=True)
@@ -399,7 +402,8 @@ def main() -> None:
         tasks = scoring.load_tasks(TASKS)
         facts = {
             "format": 1,
-            "plan": {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
+            "plan": {"name": args.plan.stem}
+            | {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
             "base_sha256": base_hash,
             "manifests": {stage: manifest(stage) for stage in data},
             "validation": {stage: validation_text(stage) for stage in data},
@@ -409,8 +413,8 @@ def main() -> None:
     def report() -> None:
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment("cpu", DTYPE)}
         found = {weights.BASE: results[base_name], **results}
-        store(assemble(plan, runs, found, facts | now), args.out / "train.json")
-        training_report.write(args.out / "train.json", args.tables_in, args.summary_in)
+        store(assemble(plan, runs, found, facts | now), target)
+        training_report.write(target, args.tables_in, args.summary_in)
 
     if not results[base_name]:
         with contextlib.chdir(lay_out(runs[0], work)):
@@ -423,7 +427,7 @@ def main() -> None:
         results[this.folder] = finish(this, tasks, work, load_profile(plan["profile"], this.stage)[0])
         report()
     left = sum(not results[this.folder] for this in runs)
-    print(f"{len(runs) - left} of {len(runs)} runs finished, {left} left; report: {args.out / 'train.md'}")
+    print(f"{len(runs) - left} of {len(runs)} runs finished, {left} left; report: {target.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page and the pictures of the training bench, from bench/reports/train.json and nothing else.
+"""The page and the picture of a training bench, from bench/reports/train.json, or another plan's, and nothing else.
 
 A table a stage: each variant's bits per byte after it, what it gained over what it started from, and its difference to
 the variants it is measured against. Figures are means over seeds, intervals 95 % over held-out works (eval/intervals.py).
@@ -225,11 +225,12 @@ def summary(report: dict[str, Any]) -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The whole page."""
+    name = report["plan"]["name"]
     parts = [
         "# Which settings learn\n",
         "Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %\n"
         "interval over held-out works (blocks of the novel), paired on the same text; * where it leaves out zero. A dash is\n"
-        "not measured. Made by `make bench-train` from bench/train.yml.\n",
+        f"not measured. Made by `make bench-{name}` from bench/{name}.yml.\n",
         tables(report, "##"),
         "## What moved where every weight trains\n\nMedian over the matrices, after rounding the base to the trained weights' precision.\n",
         f"{markdown_table(weights_table(report['variants']))}\n",
@@ -243,7 +244,7 @@ def page(report: dict[str, Any]) -> str:
             for name, variant in report["variants"].items()
         ),
         f"\nOf every variant: `{json.dumps(report['plan']['all'])}`, profile `{report['plan']['profile']}`.\n",
-        f"\n![bits per byte over tokens seen](train.svg)\n\n{report['date']}, "
+        f"\n![bits per byte over tokens seen]({name}.svg)\n\n{report['date']}, "
         f"{machine.commit(report['environment']['git'])}.\n",
     ]
     return "\n".join(parts)

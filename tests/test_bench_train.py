@@ -22,6 +22,7 @@ from train.chain import load_recipe
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "bench/reports/train.json"
+PLANS = sorted((ROOT / "bench").glob("train*.yml"))
 HASHES = {"2a": "a" * 64, "2b": "b" * 64, "2c": "c" * 64}
 
 
@@ -121,8 +122,9 @@ def test_what_decides_a_result_decides_its_key() -> None:
     assert ours not in keys(OURS, ADAPTER, base="other") and ours not in keys(OURS, ADAPTER, data=HASHES | {"2c": "d"})
 
 
-def test_the_shipped_plan_is_good_and_axolotl_knows_its_keys() -> None:
-    plan = training.load_plan(training.PLAN)
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_shipped_plan_is_good_and_axolotl_knows_its_keys(path: Path) -> None:
+    plan = training.load_plan(path)
     for variant in plan["variants"]:
         settings = training.settings(variant | {"curve": True}, variant["seeds"][0], plan)
         assert settings["plugins"] == ["bench.cpu_plugin.Plugin"]
@@ -187,7 +189,7 @@ def report() -> dict[str, Any]:
     untrained = dict.fromkeys(("steps", "tokens_a_step", "movement", "log"))
     found |= {run.folder: result(0.12) | untrained for run in runs if run.rounded}
     facts = {
-        "format": 1, "date": "today", "plan": plan, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
+        "format": 1, "date": "today", "plan": plan | {"name": "train"}, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
         "environment": {"cpu": "a machine", "threads": 2, "git": None},
         "manifests": {stage: {"train": {"windows": 4}, "sequence_len": 512} for stage in HASHES},
     }  # fmt: skip
@@ -387,7 +389,7 @@ variants:
 
 def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "bench/training.py", "--plan", folder / "plan.yml", "--base", folder / "base",
+        [sys.executable, ROOT / "bench/training.py", "--plan", folder / "tiny.yml", "--base", folder / "base",
          "--work", folder / "work", "--out", folder / "reports", *map(str, arguments)],
         env=os.environ | {"CORPUS_DIR": str(folder), "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, timeout=900,
     )  # fmt: skip
@@ -406,10 +408,10 @@ def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 def test_four_variants_end_to_end(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    (tmp_path / "plan.yml").write_text(TINY)
+    (tmp_path / "tiny.yml").write_text(TINY)
 
     def variants() -> dict[str, Any]:
-        return json.loads((tmp_path / "reports/train.json").read_text())["variants"]
+        return json.loads((tmp_path / "reports/tiny.json").read_text())["variants"]
 
     first = bench(tmp_path, "--at-most", 1)
     assert "1 of 4 runs finished" in first
@@ -450,4 +452,4 @@ def test_four_variants_end_to_end(tmp_path: Path) -> None:
         "adapter",
         "merged",
     ]
-    assert "`adapter`" in (tmp_path / "reports/train.md").read_text()
+    assert "`adapter`" in (tmp_path / "reports/tiny.md").read_text()
