@@ -283,7 +283,7 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
         apart = [name for name in drawn if variants[name]["curve"] == "apart"]
         panels += [(stage, stage, [name for name in drawn if name not in apart])]
         panels += [(stage, name, [name]) for name in apart]
-    picture = pictures.figure(3.6 * len(panels), 3.8)
+    picture = pictures.figure(3.6 * len(panels), 4.4)
     for axis, (stage, title, names) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, colour, mark in zip(names, pictures.COLOURS, pictures.MARKS, strict=False):
             tokens, bits_per_byte = zip(*curve(report, report["variants"][name]), strict=True)
@@ -293,7 +293,7 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
         axis.set_xlabel("tokens seen, thousands")
         axis.grid(alpha=0.3)
         if names:
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     picture.axes[0].set_ylabel("bits per byte (lower is better)")
     return picture
 
