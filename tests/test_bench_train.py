@@ -21,7 +21,7 @@ from prep.files import BadInput
 from train.chain import load_recipe
 
 ROOT = Path(__file__).parent.parent
-REPORT = ROOT / "bench/reports/train.json"
+REPORT, LONG = (ROOT / f"bench/reports/{name}.json" for name in ("train", "train-long"))
 PLANS = sorted((ROOT / "bench").glob("train*.yml"))
 HASHES = {"2a": "a" * 64, "2b": "b" * 64, "2c": "c" * 64}
 
@@ -279,11 +279,27 @@ def test_a_damaged_or_foreign_report_is_refused(tmp_path: Path) -> None:
 # --- what is committed --------------------------------------------------------------------------------------------
 
 
-def test_the_committed_page_and_picture_are_the_jsons(tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text(REPORT.read_text())
-    training_report.write(tmp_path / "train.json")
+@pytest.mark.parametrize("committed", [REPORT, LONG], ids=lambda path: path.stem)
+def test_the_committed_page_and_picture_are_the_jsons(committed: Path, tmp_path: Path) -> None:
+    report = tmp_path / committed.name
+    report.write_text(committed.read_text())
+    training_report.write(report)
     for suffix in (".md", ".svg"):
-        assert (tmp_path / f"train{suffix}").read_text() == REPORT.with_suffix(suffix).read_text(), suffix
+        assert report.with_suffix(suffix).read_text() == committed.with_suffix(suffix).read_text(), suffix
+
+
+@pytest.mark.parametrize("committed", [REPORT, LONG], ids=lambda path: path.stem)
+def test_every_run_of_the_committed_plan_is_in_its_report(committed: Path) -> None:
+    """Under the settings that the plan and the recipes make today, and finished."""
+    plan = training.load_plan(ROOT / f"bench/{committed.stem}.yml")
+    report = training_report.load(committed)
+    assert [variant["name"] for variant in plan["variants"]] == list(report["variants"])
+    for variant in plan["variants"]:
+        found = report["variants"][variant["name"]]
+        assert list(found["runs"]) == [str(seed) for seed in variant["seeds"]] and all(found["runs"].values())
+        today = training.settings(variant, variant["seeds"][0], plan)
+        del today["dataset_prepared_path"], found["settings"]["dataset_prepared_path"]
+        assert found["settings"] == json.loads(json.dumps(today)), f"{variant['name']}: make bench-{committed.stem}"
 
 
 def test_the_recipes_readme_has_the_reports_tables() -> None:
@@ -367,6 +383,26 @@ def test_the_committed_report_carries_what_is_said_of_smaller_decisions() -> Non
         assert variants["2b-loraplus"]["gain"]["2a-ours-8bit"][text]["mean"]["interval"][0] > 0
 
 
+def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
+    short, long = (training_report.load(path)["variants"] for path in (REPORT, LONG))
+    gallica, novel = training_report.TEXTS
+
+    def less(variants: dict[str, Any], name: str, other: str, text: str) -> dict[str, Any]:
+        return variants[name]["against"][other][text]["mean"]
+
+    for text in training_report.TEXTS:
+        assert less(long, "2a-reference-3e-4", "2a-ours", text)["interval"][0] > 0
+        assert less(long, "2b-reference-1e-3", "2b-ours-8bit", text)["interval"][0] > 0
+        assert less(long, "2c-reference-1e-3", "2c-ours-2e-4", text)["interval"][0] > 0
+        gains = [less(each, "2b-ours-6e-4", "2b-ours-8bit", text)["bits_per_byte"] for each in (long, short)]
+        assert gains[0] < gains[1] < 0
+    low, high = less(long, "2c-reference-1e-3", "2c-ours-8bit", novel)["interval"]
+    assert low < 0 < high and less(long, "2c-reference-1e-3", "2c-ours-8bit", gallica)["interval"][0] > 0
+    for variants in short, long:
+        paid, won = (less(variants, "2c-ours-2e-4", "2c-ours-8bit", text)["interval"] for text in (gallica, novel))
+        assert won[1] < 0 < paid[0]
+
+
 def test_held_out_loss_turns_after_eight_passes() -> None:
     """Four passes an epoch; the first point is before any."""
     report = training_report.load(REPORT)
@@ -422,7 +458,7 @@ def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch:
     Path("data").mkdir()
     Path("data/2a.manifest.json").write_text(json.dumps({"seed": 42, "source": {"path": "/home/a/corpus/gallica"}}))
     assert training.manifest("2a") == {"seed": 42, "source": {"path": "gallica"}}
-    assert '"/' not in REPORT.read_text()
+    assert '"/' not in REPORT.read_text() and '"/' not in LONG.read_text()
 
 
 @pytest.mark.slow
