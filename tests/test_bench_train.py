@@ -396,6 +396,9 @@ def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
         assert less(long, "2c-reference-1e-3", "2c-ours-2e-4", text)["interval"][0] > 0
         gains = [less(each, "2b-ours-6e-4", "2b-ours-8bit", text)["bits_per_byte"] for each in (long, short)]
         assert gains[0] < gains[1] < 0
+    for variants in short, long:
+        low, high = less(variants, "2a-ours-3e-4", "2a-ours", gallica)["interval"]
+        assert low < 0 < high
     low, high = less(long, "2c-reference-1e-3", "2c-ours-8bit", novel)["interval"]
     assert low < 0 < high and less(long, "2c-reference-1e-3", "2c-ours-8bit", gallica)["interval"][0] > 0
     for variants in short, long:
