@@ -130,7 +130,7 @@ bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench
 	$(BIN)/python bench/training.py --tables-in recipes/README.md --summary-in README.md $(ARGS)
 
 .PHONY: bench-train-long
-bench-train-long: $(READY) ## The same on three times the tokens, a few variants: bench/train-long.yml -> bench/reports/train-long.md
+bench-train-long: $(READY) ## The same on three times the tokens, a few variants: bench/train-long.yml -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)
 	$(BIN)/python bench/training.py --plan bench/train-long.yml $(ARGS)
 
 .PHONY: bench-prep

@@ -402,8 +402,7 @@ def main() -> None:
         tasks = scoring.load_tasks(TASKS)
         facts = {
             "format": 1,
-            "plan": {"name": args.plan.stem}
-            | {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
+            "plan": {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
             "base_sha256": base_hash,
             "manifests": {stage: manifest(stage) for stage in data},
             "validation": {stage: validation_text(stage) for stage in data},

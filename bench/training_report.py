@@ -223,9 +223,8 @@ def summary(report: dict[str, Any]) -> str:
     return f"{markdown_table((head, rows))}\n"
 
 
-def page(report: dict[str, Any]) -> str:
-    """The whole page."""
-    name = report["plan"]["name"]
+def page(report: dict[str, Any], name: str) -> str:
+    """The whole page; `name` is the plan's, and the report's."""
     parts = [
         "# Which settings learn\n",
         "Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %\n"
@@ -301,7 +300,10 @@ def draw(report: dict[str, Any]) -> pictures.Figure:
 def write(path: Path, tables_in: Path | None = None, summary_in: Path | None = None) -> None:
     """train.md and train.svg beside train.json, the tables and the summary between the marks of a page each."""
     report = load(path)
-    texts = {path.with_suffix(".md"): page(report), path.with_suffix(".svg"): pictures.svg(draw(report), path.stem)}
+    texts = {
+        path.with_suffix(".md"): page(report, path.stem),
+        path.with_suffix(".svg"): pictures.svg(draw(report), path.stem),
+    }
     for target, text in texts.items():
         with atomic_write(target) as file:
             file.write(text)

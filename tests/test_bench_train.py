@@ -189,7 +189,7 @@ def report() -> dict[str, Any]:
     untrained = dict.fromkeys(("steps", "tokens_a_step", "movement", "log"))
     found |= {run.folder: result(0.12) | untrained for run in runs if run.rounded}
     facts = {
-        "format": 1, "date": "today", "plan": plan | {"name": "train"}, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
+        "format": 1, "date": "today", "plan": plan, "validation": {stage: {"tokens": 10, "bytes": 30} for stage in HASHES},
         "environment": {"cpu": "a machine", "threads": 2, "git": None},
         "manifests": {stage: {"train": {"windows": 4}, "sequence_len": 512} for stage in HASHES},
     }  # fmt: skip
