@@ -197,7 +197,8 @@ def tables(report: dict[str, Any], level: str = "###") -> str:
 def summary(report: dict[str, Any]) -> str:
     """What goes into README.md: a row a stage, ours against the reference as it is and at its best learning rate.
 
-    Ours is the stage's first variant; the text is that which the stage is for.
+    Ours is the stage's first variant, the reference's are those that are measured against it; the text is that which
+    the stage is for.
     """
     rows = []
     for stage, variants in stages(report).items():
@@ -205,7 +206,11 @@ def summary(report: dict[str, Any]) -> str:
             continue
         text = TEXTS[stage == "2c"]
         ours = next(iter(variants))
-        theirs = [name for name, variant in variants.items() if variant["recipe"].startswith(REFERENCE)]
+        theirs = [
+            name
+            for name, variant in variants.items()
+            if variant["recipe"].startswith(REFERENCE) and ours in variant["against"]
+        ]
         done = {name: score for name in theirs[1:] if (score := bits(variants[name], text)) is not None}
         best = min(done, key=done.__getitem__, default=None)
         before = started(report, variants[ours], text)

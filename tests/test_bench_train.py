@@ -245,6 +245,14 @@ def test_the_summary_takes_the_references_best_learning_rate(report: dict[str, A
     assert [cell.strip() for cell in adapters[2:]] == [f"{value['rounded']:.3f}", *["–"] * 5]
 
 
+def test_the_summary_leaves_out_what_is_not_measured_against_ours(report: dict[str, Any]) -> None:
+    """As the reference on another base is not, though it were the best."""
+    before = training_report.summary(report)
+    best = report["variants"]["theirs-0.0004"]
+    report["variants"]["elsewhere"] = best | {"against": {}, "runs": {"1": result(0)}}
+    assert training_report.summary(report) == before
+
+
 def test_a_page_without_marks_is_an_error(report: dict[str, Any], tmp_path: Path) -> None:
     training.store(report, tmp_path / "train.json")
     page = tmp_path / "README.md"
@@ -331,7 +339,11 @@ def test_the_committed_report_carries_what_is_said_of_ours() -> None:
     report = training_report.load(REPORT)
     for stage, variants in training_report.stages(report).items():
         ours = next(iter(variants))
-        theirs = [name for name, variant in variants.items() if variant["recipe"].startswith(training_report.REFERENCE)]
+        theirs = [
+            name
+            for name, variant in variants.items()
+            if variant["recipe"].startswith(training_report.REFERENCE) and ours in variant["against"]
+        ]
         assert theirs[0] == f"{stage}-reference" and len(theirs) == 3
         for text in training_report.TEXTS:
             for name in theirs:
