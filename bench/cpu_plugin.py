@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
+from train.seed import SeedAdapter
 
 
-class Plugin(BasePlugin):
-    """Listed under `plugins` in bench/train.yml."""
+class Plugin(SeedAdapter):
+    """Listed under `plugins` in bench/train.yml, where it stands for the recipes' own, Liger's being for CUDA."""
 
     def get_training_args(self, cfg: Any) -> dict[str, bool]:
         """What Axolotl hands on to the trainer besides its own."""

@@ -395,7 +395,8 @@ def test_the_committed_report_carries_what_is_said_of_four_bits() -> None:
 
 def test_the_references_last_stage_continues_its_best_adapter() -> None:
     variants = training_report.load(REPORT)["variants"]
-    theirs = [name for name in variants if name.startswith("2b-reference")]
+    theirs = [name for name in variants if "2b-ours-8bit" in variants[name]["against"] and "reference" in name]
+    assert len(theirs) == 3
     for text in training_report.TEXTS:
         scores = {name: training_report.bits(variants[name], text) or 0 for name in theirs}
         best = min(scores, key=scores.__getitem__)

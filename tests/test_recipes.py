@@ -26,8 +26,9 @@ def axolotl_fields(config: dict) -> dict:
     manager = PluginManager.get_instance()
     for plugin in config.get("plugins", []):
         manager.register(plugin)
-        module, name = manager.plugins[plugin].get_input_args().rsplit(".", 1)
-        fields |= getattr(__import__(module, fromlist=[name]), name).model_fields
+        if arguments := manager.plugins[plugin].get_input_args():
+            module, name = arguments.rsplit(".", 1)
+            fields |= getattr(__import__(module, fromlist=[name]), name).model_fields
     return fields
 
 
@@ -234,7 +235,8 @@ def test_a_learning_rate_override_has_its_reason() -> None:
 def test_a_profile_extends_another() -> None:
     launch, overrides = load_profile("smoke", "2b")
     assert "--cpu" in launch and overrides["bf16"] is False and overrides["max_steps"] == 4
-    assert "--plugins=[]" in as_arguments(overrides)
+    assert "--plugins=['train.seed.SeedAdapter']" in as_arguments(overrides)
+    assert "--plugins=[]" in as_arguments(load_profile("smoke", "2c")[1])
 
 
 def test_an_unknown_profile_is_said() -> None:

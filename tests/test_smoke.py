@@ -144,6 +144,27 @@ def test_2c_changed_every_tensor_of_2b(trained: dict[str, str], workdir: Path) -
         assert not torch.equal(before[name], after[name]), name
 
 
+def test_an_adapter_begins_where_its_seed_says(trained: dict[str, str], workdir: Path) -> None:
+    """A is moved by 4 steps of 2e-4 at most, and drawn from +- 0.2: trained again it is the same, without the plugin not."""
+
+    def drawn(folder: str) -> dict[str, torch.Tensor]:
+        tensors = load_file(workdir / folder / "adapter_model.safetensors")
+        return {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
+
+    launch, overrides = load_profile("smoke", "2b")
+    for folder, more in (("2b-again", {}), ("2b-unseeded", {"plugins": []})):
+        arguments = as_arguments(overrides | more | {"output_dir": folder})
+        python(
+            "-m", "accelerate.commands.launch", *launch, "-m", "axolotl.cli.train", ROOT / "recipes/2b.yml", *arguments,
+            cwd=workdir,
+        )  # fmt: skip
+    chained, again, unseeded = (drawn(folder) for folder in ("outputs/2b", "2b-again", "2b-unseeded"))
+    assert len(chained) == 14
+    for name, tensor in chained.items():
+        assert torch.allclose(tensor, again[name], rtol=0, atol=2e-3), name
+        assert not torch.allclose(tensor, unseeded[name], rtol=0, atol=2e-2), name
+
+
 def test_4_bit_was_real(trained: dict[str, str], workdir: Path) -> None:
     log = (workdir / "outputs/2b/debug.log").read_text()
     assert '"load_in_4bit": true' in log and '"adapter": "qlora"' in log
