@@ -152,7 +152,8 @@ def test_an_adapter_begins_where_its_seed_says(trained: dict[str, str], workdir:
         return {name: tensor for name, tensor in tensors.items() if "lora_A" in name}
 
     launch, overrides = load_profile("smoke", "2b")
-    for folder, more in (("2b-again", {}), ("2b-unseeded", {"plugins": []})):
+    changes: dict[str, dict[str, list[str]]] = {"2b-again": {}, "2b-unseeded": {"plugins": []}}
+    for folder, more in changes.items():
         arguments = as_arguments(overrides | more | {"output_dir": folder})
         python(
             "-m", "accelerate.commands.launch", *launch, "-m", "axolotl.cli.train", ROOT / "recipes/2b.yml", *arguments,
