@@ -349,6 +349,8 @@ def test_the_committed_report_carries_what_is_said_of_ours() -> None:
             for name in theirs:
                 assert variants[name]["against"][ours][text]["mean"]["interval"][0] > 0, (name, text)
                 assert len(variants[name]["against"][ours][text]["seeds"]) == 2
+        gallica, novel = training_report.TEXTS
+        for text in (novel,) if stage == "2c" else (gallica, novel):  # on the novel 2c does not learn Gallica
             assert variants[ours]["gain"][started(variants[ours])][text]["mean"]["interval"][1] < 0
 
 
@@ -368,10 +370,13 @@ def test_the_committed_report_carries_what_is_said_of_the_stages() -> None:
         for name in ("2a-ours", "2a-reference")
     }
     assert max(moved["2a-reference"]) < 0.02 and min(moved["2a-ours"]) > 0.5
-    for name in ("2c-ours-2e-4", "2c-full"):
-        less = variants[name]["against"]["2c-ours-8bit"]
-        assert less[novel]["mean"]["interval"][1] < 0 < less[gallica]["mean"]["interval"][0]
-    assert gain(variants["2c-full"], novel) < gain(variants["2c-ours-2e-4"], novel)
+    full, half, twice = (
+        variants[f"2c-{name}"]["against"]["2c-ours-8bit"] for name in ("full", "ours-1e-4", "ours-4e-4")
+    )
+    assert full[novel]["mean"]["interval"][1] < 0 < full[gallica]["mean"]["interval"][0]
+    assert half[gallica]["mean"]["interval"][1] < 0 < half[novel]["mean"]["interval"][0]
+    assert twice[gallica]["mean"]["interval"][0] > 0
+    assert gain(variants["2c-full"], novel) < gain(variants["2c-ours-4e-4"], novel)
     assert variants["2c-merged"]["against"]["2c-ours-8bit"][novel]["mean"]["interval"][0] > 0
     assert variants["2c-passes"]["gain"]["2b-ours-8bit"][novel]["mean"]["interval"][0] > 0
 
@@ -390,7 +395,6 @@ def test_the_committed_report_carries_what_is_said_of_four_bits() -> None:
             assert less(f"{stage}-ours", f"{stage}-reference", text)[0] > 0
             on_eight = less(f"{stage}-reference-1e-3", f"{stage}-ours-8bit", text)
             assert less(f"{stage}-reference-1e-3-4bit", f"{stage}-ours", text)[0] > on_eight[1] > 0
-        assert gain(variants["2c-reference-1e-3-4bit"], text) < gain(variants["2c-ours"], text)
 
 
 def test_the_references_last_stage_continues_its_best_adapter() -> None:
@@ -423,24 +427,24 @@ def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
     for text in training_report.TEXTS:
         assert less(long, "2a-reference-3e-4", "2a-ours", text)["interval"][0] > 0
         assert less(long, "2b-reference-1e-3", "2b-ours-8bit", text)["interval"][0] > 0
-        assert less(long, "2c-reference-1e-3", "2c-ours-2e-4", text)["interval"][0] > 0
+        assert less(long, "2c-reference-1e-3", "2c-ours-8bit", text)["interval"][0] > 0
         gains = [less(each, "2b-ours-6e-4", "2b-ours-8bit", text)["bits_per_byte"] for each in (long, short)]
         assert gains[0] < gains[1] < 0
     for variants in short, long:
         low, high = less(variants, "2a-ours-3e-4", "2a-ours", gallica)["interval"]
         assert low < 0 < high
-    low, high = less(long, "2c-reference-1e-3", "2c-ours-8bit", novel)["interval"]
-    assert low < 0 < high and less(long, "2c-reference-1e-3", "2c-ours-8bit", gallica)["interval"][0] > 0
+    low, high = less(long, "2c-reference-1e-3", "2c-ours-1e-4", novel)["interval"]
+    assert low < 0 < high
     for variants in short, long:
-        paid, won = (less(variants, "2c-ours-2e-4", "2c-ours-8bit", text)["interval"] for text in (gallica, novel))
-        assert won[1] < 0 < paid[0]
+        kept, lost = (less(variants, "2c-ours-1e-4", "2c-ours-8bit", text)["interval"] for text in (gallica, novel))
+        assert kept[1] < 0 < lost[0]
 
 
-def test_held_out_loss_turns_after_eight_passes() -> None:
+def test_held_out_loss_turns_after_four_passes() -> None:
     """Four passes an epoch; the first point is before any."""
     report = training_report.load(REPORT)
     line = training_report.curve(report, report["variants"]["2c-passes"])
-    assert min(range(len(line)), key=lambda index: line[index][1]) == 2 and len(line) == 7
+    assert min(range(len(line)), key=lambda index: line[index][1]) == 1 and len(line) == 5
 
 
 def test_recipes_point_to_rows_that_exist() -> None:
