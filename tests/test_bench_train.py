@@ -337,6 +337,7 @@ def gain(variant: dict[str, Any], text: str) -> float:
 def test_the_committed_report_carries_what_is_said_of_ours() -> None:
     """Ahead of the reference at each of its learning rates, at every stage, on both texts, with two seeds."""
     report = training_report.load(REPORT)
+    gallica, novel = training_report.TEXTS
     for stage, variants in training_report.stages(report).items():
         ours = next(iter(variants))
         theirs = [
@@ -349,8 +350,7 @@ def test_the_committed_report_carries_what_is_said_of_ours() -> None:
             for name in theirs:
                 assert variants[name]["against"][ours][text]["mean"]["interval"][0] > 0, (name, text)
                 assert len(variants[name]["against"][ours][text]["seeds"]) == 2
-        gallica, novel = training_report.TEXTS
-        for text in (novel,) if stage == "2c" else (gallica, novel):  # on the novel 2c does not learn Gallica
+        for text in (novel,) if stage == "2c" else (gallica, novel):  # 2c reads nothing but the novel
             assert variants[ours]["gain"][started(variants[ours])][text]["mean"]["interval"][1] < 0
 
 
@@ -375,7 +375,8 @@ def test_the_committed_report_carries_what_is_said_of_the_stages() -> None:
     )
     assert full[novel]["mean"]["interval"][1] < 0 < full[gallica]["mean"]["interval"][0]
     assert half[gallica]["mean"]["interval"][1] < 0 < half[novel]["mean"]["interval"][0]
-    assert twice[gallica]["mean"]["interval"][0] > 0
+    low, high = twice[novel]["mean"]["interval"]
+    assert low < 0 < high and twice[gallica]["mean"]["interval"][0] > 0
     assert gain(variants["2c-full"], novel) < gain(variants["2c-ours-4e-4"], novel)
     assert variants["2c-merged"]["against"]["2c-ours-8bit"][novel]["mean"]["interval"][0] > 0
     assert variants["2c-passes"]["gain"]["2b-ours-8bit"][novel]["mean"]["interval"][0] > 0
@@ -434,7 +435,7 @@ def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
         low, high = less(variants, "2a-ours-3e-4", "2a-ours", gallica)["interval"]
         assert low < 0 < high
     low, high = less(long, "2c-reference-1e-3", "2c-ours-1e-4", novel)["interval"]
-    assert low < 0 < high
+    assert low < 0 < high and less(long, "2c-reference-1e-3", "2c-ours-1e-4", gallica)["interval"][0] > 0
     for variants in short, long:
         kept, lost = (less(variants, "2c-ours-1e-4", "2c-ours-8bit", text)["interval"] for text in (gallica, novel))
         assert kept[1] < 0 < lost[0]
