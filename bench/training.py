@@ -19,12 +19,15 @@ after it.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -245,17 +248,32 @@ def train(this: Run, stage: Stage, launch: list[str]) -> dict[str, Any]:
     }
 
 
-def score(row: weights.Candidate, tasks: dict[str, Any]) -> dict[str, Any]:
+def scored(row: weights.Candidate) -> dict[str, Any]:
     """Score one row of the working directory."""
+    warnings.filterwarnings("ignore")
     model: Any  # a PeftModel answers as the model under it does
     for _, model, tokenizer in weights.loaded([row], "cpu", getattr(torch, DTYPE)):
-        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), tasks, None)
+        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), scoring.load_tasks(TASKS), None)
     memorised = memory.memorisation(scores)
     for result in scores.values():
         result["interval"] = intervals.interval(result["documents"])
         for document in result["documents"]:
             del document["spans"]  # summed up in `memorised`
     return {"scores": scores, "memorisation": memorised}
+
+
+def score(row: weights.Candidate) -> dict[str, Any]:
+    """`scored` in a process of its own: malloc keeps much of what a forward pass takes on a CPU, 5 GB after three rows.
+
+    Raises BadInput, also when that process is killed.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(scored, row).result()
+        except BrokenProcessPool as error:
+            raise BadInput(
+                f"scoring {row.name} was killed, perhaps for want of memory; the same command goes on"
+            ) from error
 
 
 def manifest(stage: str) -> dict[str, Any]:
@@ -272,7 +290,7 @@ def validation_text(stage: str) -> dict[str, int]:
     return {"tokens": heldout["tokens"] + heldout["tail_tokens"], "bytes": size}
 
 
-def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> dict[str, Any]:
+def finish(this: Run, work: Path, launch: list[str]) -> dict[str, Any]:
     """Train and score one run, write its result, and leave its weights, on which another may build."""
     with contextlib.chdir(lay_out(this, work)):
         stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
@@ -282,7 +300,7 @@ def finish(this: Run, tasks: dict[str, Any], work: Path, launch: list[str]) -> d
             row = replace(row, quantization=this.rounded)
         else:
             trained = train(this, stage, launch)
-        result = {"key": this.key, **trained, **score(row, tasks)}
+        result = {"key": this.key, **trained, **score(row)}
         store(result, work / "results" / f"{this.folder}.json")
         # Checkpoints hold the optimiser's state too; the final weights stand beside them.
         for checkpoint in checkpoints(Path(this.config["output_dir"])):
@@ -399,7 +417,6 @@ def main() -> None:
         return
 
     with contextlib.chdir(work):
-        tasks = scoring.load_tasks(TASKS)
         facts = {
             "format": 1,
             "plan": {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
@@ -417,13 +434,13 @@ def main() -> None:
 
     if not results[base_name]:
         with contextlib.chdir(lay_out(runs[0], work)):
-            result = score(weights.Candidate(weights.BASE, Path("models/base"), None, None, None), tasks)
+            result = score(weights.Candidate(weights.BASE, Path("models/base"), None, None, None))
         store(result, work / "results" / f"{base_name}.json")
         results[base_name] = result
     report()
     for number, this in enumerate(waiting[: args.at_most], 1):
         print(f"=== {this.folder} ({number} of {len(waiting)} unfinished)", flush=True)
-        results[this.folder] = finish(this, tasks, work, load_profile(plan["profile"], this.stage)[0])
+        results[this.folder] = finish(this, work, load_profile(plan["profile"], this.stage)[0])
         report()
     left = sum(not results[this.folder] for this in runs)
     print(f"{len(runs) - left} of {len(runs)} runs finished, {left} left; report: {target.with_suffix('.md')}")

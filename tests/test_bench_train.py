@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -426,9 +427,9 @@ def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
         return variants[name]["against"][other][text]["mean"]
 
     for text in training_report.TEXTS:
-        assert less(long, "2a-reference-3e-4", "2a-ours", text)["interval"][0] > 0
-        assert less(long, "2b-reference-1e-3", "2b-ours-8bit", text)["interval"][0] > 0
-        assert less(long, "2c-reference-1e-3", "2c-ours-8bit", text)["interval"][0] > 0
+        for stage, theirs, ours in ("2a", "3e-4", "ours"), ("2b", "1e-3", "ours-8bit"), ("2c", "1e-3", "ours-8bit"):
+            compared = long[f"{stage}-reference-{theirs}"]["against"][f"{stage}-{ours}"][text]
+            assert compared["mean"]["interval"][0] > 0 and len(compared["seeds"]) == 2
         gains = [less(each, "2b-ours-6e-4", "2b-ours-8bit", text)["bits_per_byte"] for each in (long, short)]
         assert gains[0] < gains[1] < 0
     for variants in short, long:
@@ -479,6 +480,16 @@ variants:
   - {name: adapter, recipe: recipes/2b.yml, seeds: [1], parent: full, start: full-4bit, overrides: {learning_rate: 1e-2}, against: [full]}
   - {name: merged, recipe: recipes/2c.yml, seeds: [1], parent: adapter, overrides: {base_model: outputs/merged, lora_model_dir: null}}
 """
+
+
+def killed(row: training.weights.Candidate) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_scoring_that_is_killed_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "scored", killed)
+    with pytest.raises(BadInput, match=r"scoring 2b was killed.*goes on"):
+        training.score(training.weights.Candidate("2b", Path("models/base"), None, None, None))
 
 
 def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
