@@ -4,7 +4,8 @@ bench/train.yml says what is compared: for each variant a recipe (ours, or the r
 changes, the variant it builds on and the seeds. Every variant gets the same base, tokens, order of tokens and evaluation
 text, and runs through Axolotl's own command line. Each result is written when it is there, under the hash of its
 settings, data, base and parents: killed and started again, the bench goes on; a changed variant is run again, with all
-that builds on it, and nothing else.
+that builds on it, and nothing else. A run has one thread, so that its sums come in the same order on every machine: start
+the bench in as many terminals as there are cores, and each takes runs that no other has.
 
 Writes <out>/train.json (the evidence), then train.md and train.svg from it and nothing else; another plan's are named
 after it.
@@ -25,6 +26,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +40,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from bench import training_report
 from eval import curves, intervals, memory, scoring, weights
@@ -86,7 +89,7 @@ def load_plan(path: Path) -> dict[str, Any]:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise BadInput(f"{path} cannot be read as YAML: {error}") from error
-    needed = ("profile", "all", "batch_divisor", "largest_batch", "data", "variants")
+    needed = ("profile", "threads", "all", "batch_divisor", "largest_batch", "data", "variants")
     missing = [key for key in needed if not isinstance(plan, dict) or key not in plan]
     if missing:
         raise BadInput(f"{path} has no {', '.join(missing)}")
@@ -308,6 +311,20 @@ def finish(this: Run, work: Path, launch: list[str]) -> dict[str, Any]:
     return result
 
 
+def claim(
+    left: list[Run], results: dict[str, Any], work: Path
+) -> tuple[Run, contextlib.AbstractContextManager[Any]] | None:
+    """The first of the runs whose parent is finished and that no other process has, and the lock that keeps it so."""
+    for this in left:
+        if this.parent and not results[this.parent.folder]:
+            continue
+        try:
+            return this, FileLock(work / "results" / f"{this.folder}.lock").acquire(timeout=0)
+        except Timeout:
+            continue
+    return None
+
+
 def store(result: dict[str, Any], path: Path) -> None:
     with atomic_write(path) as file:
         json.dump(result, file, ensure_ascii=False, indent=1, allow_nan=False)
@@ -401,16 +418,25 @@ def main() -> None:
     work, base = (args.work or ROOT / "bench/run" / args.plan.stem).resolve(), args.base.resolve()
     if not (base / "model.safetensors").is_file():
         raise BadInput(f"{base} holds no base model; `make demo` collects one in its first step, or say --base folder")
-    (work / "models").mkdir(parents=True, exist_ok=True)
-    (work / "models/base").unlink(missing_ok=True)
-    (work / "models/base").symlink_to(base)
-
-    data = prepare(plan, work)
+    for name in "models", "results":
+        (work / name).mkdir(parents=True, exist_ok=True)
+    shared = FileLock(work / "lock")  # rows and base are made by one process, the others wait for them
+    with shared:
+        (work / "models/base").unlink(missing_ok=True)
+        (work / "models/base").symlink_to(base)
+        data = prepare(plan, work)
     base_hash = sha256(base / "model.safetensors")
     runs = runs_of(plan, data, base_hash)
     base_name = f"{weights.BASE}-{digest([data, base_hash])[:10]}"
-    results = {name: recall(work / "results" / f"{name}.json") for name in [base_name, *(r.folder for r in runs)]}
-    waiting = [this for this in runs if not results[this.folder]]
+    results: dict[str, dict[str, Any] | None] = {}
+
+    def look() -> list[Run]:
+        """Take up what is finished, here or by another process; the runs that are not."""
+        for name in base_name, *(this.folder for this in runs):
+            results[name] = results.get(name) or recall(work / "results" / f"{name}.json")
+        return [this for this in runs if not results[this.folder]]
+
+    left = look()
     if args.list:
         for this in runs:
             print("finished" if results[this.folder] else "       -", this.folder)
@@ -419,7 +445,7 @@ def main() -> None:
     with contextlib.chdir(work):
         facts = {
             "format": 1,
-            "plan": {key: plan[key] for key in ("profile", "all", "batch_divisor", "largest_batch", "data")},
+            "plan": {key: plan[key] for key in ("profile", "threads", "all", "batch_divisor", "largest_batch", "data")},
             "base_sha256": base_hash,
             "manifests": {stage: manifest(stage) for stage in data},
             "validation": {stage: validation_text(stage) for stage in data},
@@ -429,21 +455,38 @@ def main() -> None:
     def report() -> None:
         now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment("cpu", DTYPE)}
         found = {weights.BASE: results[base_name], **results}
-        store(assemble(plan, runs, found, facts | now), target)
-        training_report.write(target, args.tables_in, args.summary_in)
+        with shared:
+            store(assemble(plan, runs, found, facts | now), target)
+            training_report.write(target, args.tables_in, args.summary_in)
 
-    if not results[base_name]:
-        with contextlib.chdir(lay_out(runs[0], work)):
-            result = score(weights.Candidate(weights.BASE, Path("models/base"), None, None, None))
-        store(result, work / "results" / f"{base_name}.json")
-        results[base_name] = result
+    os.environ["OMP_NUM_THREADS"] = str(plan["threads"])  # of the processes that merge and score
+    with shared:
+        look()
+        if not results[base_name]:
+            with contextlib.chdir(lay_out(runs[0], work)):
+                result = score(weights.Candidate(weights.BASE, Path("models/base"), None, None, None))
+            store(result, work / "results" / f"{base_name}.json")
+    left, done = look(), 0
     report()
-    for number, this in enumerate(waiting[: args.at_most], 1):
-        print(f"=== {this.folder} ({number} of {len(waiting)} unfinished)", flush=True)
-        results[this.folder] = finish(this, work, load_profile(plan["profile"], this.stage)[0])
-        report()
-    left = sum(not results[this.folder] for this in runs)
-    print(f"{len(runs) - left} of {len(runs)} runs finished, {left} left; report: {target.with_suffix('.md')}")
+    while left and done != args.at_most:
+        claimed = claim(left, results, work)
+        if claimed:
+            this, lock = claimed
+            with lock:
+                # another process may have finished it a moment ago
+                if not recall(work / "results" / f"{this.folder}.json"):
+                    print(f"=== {this.folder} ({len(left)} unfinished)", flush=True)
+                    launch = load_profile(plan["profile"], this.stage)[0]
+                    finish(this, work, [*launch, "--num_cpu_threads_per_process", str(plan["threads"])])
+                    done += 1
+        else:
+            time.sleep(5)  # the others train what is left, or what it builds on
+        left = look()
+        if claimed:
+            report()
+    print(
+        f"{len(runs) - len(left)} of {len(runs)} runs finished, {len(left)} left; report: {target.with_suffix('.md')}"
+    )
 
 
 if __name__ == "__main__":

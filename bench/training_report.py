@@ -154,8 +154,8 @@ def budget(report: dict[str, Any]) -> str:
             scored.append(f"`{text}` {found['tokens']:,} ({unit['units']} {unit['unit']}s)")
     divisors = ", ".join(f"{stage} {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items())
     return (
-        f"{where['cpu']}, {where['threads']} cores, no GPU. Tokens of one pass: {trained}. Scored tokens: "
-        f"{', '.join(scored) or '–'}. Every recipe's tokens a step divided by: {divisors}."
+        f"{where['cpu']}, {where['threads']} cores, no GPU; a run has {report['plan']['threads']}. Tokens of one pass: "
+        f"{trained}. Scored tokens: {', '.join(scored) or '–'}. Every recipe's tokens a step divided by: {divisors}."
     )
 
 

@@ -1,23 +1,30 @@
 """The bench of the recipes: a plan that is wrong is refused, what is finished is not run again, the page is the JSON's."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
+from datasets import Dataset, load_from_disk
 from safetensors import safe_open
 from test_recipes import unknown_keys
 from tiny_curriculum import save_base
+from transformers import AutoTokenizer
 
-from bench import training, training_report
+from bench import cpu_plugin, training, training_report
 from eval.readme import filled
+from eval.tasks.texts import read_rows
 from prep.files import BadInput
 from train.chain import load_recipe
 
@@ -29,7 +36,7 @@ HASHES = {"2a": "a" * 64, "2b": "b" * 64, "2c": "c" * 64}
 
 def plan_of(*variants: dict[str, Any], **more: Any) -> dict[str, Any]:
     settings = {"batch_divisor": {"2a": 8, "2b": 16, "2c": 4}, "largest_batch": 2048, "data": []}
-    return {"profile": "cpu", "all": {"bf16": True}, **settings, **more, "variants": list(variants)}
+    return {"profile": "cpu", "threads": 1, "all": {"bf16": True}, **settings, **more, "variants": list(variants)}
 
 
 OURS = {"name": "ours", "recipe": "recipes/2a.yml", "seeds": [1, 2]}
@@ -73,6 +80,26 @@ def test_a_bad_variant_is_refused(variants: list[dict[str, Any]], said: str, tmp
 def test_a_stage_without_its_divisor_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing of stage 2b"):
         load(plan_of(OURS, ADAPTER, batch_divisor={"2a": 8}), tmp_path)
+
+
+def test_two_processes_share_the_runs(tmp_path: Path) -> None:
+    """Each run is had by one; an adapter waits for what it builds on."""
+    runs = training.runs_of(plan_of(OURS, ADAPTER), HASHES, "base")
+    results: dict[str, Any] = dict.fromkeys(run.folder for run in runs)
+    (tmp_path / "results").mkdir()
+
+    def had() -> tuple[str, Any]:
+        claimed = training.claim([run for run in runs if not results[run.folder]], results, tmp_path)
+        return (claimed[0].folder[:-11], claimed[1]) if claimed else ("nothing", None)
+
+    first, lock = had()
+    second, _other = had()
+    assert (first, second, had()[0]) == ("ours-1", "ours-2", "nothing")
+    with lock:
+        pass
+    assert had()[0] == "ours-1"  # what a process that was killed had
+    results[runs[0].folder] = {"key": ""}
+    assert had()[0] == "adapter-1"
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "all: [\n", "profile: cpu\n"])
@@ -466,6 +493,7 @@ def test_recipes_point_to_rows_that_exist() -> None:
 
 TINY = """
 profile: cpu
+threads: 1
 all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.cpu_plugin.Plugin]}
 batch_divisor: {2a: 16, 2b: 16, 2c: 4}
 largest_batch: 2048
@@ -502,6 +530,21 @@ def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def side_by_side(folder: Path) -> tuple[list[str], set[str]]:
+    """What two benches at once print, and OMP_NUM_THREADS of all processes that they start."""
+    printed, threads = [], set()
+    with ThreadPoolExecutor(2) as pool:
+        benches = [pool.submit(bench, folder) for _ in range(2)]
+        while not all(each.done() for each in benches):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if any(word in " ".join(process.cmdline()) for word in ("axolotl.cli", "spawn_main")):
+                        threads.add(process.environ().get("OMP_NUM_THREADS", "as many as cores"))
+            time.sleep(0.2)
+        printed = [each.result() for each in benches]
+    return printed, threads
+
+
 def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
@@ -523,8 +566,10 @@ def test_four_variants_end_to_end(tmp_path: Path) -> None:
     assert variants()["full"]["runs"]["1"] and variants()["adapter"]["runs"]["1"] is None
     before = variants()["full"]["runs"]["1"]
 
-    second = bench(tmp_path)
-    assert "4 of 4 runs finished" in second and "=== adapter" in second and "=== full-1-" not in second
+    # Two at once share the rest, and neither trains, merges or scores with more threads than the plan says.
+    both, threads = side_by_side(tmp_path)
+    assert sorted(re.findall(r"^=== ([\w-]+)-1-", "".join(both), re.M)) == ["adapter", "full-4bit", "merged"]
+    assert all("4 of 4 runs finished" in each for each in both) and threads == {"1"}
     assert variants()["full"]["runs"]["1"] == before
     after = variants()["adapter"]["runs"]["1"]
     assert before["steps"]["reached"] == 4 and before["tokens_a_step"] == 1024 and before["movement"]["changed"] > 0.5
@@ -535,6 +580,16 @@ def test_four_variants_end_to_end(tmp_path: Path) -> None:
     bits = [each["scores"]["gallica_heldout"]["bits_per_byte"] for each in (before, rounded, after)]
     assert gain["bits_per_byte"] == pytest.approx(bits[2] - bits[1]) and bits[0] != bits[1]
     assert rounded["steps"] is None and rounded["log"] is None
+
+    # Axolotl shuffles the rows it keeps by the seed of the run that tokenises them; here the order is every seed's.
+    kept = [load_from_disk(path.parent) for path in (tmp_path / "work/data/prepared").glob("2a-*/*/state.json")]
+    (rows,) = [each["input_ids"] for each in kept if len(each) == 8]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    windows = [tokenizer(row["text"])["input_ids"][:100] for row in read_rows(tmp_path / "work/data/2a.jsonl")]
+    # Each window has a tail, its end of text, which is shuffled along and then left out.
+    both = Dataset.from_list([part for window in windows for part in ({"window": window}, {"window": None})])
+    order = [window for window in both.shuffle(seed=cpu_plugin.ORDER)["window"] if window]
+    assert [row[:100] for row in rows] == order
 
     # The last one trained a new adapter on the parent's, merged into the model that it stood on.
     (merged,) = (tmp_path / "work").glob("merged-1-*/outputs/merged/model.safetensors")
