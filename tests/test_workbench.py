@@ -756,6 +756,7 @@ def fetch(address: str) -> int:
 def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, continued: Path) -> None:
     """On port 8000: refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the
     novel as it grows; a second browser beside the first, and a stage that is removed under both."""
+    from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
@@ -777,7 +778,8 @@ def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, contin
         assert "login" in browser.current_url and "Watch" not in browser.page_source
 
         browser.get(f"{address}?token={token}")
-        wait = WebDriverWait(browser, 180)
+        # The page may draw an element anew between the moment it is found and the moment it is read.
+        wait = WebDriverWait(browser, 180, ignored_exceptions=[StaleElementReferenceException])
         wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
         print(f"first page {time.monotonic() - began:.1f} s after the start")
         assert "Folder" in browser.page_source and browser.find_element(By.ID, "Watch")
@@ -843,15 +845,14 @@ def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, contin
         assert "goes on from words given" not in browser.find_element(By.CSS_SELECTOR, ".continued").text
         shutil.copytree(continued, folder / "outputs/continuation")
         wait.until(lambda page: "goes on from words given" in page.find_element(By.CSS_SELECTOR, ".continued").text)
-        pages = browser.find_element(By.CSS_SELECTOR, ".continued").text.split()
         novel = next(continued.glob("*.txt")).read_text().split()
-        assert pages[-len(novel) :] == novel
+        wait.until(lambda page: page.find_element(By.CSS_SELECTOR, ".continued").text.split()[-len(novel) :] == novel)
         picture("workbench")
 
         # A second browser beside the first: both write at once, and what one keeps the other shows.
         second = browsers()
         second.get(f"{address}?token={token}")
-        second_wait = WebDriverWait(second, 180)
+        second_wait = WebDriverWait(second, 180, ignored_exceptions=[StaleElementReferenceException])
         second_wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
         second_wait.until(lambda page: "Ready" in said(page))
         for page in (browser, second):
