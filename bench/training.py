@@ -293,7 +293,7 @@ def validation_text(stage: str) -> dict[str, int]:
     return {"tokens": heldout["tokens"] + heldout["tail_tokens"], "bytes": size}
 
 
-def finish(this: Run, work: Path, launch: list[str]) -> dict[str, Any]:
+def finish(this: Run, work: Path, launch: list[str]) -> None:
     """Train and score one run, write its result, and leave its weights, on which another may build."""
     with contextlib.chdir(lay_out(this, work)):
         stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
@@ -303,12 +303,14 @@ def finish(this: Run, work: Path, launch: list[str]) -> dict[str, Any]:
             row = replace(row, quantization=this.rounded)
         else:
             trained = train(this, stage, launch)
-        result = {"key": this.key, **trained, **score(row)}
-        store(result, work / "results" / f"{this.folder}.json")
+        store({"key": this.key, **trained, **score(row)}, result_file(work, this.folder))
         # Checkpoints hold the optimiser's state too; the final weights stand beside them.
         for checkpoint in checkpoints(Path(this.config["output_dir"])):
             shutil.rmtree(checkpoint)
-    return result
+
+
+def result_file(work: Path, name: str) -> Path:
+    return work / "results" / f"{name}.json"
 
 
 def claim(
@@ -433,11 +435,11 @@ def main() -> None:
     def look() -> list[Run]:
         """Take up what is finished, here or by another process; the runs that are not."""
         for name in base_name, *(this.folder for this in runs):
-            results[name] = results.get(name) or recall(work / "results" / f"{name}.json")
+            results[name] = results.get(name) or recall(result_file(work, name))
         return [this for this in runs if not results[this.folder]]
 
-    left = look()
     if args.list:
+        look()
         for this in runs:
             print("finished" if results[this.folder] else "       -", this.folder)
         return
@@ -461,11 +463,10 @@ def main() -> None:
 
     os.environ["OMP_NUM_THREADS"] = str(plan["threads"])  # of the processes that merge and score
     with shared:
-        look()
-        if not results[base_name]:
+        if not result_file(work, base_name).is_file():
             with contextlib.chdir(lay_out(runs[0], work)):
                 result = score(weights.Candidate(weights.BASE, Path("models/base"), None, None, None))
-            store(result, work / "results" / f"{base_name}.json")
+            store(result, result_file(work, base_name))
     left, done = look(), 0
     report()
     while left and done != args.at_most:
@@ -474,7 +475,7 @@ def main() -> None:
             this, lock = claimed
             with lock:
                 # another process may have finished it a moment ago
-                if not recall(work / "results" / f"{this.folder}.json"):
+                if not result_file(work, this.folder).is_file():
                     print(f"=== {this.folder} ({len(left)} unfinished)", flush=True)
                     launch = load_profile(plan["profile"], this.stage)[0]
                     finish(this, work, [*launch, "--num_cpu_threads_per_process", str(plan["threads"])])

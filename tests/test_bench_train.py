@@ -532,7 +532,7 @@ def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
 
 def side_by_side(folder: Path) -> tuple[list[str], set[str]]:
     """What two benches at once print, and OMP_NUM_THREADS of all processes that they start."""
-    printed, threads = [], set()
+    threads = set()
     with ThreadPoolExecutor(2) as pool:
         benches = [pool.submit(bench, folder) for _ in range(2)]
         while not all(each.done() for each in benches):
@@ -541,8 +541,7 @@ def side_by_side(folder: Path) -> tuple[list[str], set[str]]:
                     if any(word in " ".join(process.cmdline()) for word in ("axolotl.cli", "spawn_main")):
                         threads.add(process.environ().get("OMP_NUM_THREADS", "as many as cores"))
             time.sleep(0.2)
-        printed = [each.result() for each in benches]
-    return printed, threads
+        return [each.result() for each in benches], threads
 
 
 def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -844,9 +844,13 @@ def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, contin
         # The novel goes on elsewhere while the page is open.
         assert "goes on from words given" not in browser.find_element(By.CSS_SELECTOR, ".continued").text
         shutil.copytree(continued, folder / "outputs/continuation")
-        wait.until(lambda page: "goes on from words given" in page.find_element(By.CSS_SELECTOR, ".continued").text)
+        text = wait.until(
+            lambda page: (
+                "goes on from words given" in (text := page.find_element(By.CSS_SELECTOR, ".continued").text) and text
+            )
+        )
         novel = next(continued.glob("*.txt")).read_text().split()
-        wait.until(lambda page: page.find_element(By.CSS_SELECTOR, ".continued").text.split()[-len(novel) :] == novel)
+        assert text.split()[-len(novel) :] == novel
         picture("workbench")
 
         # A second browser beside the first: both write at once, and what one keeps the other shows.
