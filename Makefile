@@ -47,7 +47,7 @@ $(READY): requirements/base.txt requirements/cuda.txt requirements/torch-cpu.txt
 	if { [ "$(strip $(TORCH))" = cpu ] || { [ "$(strip $(TORCH))" = auto ] && ! command -v nvidia-smi >/dev/null; }; } && $(PIP) -r requirements/torch-cpu.txt; \
 		then $(PIP) -r requirements/base.txt; else $(PIP) -r requirements/base.txt -r requirements/cuda.txt; fi
 	$(BIN)/pip check --disable-pip-version-check
-	echo "$(CURDIR)" > $(VENV)/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.files
+	echo "$(CURDIR)" > $(VENV)/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.common
 	touch $@
 
 .PHONY: setup-gpu
@@ -117,21 +117,21 @@ notebook: $(READY) ## Watch trainings, write with the stages, read reports: a pa
 
 .PHONY: plan bench-gpu
 plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--base models/base recipes/2a.yml")
-	$(BIN)/python bench/plan.py $(ARGS)
+	$(BIN)/python train/memory.py $(ARGS)
 bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/reports/gpu.json, .md (bench/README.md)
 	$(BIN)/python bench/gpu.py $(if $(strip $(MINUTES)),--minutes $(strip $(MINUTES))) $(ARGS)
 
 .PHONY: bench-eval
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
-	cd demo/run && ../../$(BIN)/python ../../bench/evaluation.py --recipes ../../recipes --readme ../../eval/README.md $(ARGS)
+	cd demo/run && ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes --readme ../../eval/README.md $(ARGS)
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	$(BIN)/python bench/training.py --tables-in recipes/README.md --summary-in README.md $(ARGS)
+	$(BIN)/python bench/sweep.py --tables-in recipes/README.md --summary-in README.md $(ARGS)
 
 .PHONY: bench-train-long
 bench-train-long: $(READY) ## The same on three times the tokens, a few variants: bench/train-long.yml -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)
-	$(BIN)/python bench/training.py --plan bench/train-long.yml $(ARGS)
+	$(BIN)/python bench/sweep.py --plan bench/train-long.yml $(ARGS)
 
 .PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json

@@ -45,10 +45,9 @@ from bench.gpu_runs import (
     probed,
     schedule,
 )
-from bench.plan import build, load_config
-from eval.machine import git_state
-from prep.files import BadInput, run
-from train.chain import load_chain
+from prep.common import BadInput, git_state, run
+from train.memory import build, load_config
+from train.stages import load_chain
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "torchao")

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from eval.machine import cpu_name
-from prep.files import BadInput, run
+from prep.common import BadInput, cpu_name, run
 
 GIB = 2**30
 NO_GPU = "no NVIDIA GPU was found ({}); `--tiny` tries the bench itself on a CPU, with a tiny model"

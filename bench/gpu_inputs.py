@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from bench.plan import with_adapter
-from prep.files import BadInput, atomic_write
-from train.chain import Stage
+from prep.common import BadInput, atomic_write
+from train.memory import with_adapter
+from train.stages import Stage
 
 WINDOWS_A_ROW = 16  # as the rows of the recipes have at most
 SPECIALS = ["<unk>", "<s>", "</s>"]

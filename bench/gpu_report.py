@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_runs import CARD
-from eval.machine import commit
-from prep.files import BadInput, atomic_write
+from prep.common import BadInput, atomic_write, commit
 
 GIB = 2**30
 KEYS = {"what", "machine", "versions", "commit", "model", "settings", "matrix_products", "runs"}

@@ -19,12 +19,12 @@ from typing import Any
 import yaml
 from transformers import PretrainedConfig
 
-from bench import plan as planner
 from bench.gpu_device import card_used
-from prep.files import BadInput, atomic_write
-from train.chain import Stage
+from prep.common import BadInput, atomic_write
+from train import memory as planner
 from train.gate import config_hash
 from train.stage import load_profile
+from train.stages import Stage
 
 ROOT = Path(__file__).parent.parent
 LEVERS = Path(__file__).with_name("gpu_levers.yml")
@@ -107,7 +107,7 @@ def probed(config: dict[str, Any], folder: str, seconds: float, warmup: int, pro
     """The same with the probe in it, and an output folder of its own."""
     return config | {
         "output_dir": f"runs/{folder}/output",
-        "plugins": [*config.get("plugins", []), "bench.gpu_probe.Probe"],
+        "plugins": [*config.get("plugins", []), "bench.gpu_plugin.Probe"],
         "probe_record": f"runs/{folder}/record.json",
         "probe_seconds": seconds,
         "probe_warmup": warmup,

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.prep_speed import write_corpus
-from prep.files import atomic_write
+from prep.common import atomic_write
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "prep" / "gallica.py"

@@ -41,12 +41,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from eval.machine import cpu_name
-from prep.duplicates import Signatures, sampled_runs, word_hashes
-from prep.files import BadInput, atomic_write, run
-from prep.pages import clean_pages
-from prep.rows import Cutter, load_tokenizer, versions
-from prep.sources import read_books, source_paths
+from prep.common import BadInput, atomic_write, cpu_name, run, versions
+from prep.dedup import Signatures, sampled_runs, word_hashes
+from prep.page_layout import clean_pages
+from prep.readers import read_books, source_paths
+from prep.rows import Cutter, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 512

@@ -19,7 +19,7 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.pdfgen.canvas import Canvas
 from reportlab.platypus import Paragraph, SimpleDocTemplate
 
-from prep.files import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write, run
 
 CORPUS = Path(__file__).with_name("corpus")
 LINE, PAGE = 58, 34  # characters a line and lines a page of an octavo volume

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jupyter_server.serverapp import list_running_servers
 
-from prep.files import BadInput, run
+from prep.common import BadInput, run
 
 PAGE = "api/contents/eval/workbench.ipynb?content=0"
 CARD = Path("/dev/nvidiactl")  # in a container it is there if, and only if, a GPU was given

@@ -33,7 +33,7 @@ import psutil
 from dockerfile_parse import DockerfileParser
 from pathspec import PathSpec
 
-from prep.files import BadInput, run, sha256
+from prep.common import BadInput, run, sha256
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = HERE.parent

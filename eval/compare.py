@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from eval import pictures, report, tables, verdict
 from eval.report import Section
 from eval.tables import Table, bracket, measured
-from prep.files import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write, run
 
 HERE = Path(__file__).parent
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: the short one would be a dot

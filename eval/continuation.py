@@ -52,9 +52,9 @@ from transformers import (
 from eval import evaluation, prose, samples, weights
 from eval.scoring import MAX_LENGTH
 from eval.style import END
-from prep.files import BadInput, atomic_write, run, sha256
+from prep.common import BadInput, atomic_write, run, sha256
 from prep.typography import to_convention
-from train.chain import Stage, load_chain
+from train.stages import Stage, load_chain
 
 HERE = Path(__file__).resolve().parent
 WRITING = ("continuation.py", "samples.py", "prose.py", "style.py")  # a text begun by other code is not gone on with

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from prep.files import BadInput
+from prep.common import BadInput
 
 # Our names, and the trainer's.
 LOGGED = {

@@ -33,11 +33,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import curves, intervals, machine, memory, position, prose, report, samples, scoring, style, weights
+from eval import curves, intervals, memory, position, prose, report, samples, scoring, style, weights
 from eval.tasks.texts import read_rows
-from prep.files import BadInput, atomic_write, run, sha256
-from train.chain import load_chain
+from prep.common import BadInput, atomic_write, cpu_name, git_state, run, sha256
 from train.gate import hashed
+from train.stages import load_chain
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = (
@@ -88,11 +88,11 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "dtype": dtype,
-        "cpu": machine.cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
-        "git": machine.git_state(),
+        "git": git_state(),
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import report, tables
-from prep.files import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "eval/reports/demo.json"

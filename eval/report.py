@@ -15,9 +15,9 @@ import jinja2
 import jsonschema
 from markupsafe import Markup
 
-from eval import machine, pictures, tables, verdict
+from eval import pictures, tables, verdict
 from eval.tables import Table, measured
-from prep.files import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write, commit, run
 
 HERE = Path(__file__).parent
 SCHEMA = HERE / "report.schema.json"
@@ -59,7 +59,7 @@ def about(report: dict[str, Any]) -> str:
     where = report["environment"]
     missing = [name for name, stage in report["stages"].items() if stage is None]
     return (
-        f"{report['date'][:10]}, {machine.commit(where['git'])}, {where['cpu']}, device {where['device']}, {where['dtype']}. "
+        f"{report['date'][:10]}, {commit(where['git'])}, {where['cpu']}, device {where['device']}, {where['dtype']}. "
         "Generated from the JSON of the same name; what the figures mean stands in eval/README.md."
         + (f" Not measured: {', '.join(missing)}." if missing else "")
     )

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from eval.scoring import MAX_LENGTH
-from prep.files import BadInput
+from prep.common import BadInput
 
 
 def load_prompts(path: Path) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.memory import CONTEXT, SPAN
-from prep.files import BadInput
+from prep.common import BadInput
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 

@@ -15,7 +15,7 @@ import socket
 import sys
 from pathlib import Path
 
-from prep.files import BadInput, run
+from prep.common import BadInput, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "/voila/render/eval/workbench.ipynb"

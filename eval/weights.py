@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prep.files import BadInput
-from train.chain import Stage
+from prep.common import BadInput
+from train.stages import Stage
 
 BASE = "base"  # the report's name for what the first stage starts from
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from prep.files import BadInput
-from train.chain import load_chain
+from prep.common import BadInput
+from train.stages import load_chain
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

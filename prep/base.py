@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
+from prep.common import BadInput
 from prep.download import reason
-from prep.files import BadInput
 
 # Every kind of character of the prepared text: a tokenizer that loses one of them is no base for French.
 SAMPLE = (

@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import pypdfium2 as pdfium
 
-from prep.files import BadInput, atomic_write, run, sha256
-from prep.pages import clean_pages
-from prep.rows import Cutter, Row, Tokens, load_tokenizer, source_files, write_prepared
+from prep.common import BadInput, atomic_write, run, sha256, source_files
+from prep.page_layout import clean_pages
+from prep.rows import Cutter, Row, Tokens, load_tokenizer, write_prepared
 
 
 def read_book(path: Path) -> str:

@@ -26,9 +26,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from prep.common import BadInput, atomic_write, run, sha256
 from prep.download import Record, hub_fetch, hub_plan, need_room, reason, url_fetch, zenodo_fetch, zenodo_plan
-from prep.files import BadInput, atomic_write, run, sha256
-from prep.sources import SUFFIXES
+from prep.readers import SUFFIXES
 
 BASE_REPO, BASE_REVISION = "TinyLlama/TinyLlama_v1.1", "ff3c701f2424c7625fdefb9dd470f45ef18b02d6"
 # The data sets by name, with the revision that is taken. The second one's repository holds only a program that loads the

@@ -29,12 +29,10 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.writers import JsonlWriter
 
-from prep.duplicates import MINHASH, Entry, Prints, Signatures, candidate_pairs, copies, fingerprint, shared
-from prep.engine import Cluster
-from prep.files import BadInput, atomic_write, sha256
-from prep.pages import clean_pages
-from prep.rows import versions
-from prep.selection import (
+from prep.common import BadInput, atomic_write, sha256, versions
+from prep.dedup import MINHASH, Entry, Prints, Signatures, candidate_pairs, copies, fingerprint, shared
+from prep.executor import Cluster
+from prep.filters import (
     Fiction,
     French,
     InPeriod,
@@ -44,7 +42,8 @@ from prep.selection import (
     WithIdentifier,
     WithText,
 )
-from prep.sources import Books
+from prep.page_layout import clean_pages
+from prep.readers import Books
 from prep.works import HeldOut
 
 PACKAGES = ("datatrove", "numpy", "py3langid", "pyarrow", "pyspellchecker", "rapidfuzz", "xxhash")
@@ -52,7 +51,7 @@ PACKAGES = ("datatrove", "numpy", "py3langid", "pyarrow", "pyspellchecker", "rap
 # proverb, a verse or a prayer that both quote is a dozen.
 OVERLAP = 8
 # This folder's modules that decide what a corpus is; the others cut rows from it, or bring it here.
-CODE = ("corpus", "duplicates", "matter", "pages", "selection", "sources", "typography", "works")
+CODE = ("corpus", "dedup", "front_matter", "page_layout", "filters", "readers", "typography", "works")
 TWICE, COPY, NEAR = "identifier seen before", "near-duplicate", "overlaps protected text"
 
 

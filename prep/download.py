@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils.sha import git_hash
 
-from prep.files import BadInput, atomic_write, sha256
+from prep.common import BadInput, atomic_write, sha256
 
 Record = dict[str, Any]
 Result = TypeVar("Result")

@@ -18,9 +18,9 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader
 
+from prep.common import BadInput, atomic_write
 from prep.corpus import chosen, estimated_windows
-from prep.duplicates import Entry
-from prep.files import BadInput, atomic_write
+from prep.dedup import Entry
 from prep.rows import Cutter, Loaded, Row, write_prepared
 from prep.works import fraction
 

@@ -25,12 +25,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from prep.common import BadInput, run, sha256, source_files
 from prep.corpus import PACKAGES, Wanted, described, digest, stages
 from prep.drawing import CleanBooks, Cut, Draw, Share, Short, Write
-from prep.engine import Cluster, alone
-from prep.files import BadInput, run, sha256
-from prep.rows import Cutter, load_tokenizer, manifest_path, source_files
-from prep.sources import source_paths
+from prep.executor import Cluster, alone
+from prep.readers import source_paths
+from prep.rows import Cutter, load_tokenizer, manifest_path
 
 HELDOUT_TOKENS = 262_144  # the default: enough for a validation loss to two decimals, and read in a minute on a GPU
 SURPLUS = 1.1  # times the windows wanted, for planning by estimated lengths

@@ -8,7 +8,6 @@ stands at no true end, and both are dropped together. Text is cut by character o
 """
 
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import re
@@ -19,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from prep.files import BadInput, atomic_write, sha256
+from prep.common import BadInput, atomic_write, sha256, versions
 
 MAX_WINDOWS = 16  # a row; Axolotl truncates silently at 64 and tokenises 1,000 rows a batch in each process
 
@@ -289,16 +288,6 @@ def heldout_path(out: str | Path) -> Path:
 def manifest_path(out: str | Path) -> Path:
     """data/2a.jsonl -> data/2a.manifest.json"""
     return Path(out).with_suffix(".manifest.json")
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Installed versions of the packages that decide the bytes."""
-    return {package: importlib.metadata.version(package) for package in packages}
-
-
-def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Name, bytes and sha256 of each source file, in the given order."""
-    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths]
 
 
 def write_prepared(

@@ -11,8 +11,8 @@ from tiny_curriculum import save_adapter, save_curriculum, tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-from bench import evaluation as bench
-from prep.files import BadInput
+from bench import compare_with_lm_eval as bench
+from prep.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def test_figures_are_those_of_lm_evals_command(place: Path, monkeypatch: pytest.
     """A full model and an adapter on a base in four bits, both scored by `lm_eval run` itself."""
     Path("page.md").write_text("<!-- bench-eval:begin -->\n<!-- bench-eval:end -->\n")
     arguments = ["--stages", "2a", "2b", "--tasks", "novel_heldout", "--out", "eval.json", "--readme", "page.md"]
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "bench/evaluation.py"), *arguments])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "bench/compare_with_lm_eval.py"), *arguments])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     bench.main()
     result = json.loads(Path("eval.json").read_text())

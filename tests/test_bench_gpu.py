@@ -19,9 +19,9 @@ from bench import gpu, gpu_report
 from bench.gpu_device import only
 from bench.gpu_inputs import check_disk, make_inputs, save_rows, save_tokenizer
 from bench.gpu_runs import CARD, effective, fingerprint, flops_per_token, load_levers, schedule, summary, verdict
-from bench.plan import load_config
-from prep.files import BadInput
-from train.chain import load_chain, load_recipe
+from prep.common import BadInput
+from train.memory import load_config
+from train.stages import load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = load_chain(ROOT / "recipes")
@@ -379,5 +379,5 @@ def test_the_bench_on_a_tiny_model(
     assert "no measurement of the recipes" in page and "## Where the time goes" in page and "**failed**" in page
 
     written = load_recipe(tmp_path / "work/runs/2c-shipped-11-GiB-1/config.yml")
-    assert written["lora_model_dir"] == "outputs/2b" and written["plugins"] == ["bench.gpu_probe.Probe"]
+    assert written["lora_model_dir"] == "outputs/2b" and written["plugins"] == ["bench.gpu_plugin.Probe"]
     assert not list((tmp_path / "work/runs").glob("*/output"))

@@ -22,11 +22,11 @@ from test_recipes import unknown_keys
 from tiny_curriculum import save_base
 from transformers import AutoTokenizer
 
-from bench import cpu_plugin, training, training_report
+from bench import sweep, sweep_plugin, sweep_report
 from eval.readme import filled
 from eval.tasks.texts import read_rows
-from prep.files import BadInput
-from train.chain import load_recipe
+from prep.common import BadInput
+from train.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 REPORT, LONG = (ROOT / f"bench/reports/{name}.json" for name in ("train", "train-long"))
@@ -46,7 +46,7 @@ ADAPTER = {"name": "adapter", "recipe": "recipes/2b.yml", "seeds": [1], "parent"
 def load(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "plan.yml"
     path.write_text(yaml.safe_dump(plan))
-    return training.load_plan(path)
+    return sweep.load_plan(path)
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------
@@ -84,12 +84,12 @@ def test_a_stage_without_its_divisor_is_refused(tmp_path: Path) -> None:
 
 def test_two_processes_share_the_runs(tmp_path: Path) -> None:
     """Each run is had by one; an adapter waits for what it builds on."""
-    runs = training.runs_of(plan_of(OURS, ADAPTER), HASHES, "base")
+    runs = sweep.runs_of(plan_of(OURS, ADAPTER), HASHES, "base")
     results: dict[str, Any] = dict.fromkeys(run.folder for run in runs)
     (tmp_path / "results").mkdir()
 
     def had() -> tuple[str, Any]:
-        claimed = training.claim([run for run in runs if not results[run.folder]], results, tmp_path)
+        claimed = sweep.claim([run for run in runs if not results[run.folder]], results, tmp_path)
         return (claimed[0].folder[:-11], claimed[1]) if claimed else ("nothing", None)
 
     first, lock = had()
@@ -106,36 +106,36 @@ def test_two_processes_share_the_runs(tmp_path: Path) -> None:
 def test_what_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yml").write_text(text)
     with pytest.raises(BadInput, match=r"plan\.yml"):
-        training.load_plan(tmp_path / "plan.yml")
+        sweep.load_plan(tmp_path / "plan.yml")
 
 
 def test_the_batch_is_divided_exactly() -> None:
     ours = {"micro_batch_size": 16, "gradient_accumulation_steps": 2, "sequence_len": 512}
     theirs = {"micro_batch_size": 4, "gradient_accumulation_steps": 8, "sequence_len": 2048}
-    assert training.divided(ours, 8, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
-    assert training.divided(ours, 2, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
-    assert training.divided(theirs, 16, 2048) == {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    assert sweep.divided(ours, 8, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
+    assert sweep.divided(ours, 2, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
+    assert sweep.divided(theirs, 16, 2048) == {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
     with pytest.raises(BadInput, match="cannot be divided"):
-        training.divided(theirs, 64, 2048)
+        sweep.divided(theirs, 64, 2048)
 
 
 def test_settings_are_the_recipe_and_what_is_overridden() -> None:
     variant = OURS | {"overrides": {"learning_rate": 1e-3, "optim_args": None}}
-    settings = training.settings(variant, 7, plan_of(variant))
+    settings = sweep.settings(variant, 7, plan_of(variant))
     assert settings["learning_rate"] == 1e-3 and settings["seed"] == 7 and settings["bf16"] is True
     assert settings["optimizer"] == load_recipe(ROOT / "recipes/2a.yml")["optimizer"]
     assert "optim_args" not in settings and "test_datasets" not in settings and settings["plugins"] == []
-    assert training.settings(variant | {"curve": True}, 7, plan_of(variant))["test_datasets"]
+    assert sweep.settings(variant | {"curve": True}, 7, plan_of(variant))["test_datasets"]
 
 
 def test_first_seeds_come_first_and_parents_before_their_children() -> None:
-    runs = training.runs_of(plan_of(OURS, ADAPTER, ADAPTER | {"name": "late", "seeds": [2]}), HASHES, "base")
+    runs = sweep.runs_of(plan_of(OURS, ADAPTER, ADAPTER | {"name": "late", "seeds": [2]}), HASHES, "base")
     assert [(run.name, run.seed) for run in runs] == [("ours", 1), ("adapter", 1), ("ours", 2), ("late", 2)]
 
 
 def test_what_decides_a_result_decides_its_key() -> None:
     def keys(*variants: dict[str, Any], data: dict[str, str] = HASHES, base: str = "base") -> list[str]:
-        return [run.key for run in training.runs_of(plan_of(*variants), data, base)]
+        return [run.key for run in sweep.runs_of(plan_of(*variants), data, base)]
 
     ours, adapter, again = keys(OURS, ADAPTER)
     assert len({ours, adapter, again}) == 3
@@ -152,10 +152,10 @@ def test_what_decides_a_result_decides_its_key() -> None:
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_shipped_plan_is_good_and_axolotl_knows_its_keys(path: Path) -> None:
-    plan = training.load_plan(path)
+    plan = sweep.load_plan(path)
     for variant in plan["variants"]:
-        settings = training.settings(variant | {"curve": True}, variant["seeds"][0], plan)
-        assert settings["plugins"] == ["bench.cpu_plugin.Plugin"]
+        settings = sweep.settings(variant | {"curve": True}, variant["seeds"][0], plan)
+        assert settings["plugins"] == ["bench.sweep_plugin.Plugin"]
         del settings["plugins"]  # it adds no key, and Liger's are not read without Liger's plugin
         read = {key: value for key, value in settings.items() if not key.startswith("liger_")}
         assert unknown_keys({"test_datasets": [], **read}) == []
@@ -173,13 +173,13 @@ def scores(shift: float, works: int = 12) -> dict[str, Any]:
         }
         for i in range(works)
     ]  # fmt: skip
-    return training.scoring.summary(documents) | {"interval": training.intervals.interval(documents)}
+    return sweep.scoring.summary(documents) | {"interval": sweep.intervals.interval(documents)}
 
 
 def result(shift: float, steps: int = 4) -> dict[str, Any]:
     log = [{"step": step, "epoch": None, "tokens": None, "loss": None, "eval_loss": 3 - step / 10} for step in (0, 4)]
     return {
-        "scores": {task: scores(shift) for task in training.TASKS},
+        "scores": {task: scores(shift) for task in sweep.TASKS},
         "memorisation": {side: {"token_probability": 0.1} for side in ("train", "heldout")},
         "steps": {"planned": steps, "reached": steps},
         "tokens_a_step": 2048,
@@ -189,19 +189,19 @@ def result(shift: float, steps: int = 4) -> dict[str, Any]:
 
 
 def test_documents_of_seeds_are_averaged() -> None:
-    mean = training.together([result(0.1), result(0.3)], "gallica_heldout")
+    mean = sweep.together([result(0.1), result(0.3)], "gallica_heldout")
     assert mean[0]["nll"] == pytest.approx(60 + 20) and mean[5]["bytes"] == 100
 
 
 def test_a_comparison_is_paired_by_seed_and_by_mean() -> None:
     before, after = {"1": result(0.2), "2": result(0.4)}, {"1": result(0.1), "2": result(0.3), "3": result(9)}
-    compared = training.comparison(before, after, "gallica_heldout")
+    compared = sweep.comparison(before, after, "gallica_heldout")
     assert compared and set(compared["seeds"]) == {"1", "2"}
     assert all(each["bits_per_byte"] < 0 for each in compared["seeds"].values())
     low, high = compared["mean"]["interval"]
     assert low <= compared["mean"]["bits_per_byte"] <= high < 0
     assert compared["mean"]["bits_per_byte"] == pytest.approx(-0.1 / 0.693147, rel=0.1)
-    assert training.comparison({}, after, "gallica_heldout") is None
+    assert sweep.comparison({}, after, "gallica_heldout") is None
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def report() -> dict[str, Any]:
     retuned = [theirs | {"name": f"theirs-{rate}", "overrides": {"learning_rate": rate}} for rate in (2e-4, 4e-4, 8e-4)]
     rounded = {"name": "rounded", "recipe": "recipes/2a.yml", "parent": "ours", "seeds": [1], "rounded": {"bits": 8}}
     plan = plan_of(OURS | {"curve": True}, rounded, ADAPTER | {"start": "rounded"}, theirs, *retuned)
-    runs = training.runs_of(plan, HASHES, "base")
+    runs = sweep.runs_of(plan, HASHES, "base")
     shifts = {"ours": 0.1, "theirs": 0.2, "theirs-0.0002": 0.19, "theirs-0.0004": 0.15}
     found = {run.folder: result(shifts[run.name]) for run in runs if run.name in shifts}
     untrained = dict.fromkeys(("steps", "tokens_a_step", "movement", "log"))
@@ -221,11 +221,11 @@ def report() -> dict[str, Any]:
         "environment": {"cpu": "a machine", "threads": 2, "git": None},
         "manifests": {stage: {"train": {"windows": 4}, "sequence_len": 512} for stage in HASHES},
     }  # fmt: skip
-    return training.assemble(plan, runs, {"base": result(0.3), **found}, facts)
+    return sweep.assemble(plan, runs, {"base": result(0.3), **found}, facts)
 
 
 def test_the_table_says_what_was_measured_and_what_not(report: dict[str, Any]) -> None:
-    text = training_report.tables(report)
+    text = sweep_report.tables(report)
     rows = {line.split(" | ")[0].strip("|` "): line for line in text.splitlines() if line.startswith("| `")}
     value = report["variants"]["ours"]["runs"]["1"]["scores"]["gallica_heldout"]["bits_per_byte"]
     assert f"| {value:.3f} |" in rows["ours"] and "4 x 2,048" in rows["ours"]
@@ -237,20 +237,20 @@ def test_the_table_says_what_was_measured_and_what_not(report: dict[str, Any]) -
 
 
 def test_the_spread_of_the_seeds_is_the_largest(report: dict[str, Any]) -> None:
-    assert training_report.seed_spread(report) == 0  # both seeds of ours were given one result
-    for text, moved in zip(training_report.TEXTS, (0.25, 0.5), strict=True):
+    assert sweep_report.seed_spread(report) == 0  # both seeds of ours were given one result
+    for text, moved in zip(sweep_report.TEXTS, (0.25, 0.5), strict=True):
         report["variants"]["ours"]["gain"]["base"][text]["seeds"]["2"]["bits_per_byte"] -= moved
-    assert training_report.seed_spread(report) == pytest.approx(0.5)
-    assert "moved by 0.500 at most" in training_report.tables(report)
+    assert sweep_report.seed_spread(report) == pytest.approx(0.5)
+    assert "moved by 0.500 at most" in sweep_report.tables(report)
     report["variants"] = {"theirs": report["variants"]["theirs"]}
-    assert training_report.seed_spread(report) is None  # one seed
+    assert sweep_report.seed_spread(report) is None  # one seed
 
 
 def test_the_curve_is_in_bits_per_byte(report: dict[str, Any]) -> None:
-    line = training_report.curve(report, report["variants"]["ours"])
+    line = sweep_report.curve(report, report["variants"]["ours"])
     assert line == [(0, pytest.approx(3 / 3 / 0.693147, rel=1e-5)), (8192, pytest.approx(2.6 / 3 / 0.693147, rel=1e-5))]
-    assert training_report.curve(report, report["variants"]["theirs"]) == []  # not asked for
-    assert training_report.curve(report, report["variants"]["adapter"] | {"curve": True}) == []  # not run
+    assert sweep_report.curve(report, report["variants"]["theirs"]) == []  # not asked for
+    assert sweep_report.curve(report, report["variants"]["adapter"] | {"curve": True}) == []  # not run
 
 
 def test_without_a_log_the_curve_is_where_it_began_and_where_it_ended(report: dict[str, Any]) -> None:
@@ -259,14 +259,14 @@ def test_without_a_log_the_curve_is_where_it_began_and_where_it_ended(report: di
         done["log"] = None
     start = report["base"]["scores"]["gallica_heldout"]["bits_per_byte"]
     end = ours["runs"]["1"]["scores"]["gallica_heldout"]["bits_per_byte"]
-    assert training_report.curve(report, ours) == [(0, start), (8192, pytest.approx(end))]
+    assert sweep_report.curve(report, ours) == [(0, start), (8192, pytest.approx(end))]
 
 
 def test_the_summary_takes_the_references_best_learning_rate(report: dict[str, Any]) -> None:
     """Of those that are finished; a stage that is not is a row of dashes."""
-    row, adapters = (line.split("|")[1:-1] for line in training_report.summary(report).splitlines()[2:])
+    row, adapters = (line.split("|")[1:-1] for line in sweep_report.summary(report).splitlines()[2:])
     cells = [cell.strip() for cell in row]
-    value = {name: training_report.bits(report["variants"][name], "gallica_heldout") for name in report["variants"]}
+    value = {name: sweep_report.bits(report["variants"][name], "gallica_heldout") for name in report["variants"]}
     assert cells[0] == "`2a`" and cells[3] == f"{value['ours']:.3f}"
     assert cells[4] == f"{value['theirs']:.3f} at 1e-5" and cells[6] == f"{value['theirs-0.0004']:.3f} at 4e-4"
     assert cells[5].startswith("+0.1") and cells[7].startswith("+0.0") and cells[7].endswith("*")
@@ -275,32 +275,32 @@ def test_the_summary_takes_the_references_best_learning_rate(report: dict[str, A
 
 def test_the_summary_leaves_out_what_is_not_measured_against_ours(report: dict[str, Any]) -> None:
     """As the reference on another base is not, though it were the best."""
-    before = training_report.summary(report)
+    before = sweep_report.summary(report)
     best = report["variants"]["theirs-0.0004"]
     report["variants"]["elsewhere"] = best | {"against": {}, "runs": {"1": result(0)}}
-    assert training_report.summary(report) == before
+    assert sweep_report.summary(report) == before
 
 
 def test_a_page_without_marks_is_an_error(report: dict[str, Any], tmp_path: Path) -> None:
-    training.store(report, tmp_path / "train.json")
+    sweep.store(report, tmp_path / "train.json")
     page = tmp_path / "README.md"
     page.write_text("# nothing here")
     with pytest.raises(BadInput, match="no single pair of marks"):
-        training_report.write(tmp_path / "train.json", page)
+        sweep_report.write(tmp_path / "train.json", page)
     with pytest.raises(BadInput, match="bench-train-summary"):
-        training_report.write(tmp_path / "train.json", summary_in=page)
+        sweep_report.write(tmp_path / "train.json", summary_in=page)
 
 
 def test_page_and_picture_follow_from_the_json_alone(report: dict[str, Any], tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench-train:begin -->\nold\n<!-- bench-train:end -->\nafter\n")
-    training.store(report, tmp_path / "train.json")
-    training_report.write(tmp_path / "train.json", readme)
+    sweep.store(report, tmp_path / "train.json")
+    sweep_report.write(tmp_path / "train.json", readme)
     assert "`ours`" in readme.read_text() and "old" not in readme.read_text() and "after" in readme.read_text()
     written = {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in (".md", ".svg")}
     for suffix in written:
         (tmp_path / f"train{suffix}").unlink()
-    training_report.write(tmp_path / "train.json")
+    sweep_report.write(tmp_path / "train.json")
     assert written == {suffix: (tmp_path / f"train{suffix}").read_text() for suffix in written}
     assert "ours" in written[".svg"] and "tokens seen" in written[".svg"] and "98.7%" in written[".md"]
 
@@ -309,7 +309,7 @@ def test_a_damaged_or_foreign_report_is_refused(tmp_path: Path) -> None:
     for text in ("{", '{"format": 9}'):
         (tmp_path / "train.json").write_text(text)
         with pytest.raises(BadInput, match="bench-train"):
-            training_report.load(tmp_path / "train.json")
+            sweep_report.load(tmp_path / "train.json")
 
 
 # --- what is committed --------------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_a_damaged_or_foreign_report_is_refused(tmp_path: Path) -> None:
 def test_the_committed_page_and_picture_are_the_jsons(committed: Path, tmp_path: Path) -> None:
     report = tmp_path / committed.name
     report.write_text(committed.read_text())
-    training_report.write(report)
+    sweep_report.write(report)
     for suffix in (".md", ".svg"):
         assert report.with_suffix(suffix).read_text() == committed.with_suffix(suffix).read_text(), suffix
 
@@ -327,27 +327,27 @@ def test_the_committed_page_and_picture_are_the_jsons(committed: Path, tmp_path:
 @pytest.mark.parametrize("committed", [REPORT, LONG], ids=lambda path: path.stem)
 def test_every_run_of_the_committed_plan_is_in_its_report(committed: Path) -> None:
     """Under the settings that the plan and the recipes make today, and finished."""
-    plan = training.load_plan(ROOT / f"bench/{committed.stem}.yml")
-    report = training_report.load(committed)
+    plan = sweep.load_plan(ROOT / f"bench/{committed.stem}.yml")
+    report = sweep_report.load(committed)
     assert [variant["name"] for variant in plan["variants"]] == list(report["variants"])
     for variant in plan["variants"]:
         found = report["variants"][variant["name"]]
         assert list(found["runs"]) == [str(seed) for seed in variant["seeds"]] and all(found["runs"].values())
-        today = training.settings(variant, variant["seeds"][0], plan)
+        today = sweep.settings(variant, variant["seeds"][0], plan)
         del today["dataset_prepared_path"], found["settings"]["dataset_prepared_path"]
         assert found["settings"] == json.loads(json.dumps(today)), f"{variant['name']}: make bench-{committed.stem}"
 
 
 def test_the_recipes_readme_has_the_reports_tables() -> None:
-    page, report = (ROOT / "recipes/README.md").read_text(), training_report.load(REPORT)
-    assert page == filled(page, training_report.TABLES, training_report.tables(report))
-    assert page != filled(page, training_report.TABLES, training_report.tables(report | {"base": None}))
+    page, report = (ROOT / "recipes/README.md").read_text(), sweep_report.load(REPORT)
+    assert page == filled(page, sweep_report.TABLES, sweep_report.tables(report))
+    assert page != filled(page, sweep_report.TABLES, sweep_report.tables(report | {"base": None}))
 
 
 def test_readme_has_the_reports_summary() -> None:
-    page, report = (ROOT / "README.md").read_text(), training_report.load(REPORT)
-    summary = training_report.summary(report)
-    assert page == filled(page, training_report.SUMMARY, summary)
+    page, report = (ROOT / "README.md").read_text(), sweep_report.load(REPORT)
+    summary = sweep_report.summary(report)
+    assert page == filled(page, sweep_report.SUMMARY, summary)
     for stage in report["plan"]["batch_divisor"]:
         assert f"| `{stage}` " in summary
 
@@ -364,17 +364,17 @@ def gain(variant: dict[str, Any], text: str) -> float:
 
 def test_the_committed_report_carries_what_is_said_of_ours() -> None:
     """Ahead of the reference at each of its learning rates, at every stage, on both texts, with two seeds."""
-    report = training_report.load(REPORT)
-    gallica, novel = training_report.TEXTS
-    for stage, variants in training_report.stages(report).items():
+    report = sweep_report.load(REPORT)
+    gallica, novel = sweep_report.TEXTS
+    for stage, variants in sweep_report.stages(report).items():
         ours = next(iter(variants))
         theirs = [
             name
             for name, variant in variants.items()
-            if variant["recipe"].startswith(training_report.REFERENCE) and ours in variant["against"]
+            if variant["recipe"].startswith(sweep_report.REFERENCE) and ours in variant["against"]
         ]
         assert theirs[0] == f"{stage}-reference" and len(theirs) == 3
-        for text in training_report.TEXTS:
+        for text in sweep_report.TEXTS:
             for name in theirs:
                 assert variants[name]["against"][ours][text]["mean"]["interval"][0] > 0, (name, text)
                 assert len(variants[name]["against"][ours][text]["seeds"]) == 2
@@ -383,9 +383,9 @@ def test_the_committed_report_carries_what_is_said_of_ours() -> None:
 
 
 def test_the_committed_report_carries_what_is_said_of_the_stages() -> None:
-    variants = training_report.load(REPORT)["variants"]
-    gallica, novel = training_report.TEXTS
-    for text in training_report.TEXTS:
+    variants = sweep_report.load(REPORT)["variants"]
+    gallica, novel = sweep_report.TEXTS
+    for text in sweep_report.TEXTS:
         assert gain(variants["2a-ours"], text) < 3 * gain(variants["2a-reference"], text) < 0
         nearest = variants["2a-nearest"]["against"]["2a-ours"][text]["mean"]["bits_per_byte"]
         at_its_rate = variants["2a-reference-1e-4"]["against"]["2a-ours"][text]["mean"]["bits_per_byte"]
@@ -394,7 +394,7 @@ def test_the_committed_report_carries_what_is_said_of_the_stages() -> None:
             assert abs(gain(variants[name], text)) < 0.002
         assert variants["2b-ours-6e-4"]["against"]["2b-ours-8bit"][text]["mean"]["interval"][1] < 0
     moved = {
-        name: [result["movement"]["changed"] for result in training_report.finished(variants[name])]
+        name: [result["movement"]["changed"] for result in sweep_report.finished(variants[name])]
         for name in ("2a-ours", "2a-reference")
     }
     assert max(moved["2a-reference"]) < 0.02 and min(moved["2a-ours"]) > 0.5
@@ -412,12 +412,12 @@ def test_the_committed_report_carries_what_is_said_of_the_stages() -> None:
 
 def test_the_committed_report_carries_what_is_said_of_four_bits() -> None:
     """Behind the reference on eight, because the base is; ahead of its best learning rate where both have four."""
-    variants = training_report.load(REPORT)["variants"]
+    variants = sweep_report.load(REPORT)["variants"]
 
     def less(name: str, other: str, text: str) -> list[float]:
         return variants[name]["against"][other][text]["mean"]["interval"]
 
-    for text in training_report.TEXTS:
+    for text in sweep_report.TEXTS:
         assert 0.5 < -gain(variants["2b-ours"], text) / gain(variants["2a-ours-4bit"], text) < 0.7
         for stage in "2b", "2c":
             assert gain(variants[f"{stage}-ours"], text) < 0
@@ -427,33 +427,33 @@ def test_the_committed_report_carries_what_is_said_of_four_bits() -> None:
 
 
 def test_the_references_last_stage_continues_its_best_adapter() -> None:
-    variants = training_report.load(REPORT)["variants"]
+    variants = sweep_report.load(REPORT)["variants"]
     theirs = [name for name in variants if "2b-ours-8bit" in variants[name]["against"] and "reference" in name]
     assert len(theirs) == 3
-    for text in training_report.TEXTS:
-        scores = {name: training_report.bits(variants[name], text) or 0 for name in theirs}
+    for text in sweep_report.TEXTS:
+        scores = {name: sweep_report.bits(variants[name], text) or 0 for name in theirs}
         best = min(scores, key=scores.__getitem__)
         assert {variants[f"2c-reference-{rate}"]["parent"] for rate in ("2e-4", "1e-3")} == {best}
 
 
 def test_the_committed_report_carries_what_is_said_of_smaller_decisions() -> None:
-    variants = training_report.load(REPORT)["variants"]
+    variants = sweep_report.load(REPORT)["variants"]
     ours = gain(variants["2b-ours-8bit"], "gallica_heldout")
     assert 0.5 < gain(variants["2b-rank-16"], "gallica_heldout") / ours < 0.6
     assert 0.2 < gain(variants["2b-no-rslora"], "gallica_heldout") / ours < 0.3
-    for text in training_report.TEXTS:
+    for text in sweep_report.TEXTS:
         assert variants["2a-ours-embedding"]["against"]["2a-ours"][text]["mean"]["interval"][0] > 0
         assert variants["2b-loraplus"]["gain"]["2a-ours-8bit"][text]["mean"]["interval"][0] > 0
 
 
 def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
-    short, long = (training_report.load(path)["variants"] for path in (REPORT, LONG))
-    gallica, novel = training_report.TEXTS
+    short, long = (sweep_report.load(path)["variants"] for path in (REPORT, LONG))
+    gallica, novel = sweep_report.TEXTS
 
     def less(variants: dict[str, Any], name: str, other: str, text: str) -> dict[str, Any]:
         return variants[name]["against"][other][text]["mean"]
 
-    for text in training_report.TEXTS:
+    for text in sweep_report.TEXTS:
         for stage, theirs, ours in ("2a", "3e-4", "ours"), ("2b", "1e-3", "ours-8bit"), ("2c", "1e-3", "ours-8bit"):
             compared = long[f"{stage}-reference-{theirs}"]["against"][f"{stage}-{ours}"][text]
             assert compared["mean"]["interval"][0] > 0 and len(compared["seeds"]) == 2
@@ -471,14 +471,14 @@ def test_what_three_times_the_tokens_turn_and_what_they_do_not() -> None:
 
 def test_held_out_loss_turns_after_four_passes() -> None:
     """Four passes an epoch; the first point is before any."""
-    report = training_report.load(REPORT)
-    line = training_report.curve(report, report["variants"]["2c-passes"])
+    report = sweep_report.load(REPORT)
+    line = sweep_report.curve(report, report["variants"]["2c-passes"])
     assert min(range(len(line)), key=lambda index: line[index][1]) == 1 and len(line) == 5
 
 
 def test_recipes_point_to_rows_that_exist() -> None:
     """`bench: NAME` in a recipe names a finished variant of the committed report."""
-    variants = training_report.load(REPORT)["variants"]
+    variants = sweep_report.load(REPORT)["variants"]
     pointers = [
         (path.stem, name)
         for path in (ROOT / "recipes").glob("*.yml")
@@ -486,7 +486,7 @@ def test_recipes_point_to_rows_that_exist() -> None:
     ]
     assert pointers
     for stem, name in pointers:
-        assert variants[name]["stage"] == stem and training_report.finished(variants[name]), name
+        assert variants[name]["stage"] == stem and sweep_report.finished(variants[name]), name
 
 
 # --- the real thing, small ----------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_recipes_point_to_rows_that_exist() -> None:
 TINY = """
 profile: cpu
 threads: 1
-all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.cpu_plugin.Plugin]}
+all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.sweep_plugin.Plugin]}
 batch_divisor: {2a: 16, 2b: 16, 2c: 4}
 largest_batch: 2048
 data:
@@ -510,19 +510,19 @@ variants:
 """
 
 
-def killed(row: training.weights.Candidate) -> None:
+def killed(row: sweep.weights.Candidate) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_scoring_that_is_killed_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "scored", killed)
+    monkeypatch.setattr(sweep, "scored", killed)
     with pytest.raises(BadInput, match=r"scoring 2b was killed.*goes on"):
-        training.score(training.weights.Candidate("2b", Path("models/base"), None, None, None))
+        sweep.score(sweep.weights.Candidate("2b", Path("models/base"), None, None, None))
 
 
 def bench(folder: Path, *arguments: object, expect: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, ROOT / "bench/training.py", "--plan", folder / "tiny.yml", "--base", folder / "base",
+        [sys.executable, ROOT / "bench/sweep.py", "--plan", folder / "tiny.yml", "--base", folder / "base",
          "--work", folder / "work", "--out", folder / "reports", *map(str, arguments)],
         env=os.environ | {"CORPUS_DIR": str(folder), "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, timeout=900,
     )  # fmt: skip
@@ -548,7 +548,7 @@ def test_the_report_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data/2a.manifest.json").write_text(json.dumps({"seed": 42, "source": {"path": "/home/a/corpus/gallica"}}))
-    assert training.manifest("2a") == {"seed": 42, "source": {"path": "gallica"}}
+    assert sweep.manifest("2a") == {"seed": 42, "source": {"path": "gallica"}}
     assert '"/' not in REPORT.read_text() and '"/' not in LONG.read_text()
 
 
@@ -587,7 +587,7 @@ def test_four_variants_end_to_end(tmp_path: Path) -> None:
     windows = [tokenizer(row["text"])["input_ids"][:100] for row in read_rows(tmp_path / "work/data/2a.jsonl")]
     # Each window has a tail, its end of text, which is shuffled along and then left out.
     both = Dataset.from_list([part for window in windows for part in ({"window": window}, {"window": None})])
-    order = [window for window in both.shuffle(seed=cpu_plugin.ORDER)["window"] if window]
+    order = [window for window in both.shuffle(seed=sweep_plugin.ORDER)["window"] if window]
     assert [row[:100] for row in rows] == order
 
     # The last one trained a new adapter on the parent's, merged into the model that it stood on.

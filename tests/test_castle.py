@@ -17,11 +17,11 @@ from reportlab.pdfgen.canvas import Canvas
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from test_rows import axolotl_windows
 
+from bench.score_cleaning import paragraphs_of, score
 from prep.castle import drop_note_calls, main, read_book
-from prep.files import BadInput
-from prep.pages import clean_pages
+from prep.common import BadInput
+from prep.page_layout import clean_pages
 from prep.rows import Cutter, load_tokenizer
-from prep.score import paragraphs_of, score
 
 SCRIPT = Path(__file__).parent.parent / "prep" / "castle.py"
 OUTPUTS = ["2c.jsonl", "2c.heldout.jsonl", "2c.manifest.json", "2c.txt"]
@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 def castle(folder: Path, book: Path, tokenizer: Path, *options: str) -> Result:
-    """Run the script's `main` in `folder`, as `prep.files.run` would; the import of the libraries takes seconds."""
+    """Run the script's `main` in `folder`, as `prep.common.run` would; the import of the libraries takes seconds."""
     argv = sys.argv
     sys.argv = ["castle.py", "--book", str(book), "--tokenizer", str(tokenizer), "--out", "data/2c.jsonl", *options]
     try:

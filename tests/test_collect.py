@@ -24,7 +24,7 @@ import pytest
 
 import prep.collect
 from prep.collect import DATASETS, book_suffix, choose
-from prep.files import BadInput, sha256
+from prep.common import BadInput, sha256
 
 SCRIPT = Path(__file__).parents[1] / "prep" / "collect.py"
 BOOKS, COMMIT = "PleIAs/French-PD-Books", "c" * 40

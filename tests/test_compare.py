@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval import compare, report, tables
-from prep.files import BadInput
+from prep.common import BadInput
 
 HASH = "a" * 64
 

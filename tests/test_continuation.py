@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import continuation, prose
 from eval.continuation import Drawn, Settings
-from prep.files import BadInput
+from prep.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--passage-tokens", "24", "--candidates", "2", "--window", "160", "--device", "cpu"]

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from docker import steps
-from eval import machine
-from prep.files import BadInput
+from prep import common as machine
+from prep.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "docker/Dockerfile"

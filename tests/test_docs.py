@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval import readme
-from prep.files import BadInput
+from prep.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -36,8 +36,8 @@ from eval import (
     verdict,
     weights,
 )
-from prep.files import BadInput, sha256
-from train.chain import load_chain
+from prep.common import BadInput, sha256
+from train.stages import load_chain
 
 
 def evaluate(*arguments: str) -> dict[str, Any]:

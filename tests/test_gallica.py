@@ -22,10 +22,10 @@ from small_tokenizers import save_gpt2_like, save_llama_like, tales
 
 import prep.drawing
 from prep import corpus
+from prep.common import BadInput, sha256
+from prep.dedup import Entry
 from prep.drawing import SEGMENT, Share, level, rows_of, segments, shares_of
-from prep.duplicates import Entry
-from prep.engine import alone
-from prep.files import BadInput, sha256
+from prep.executor import alone
 from prep.gallica import main
 from prep.rows import MAX_WINDOWS, Cutter, heldout_path, load_tokenizer, manifest_path
 from prep.works import HeldOut, work_of

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prep.files import BadInput, sha256
+from prep.common import BadInput, sha256
 from train import gate
-from train.chain import Stage, load_chain
 from train.stage import check_compiler, check_tokenizer, is_whole, prepare_output
+from train.stages import Stage, load_chain
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 CHAIN = {stage.name: stage for stage in load_chain(RECIPES)}

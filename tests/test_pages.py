@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from small_tokenizers import tales
 
-from prep.pages import clean_pages, hyphen_stays
-from prep.score import Score, documents, paragraphs_of, score
+from bench.score_cleaning import Score, documents, paragraphs_of, score
+from prep.page_layout import clean_pages, hyphen_stays
 from prep.typography import to_convention
 
 TITLE = "LA MAISON DU PASSEUR"

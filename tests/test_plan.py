@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, PreTrainedModel
 
-from bench import plan as planner
-from bench.plan import GIB, Tensors, build, fits, layer_activations, load_config, optimizer_state, plan, remedy
-from prep.files import BadInput
-from train.chain import load_recipe
+from prep.common import BadInput
+from train import memory as planner
+from train.memory import GIB, Tensors, build, fits, layer_activations, load_config, optimizer_state, plan, remedy
+from train.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TINYLLAMA = load_config(ROOT / "bench/tinyllama.json")

@@ -30,7 +30,7 @@ def test_growth_leaves_the_start_of_programs_out():
 def test_a_perturbed_book_is_another_on_the_same_pages():
     import random
 
-    from prep.duplicates import fingerprint, shared
+    from prep.dedup import fingerprint, shared
 
     text = "\n".join(
         f"Le vieux pêcheur numéro {n} du port regardait la mer grise en silence.\nTITRE {n}" for n in range(900)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prep.files import BadInput
-from train.chain import Stage, line_of, load_chain, load_recipe
+from prep.common import BadInput
 from train.stage import OVERRIDES, as_arguments, load_profile
+from train.stages import Stage, line_of, load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yml"))

@@ -10,8 +10,8 @@ import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, save_llama_like, tales
 
+from prep.common import BadInput
 from prep.drawing import Cutting, Pool
-from prep.files import BadInput
 from prep.rows import MAX_WINDOWS, Cutter, Passage, Row, heldout_path, load_tokenizer, manifest_path, write_prepared
 
 

@@ -17,12 +17,12 @@ import pytest
 from small_tokenizers import save_llama_like, tales
 from test_gallica import books, library, prepare, rows
 
-from prep.duplicates import Entry, copies, fingerprint, shared
-from prep.engine import Cluster
-from prep.files import BadInput
+from prep.common import BadInput
+from prep.dedup import Entry, copies, fingerprint, shared
+from prep.executor import Cluster
+from prep.filters import FICTION, KNOWN, fiction_score, french_share, known_share, year_of
 from prep.gallica import main
-from prep.selection import FICTION, KNOWN, fiction_score, french_share, known_share, year_of
-from prep.sources import read_books, source_paths
+from prep.readers import read_books, source_paths
 
 
 @pytest.fixture(scope="module")

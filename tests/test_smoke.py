@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_curriculum import save_base
 
-from train.chain import load_chain
 from train.stage import as_arguments, load_profile
+from train.stages import load_chain
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import thresholds, verdict
-from prep.files import BadInput
+from bench import calibrate_verdicts as thresholds
+from eval import verdict
+from prep.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 

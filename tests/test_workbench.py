@@ -32,8 +32,8 @@ from transformers import AutoTokenizer
 
 from docker import health
 from eval import live, workbench
-from prep.files import BadInput
-from train.chain import load_chain
+from prep.common import BadInput
+from train.stages import load_chain
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "eval/workbench.ipynb"

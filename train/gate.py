@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from prep.files import BadInput, atomic_write, run, sha256
-from train.chain import Stage, line_of, load_chain
+from prep.common import BadInput, atomic_write, run, sha256
+from train.stages import Stage, line_of, load_chain
 
 # Least movement of a full-weight stage, by kind of tensor: fraction of elements that changed, and norm of the change
 # relative to the norm before, both after casting to the dtype of the trained weights.

@@ -23,8 +23,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
-from prep.files import BadInput, atomic_write, run, sha256
-from train.chain import Stage, line_of, load_chain
+from prep.common import BadInput, atomic_write, run, sha256
 from train.gate import (
     NotTrained,
     check,
@@ -39,6 +38,7 @@ from train.gate import (
     recall,
     step_of,
 )
+from train.stages import Stage, line_of, load_chain
 
 OVERRIDES = Path(__file__).with_name("overrides.yml")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from prep.files import BadInput
+from prep.common import BadInput
 
 # Texts for forgetting, from what every Python 3 installation carries, so that nothing is downloaded and nothing is
 # licensed twice. Neither licences nor famous texts: a model recites those, and reciting is not what is asked here. The

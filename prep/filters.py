@@ -5,7 +5,7 @@ a book, where neither legal pages nor tables of contents stand. Each rule is one
 it rejects lie in a folder of their own.
 
 How fiction is told from law, botany, history, verse and drama: by eight figures that a person could count, each with a
-weight (`WEIGHTS`) fitted by logistic regression to 263 labelled texts. `bench/prep_selection.py` fits and measures them.
+weight (`WEIGHTS`) fitted by logistic regression to 263 labelled texts. `bench/fit_fiction_filter.py` fits and measures them.
 """
 
 import functools

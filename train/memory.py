@@ -4,9 +4,9 @@ Needs neither a GPU nor weights. Parameters are counted on the real model and th
 meta device); everything else is arithmetic, one function a part, with its source. What is printed is *planned*, never
 measured: `make bench-gpu` measures, and sets this plan beside what it finds.
 
-  python bench/plan.py                                   the shipped recipes, on TinyLlama's architecture
-  python bench/plan.py --base models/base                on another base (a folder, or its config.json)
-  python bench/plan.py bench/reference/2a.yml            other recipes
+  python train/memory.py                                   the shipped recipes, on TinyLlama's architecture
+  python train/memory.py --base models/base                on another base (a folder, or its config.json)
+  python train/memory.py bench/reference/2a.yml            other recipes
 
 The moments at which a step can need most are three: the loss (every checkpoint, and the logits), the backward pass of
 the last layer (every checkpoint, and one layer's activations; without checkpointing every layer's), and the end of the
@@ -24,8 +24,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from prep.files import BadInput, run
-from train.chain import load_recipe
+from prep.common import BadInput, run
+from train.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

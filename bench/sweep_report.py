@@ -10,11 +10,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from eval import machine, pictures
+from eval import pictures
 from eval.readme import fill
 from eval.report import markdown_table
 from eval.tables import Table, changed, number
-from prep.files import BadInput, atomic_write
+from prep.common import BadInput, atomic_write, commit
 
 TABLES, SUMMARY = "bench-train", "bench-train-summary"  # marks in recipes/README.md and in README.md
 REFERENCE = "bench/reference/"  # where its recipes lie
@@ -249,7 +249,7 @@ def page(report: dict[str, Any], name: str) -> str:
         ),
         f"\nOf every variant: `{json.dumps(report['plan']['all'])}`, profile `{report['plan']['profile']}`.\n",
         f"\n![bits per byte over tokens seen]({name}.svg)\n\n{report['date']}, "
-        f"{machine.commit(report['environment']['git'])}.\n",
+        f"{commit(report['environment']['git'])}.\n",
     ]
     return "\n".join(parts)
 

@@ -34,7 +34,7 @@ def allocated() -> int | None:
 
 class Probe(BasePlugin):
     def get_input_args(self) -> str:
-        return "bench.gpu_probe.ProbeArgs"
+        return "bench.gpu_plugin.ProbeArgs"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         settings = ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields if cfg[key] is not None})

@@ -24,7 +24,7 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.binaryio import read_tuples_from_file
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from prep.selection import year_of
+from prep.filters import year_of
 from prep.works import work_of
 
 MINHASH = MinhashConfig(n_grams=5, num_buckets=24, hashes_per_bucket=4)

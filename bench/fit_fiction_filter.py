@@ -1,8 +1,8 @@
 """Measure how well prose fiction is told from other books, and fit the weights anew, on texts that a person has labelled.
 
-    python bench/prep_selection.py LABELLED        LABELLED/fiction/*.txt and LABELLED/other/*.txt, raw text in lines
+    python bench/fit_fiction_filter.py LABELLED        LABELLED/fiction/*.txt and LABELLED/other/*.txt, raw text in lines
 
-Prints precision and recall of `prep/selection.py` as it stands, which texts it gets wrong, precision and recall of weights
+Prints precision and recall of `prep/filters.py` as it stands, which texts it gets wrong, precision and recall of weights
 fitted in ten-fold cross-validation, and the weights fitted to all.
 """
 
@@ -15,8 +15,8 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from prep.files import BadInput, run
-from prep.selection import BIAS, FICTION, WEIGHTS, figures
+from prep.common import BadInput, run
+from prep.filters import BIAS, FICTION, WEIGHTS, figures
 
 
 def report(name: str, taken: np.ndarray, fiction: np.ndarray) -> None:

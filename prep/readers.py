@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from prep.files import BadInput
+from prep.common import BadInput
 
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
 SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", ".txt")

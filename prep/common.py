@@ -3,12 +3,19 @@
 import contextlib
 import errno
 import hashlib
+import importlib.metadata
 import os
+import platform
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class BadInput(Exception):
@@ -68,3 +75,59 @@ def run(main: Callable[[], int | None]) -> None:
         if error.errno is None:
             raise
         sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
+
+
+def cpu_name() -> str:
+    """The processor's model, where Linux tells it; otherwise what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of this repository, and whether tracked files differ from it; None outside git.
+
+    In the container's image, which holds no .git, what the build was told: `CHATEAU_COMMIT`, as `git describe --always
+    --dirty --abbrev=40` prints it.
+    """
+    try:
+        commit, status = (
+            subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        built = os.environ.get("CHATEAU_COMMIT")
+        return {"commit": built.removesuffix("-dirty"), "modified": built.endswith("-dirty")} if built else None
+    return {"commit": commit.strip(), "modified": bool(status.strip())}
+
+
+def commit(git: dict[str, Any] | None) -> str:
+    """What `git_state` found, in words."""
+    return f"commit {git['commit'][:12]}{' with changes' if git['modified'] else ''}" if git else "no git commit"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions of the packages that decide the bytes."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Name, bytes and sha256 of each source file, in the given order."""
+    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths]
+
+
+def progress(steps: Iterable[Any] | None = None, **settings: Any) -> tqdm:
+    """A tqdm bar on stderr; where stderr is no terminal, a line every minute instead of a bar that is drawn over."""
+    terminal = sys.stderr.isatty()
+    layout = (
+        {}
+        if terminal
+        else {
+            "mininterval": 60,
+            "maxinterval": 60,
+            "bar_format": "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n",
+        }
+    )
+    return tqdm(steps, dynamic_ncols=terminal, **(layout | settings))

@@ -12,7 +12,7 @@ Runs in a working directory whose stages are trained (the demo's), and gives for
 lm-eval 0.4's `load_in_4bit` does not pass Transformers 5 ("unexpected keyword argument"), so the rounded base that the
 adapters stand on is saved once, as such, for its command; that is not counted.
 
-    cd demo/run && python ../../bench/evaluation.py --recipes ../../recipes --limit 1
+    cd demo/run && python ../../bench/compare_with_lm_eval.py --recipes ../../recipes --limit 1
 """
 
 import argparse
@@ -30,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything evaluated is a local 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from eval.readme import fill
-from prep.files import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write, run
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "bench/reports/eval.json"
@@ -67,7 +67,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
     from eval import samples, scoring, weights
     from eval.evaluation import environment
-    from train.chain import load_chain
+    from train.stages import load_chain
 
     warnings.filterwarnings("ignore")
     rows = weights.present(weights.candidates(load_chain(args.recipes)), args.stages)

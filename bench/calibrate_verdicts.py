@@ -8,7 +8,7 @@ the rest of the book word by word: they share a language and a hand with it, and
 The folder has a novel a file (.txt, UTF-8); --works is a CSV with the columns file_id (the file's stem) and author.
 Prints the table of eval/README.md. The same folder and seed give the same figures.
 
-    python eval/thresholds.py --texts novels --works novels/works.csv
+    python bench/calibrate_verdicts.py --texts novels --works novels/works.csv
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval import prose, verdict
-from prep.files import BadInput, run
+from prep.common import BadInput, run
 from prep.typography import to_convention
 
 HELDOUT = 0.1  # of a novel, from its middle

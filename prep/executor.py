@@ -25,7 +25,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.utils.stats import PipelineStats
 from tqdm import tqdm
 
-from prep.files import BadInput
+from prep.common import BadInput
 
 loguru.logger.remove()  # what a task says goes to its log file; a run shows one bar for each stage
 

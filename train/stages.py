@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from prep.files import BadInput
+from prep.common import BadInput
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rapidfuzz import fuzz
 
-from prep.matter import PAGE_END, drop_matter
+from prep.front_matter import PAGE_END, drop_matter
 from prep.typography import clean_characters, to_convention
 
 

@@ -2,12 +2,12 @@
 
 Both sides are brought to the project's typographic convention first, so that only the cleaning is scored.
 
-    python prep/score.py --text data/2c.txt --truth truth.txt
-    python prep/score.py --parquet data/raw/gallica --truth truth/ --show 20
+    python bench/score_cleaning.py --text data/2c.txt --truth truth.txt
+    python bench/score_cleaning.py --parquet data/raw/gallica --truth truth/ --show 20
 
-    python prep/score.py --scan scan.txt --truth truth.txt --show 20
+    python bench/score_cleaning.py --scan scan.txt --truth truth.txt --show 20
 
-With --parquet every document of the files whose truth/<file_id>.txt exists is cleaned by `prep/pages.py` and scored.
+With --parquet every document of the files whose truth/<file_id>.txt exists is cleaned by `prep/page_layout.py` and scored.
 A truth file holds one paragraph a block, blocks separated by blank lines. The character error rate is the Levenshtein
 distance over the truth's characters, paragraph ends counted as spaces; a paragraph boundary is found when it stands
 before the same word of the truth (words aligned by the fewest edits).
@@ -31,8 +31,8 @@ from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
 
-from prep.files import BadInput, run
-from prep.pages import clean_pages
+from prep.common import BadInput, run
+from prep.page_layout import clean_pages
 from prep.typography import to_convention
 
 

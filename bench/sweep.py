@@ -10,11 +10,11 @@ the bench in as many terminals as there are cores, and each takes runs that no o
 Writes <out>/train.json (the evidence), then train.md and train.svg from it and nothing else; another plan's are named
 after it.
 
-    CORPUS_DIR=~/corpus python bench/training.py --base demo/run/models/base
-    python bench/training.py --at-most 1      one variant, then stop: for a machine that others use too
-    python bench/training.py --list           what is finished, what is not
-    python bench/training.py --report         page and picture again, from train.json alone
-    python bench/training.py --plan bench/train-long.yml    fewer variants, three times the tokens
+    CORPUS_DIR=~/corpus python bench/sweep.py --base demo/run/models/base
+    python bench/sweep.py --at-most 1      one variant, then stop: for a machine that others use too
+    python bench/sweep.py --list           what is finished, what is not
+    python bench/sweep.py --report         page and picture again, from train.json alone
+    python bench/sweep.py --plan bench/train-long.yml    fewer variants, three times the tokens
 """
 
 import argparse
@@ -42,14 +42,14 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from bench import training_report
+from bench import sweep_report
 from eval import curves, intervals, memory, scoring, weights
 from eval.evaluation import digest, environment
 from eval.tasks.texts import read_rows
-from prep.files import BadInput, atomic_write, run, sha256
-from train.chain import Stage, load_chain, load_recipe
+from prep.common import BadInput, atomic_write, run, sha256
 from train.gate import NotTrained, check_steps, checkpoints, movement_of_weights
 from train.stage import command, launch_and_wait, load_profile, prepare_output
+from train.stages import Stage, load_chain, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = Path(__file__).with_name("train.yml")
@@ -413,7 +413,7 @@ def main() -> None:
     args = parser.parse_args()
     target = args.out / f"{args.plan.stem}.json"
     if args.report:
-        training_report.write(target, args.tables_in, args.summary_in)
+        sweep_report.write(target, args.tables_in, args.summary_in)
         return
     warnings.filterwarnings("ignore")
     plan = load_plan(args.plan)
@@ -459,7 +459,7 @@ def main() -> None:
         found = {weights.BASE: results[base_name], **results}
         with shared:
             store(assemble(plan, runs, found, facts | now), target)
-            training_report.write(target, args.tables_in, args.summary_in)
+            sweep_report.write(target, args.tables_in, args.summary_in)
 
     os.environ["OMP_NUM_THREADS"] = str(plan["threads"])  # of the processes that merge and score
     with shared:
