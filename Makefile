@@ -1,4 +1,4 @@
-# The whole pipeline; each target is the plain command it stands for. `make` alone prints them.
+# The whole pipeline; each target is the plain command it stands for, and prints it. `make` alone lists them.
 #
 #   make demo                                          everything, small, on a CPU
 #   make data BOOK=~/novel.pdf && make prep stage-a stage-b stage-c eval
@@ -11,27 +11,36 @@ HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the wh
 PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
 RUN ?= full#          name of the report
-ARGS ?=#              more --key=value for Axolotl; for `make continue` and `make notebook`, their own options
 RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
 PORT ?= 8000#         of `make notebook`
-MINUTES ?=#           for `make bench-gpu`: stop in time, to go on another time
+MINUTES ?=#           time limit of `make bench-gpu`; run again to resume
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
+ARGS ?=#              more options for the command; words split and quoted as in a shell
+# CORPUS_DIR=folder with gallica/, tokenizer/ and book/, for some of the bench targets and tests
+
+# Settings reach the shell as environment variables that recipes quote, never as text of a command: a file name with
+# quotes, $, backticks or ; is a file name. `value` keeps make from expanding a $ in them.
+SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM RUN RUNS WORDS PORT MINUTES CORPUS_DIR TORCH ARGS
+$(foreach name,$(SETTINGS),$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
+export AXOLOTL_DO_NOT_TRACK := 1
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-export AXOLOTL_DO_NOT_TRACK := 1
 
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/ready
-PIP := $(BIN)/pip install --disable-pip-version-check --require-hashes --no-deps
+override BIN := .venv/bin
+override READY := .venv/ready
+override PIP := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps
+# Split a setting into the array `more`: xargs reads quotes as a shell does, and runs nothing.
+override SPLIT = readarray -d '' -t more < <(xargs -r printf '%s\0' <<<"$$$(1)"); wait $$!;
+# Print each command as it would be typed.
+override SHOW := PS4='$$ '; set -x;
 
 .PHONY: help
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 # --- environment ---
 
@@ -41,21 +50,22 @@ setup: $(READY) ## .venv from the hash-locked requirements (5 GB with the CPU bu
 # The locks are complete, so pip resolves nothing. Without an NVIDIA card the CPU build of torch is taken, where the
 # registry offers it (PyPI does not: README says how); with one, or failing that, the CUDA build.
 $(READY): requirements/base.txt requirements/cuda.txt requirements/torch-cpu.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
-		|| { echo "Python 3.11 is needed, and '$(PYTHON)' is not it: install python3.11 (with venv), or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	if { [ "$(strip $(TORCH))" = cpu ] || { [ "$(strip $(TORCH))" = auto ] && ! command -v nvidia-smi >/dev/null; }; } && $(PIP) -r requirements/torch-cpu.txt; \
+	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 is needed, and '$$PYTHON' is not it: install python3.11 (with venv), or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up .venv from requirements/ (5 GB with the CPU build of torch, some minutes)"
+	@"$$PYTHON" -m venv .venv
+	@if { [ "$$TORCH" = cpu ] || { [ "$$TORCH" = auto ] && ! command -v nvidia-smi >/dev/null; }; } && $(PIP) -r requirements/torch-cpu.txt; \
 		then $(PIP) -r requirements/base.txt; else $(PIP) -r requirements/base.txt -r requirements/cuda.txt; fi
-	$(BIN)/pip check --disable-pip-version-check
-	echo "$(CURDIR)" > $(VENV)/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.common
-	touch $@
+	@$(BIN)/pip check --disable-pip-version-check
+	@echo "$(CURDIR)" > .venv/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.common
+	@touch $@
 
 .PHONY: setup-gpu
 setup-gpu: $(READY) ## What only a GPU can use: deepspeed, flash-attn (built here by nvcc, an hour); optional
 	$(PIP) --no-build-isolation -r requirements/gpu.txt
 
 .PHONY: lock
-lock: $(READY) ## Resolve requirements/*.in anew
+lock: $(READY) ## Resolve requirements/*.in again
 	PATH="$(CURDIR)/$(BIN):$$PATH" requirements/lock.sh
 
 # --- step 0: sources ---
@@ -63,93 +73,93 @@ lock: $(READY) ## Resolve requirements/*.in anew
 .PHONY: data base gallica book
 data: base gallica book ## Base model, Gallica files and the novel (BOOK=address or file)
 base: $(READY) ## Base model -> models/base
-	$(BIN)/python prep/collect.py base
+	@$(SHOW) $(BIN)/python prep/collect.py base
 gallica: $(READY) ## FILES parquet files of Gallica -> data/raw/gallica
-	$(BIN)/python prep/collect.py gallica --files $(strip $(FILES))
+	@$(SHOW) $(BIN)/python prep/collect.py gallica --files "$$FILES"
 book: $(READY) ## The novel (BOOK=address or file) -> data/raw/book
-	@test -n "$(strip $(BOOK))" || { echo "say which novel: make book BOOK=https://... or BOOK=path/to/novel.pdf" >&2; exit 1; }
-	$(BIN)/python prep/collect.py book --source "$(strip $(BOOK))"
+	@test -n "$$BOOK" || { echo "say which novel: make book BOOK=https://... or BOOK=path/to/novel.pdf" >&2; exit 1; }
+	@$(SHOW) $(BIN)/python prep/collect.py book --source="$$BOOK"
 
 # --- steps 1a, 1b, 1c: rows ---
 
 .PHONY: prep prep-a prep-b prep-c
 prep: prep-a prep-b prep-c ## All training rows
 prep-a: $(READY) ## 1,000,000 windows of 512 tokens of Gallica -> data/2a.jsonl
-	$(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 --windows 1000000 --split 1/2 --seed 42 --out data/2a.jsonl
+	@$(SHOW) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 --windows 1000000 --split 1/2 --seed 42 --out data/2a.jsonl
 prep-b: $(READY) ## 250,000 windows of 2048 tokens of Gallica -> data/2b.jsonl
-	$(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 --windows 250000 --split 2/2 --seed 42 --out data/2b.jsonl
+	@$(SHOW) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 --windows 250000 --split 2/2 --seed 42 --out data/2b.jsonl
 prep-c: $(READY) ## The novel in four phases -> data/2c.jsonl
-	$(BIN)/python prep/castle.py --book "$$(ls data/raw/book/book.*)" --tokenizer models/base --sequence-len 2048 --stride 512 --holdout $(strip $(HOLDOUT)) --seed 42 --out data/2c.jsonl
+	@book=$$(ls data/raw/book/book.*) || { echo "no novel yet: make book BOOK=..." >&2; exit 1; }; \
+		$(SHOW) $(BIN)/python prep/castle.py --book "$$book" --tokenizer models/base --sequence-len 2048 --stride 512 --holdout "$$HOLDOUT" --seed 42 --out data/2c.jsonl
 
 # --- steps 2a, 2b, 2c: training ---
 
 .PHONY: stage-a stage-b stage-c
-stage-a: stage-%: $(READY) ## Train 2a: every weight, on short passages
-stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, on long ones
+stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens
+stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, windows of 2048
 stage-c: stage-%: $(READY) ## Train 2c: the same adapter, on the novel
 stage-a stage-b stage-c: stage-%:
-	$(BIN)/python train/stage.py $(strip $(CURRICULUM))$* --profile $(strip $(PROFILE)) -- $(strip $(ARGS))
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python train/stage.py "$${CURRICULUM}$*" --profile "$$PROFILE" -- "$${more[@]}"
 
 .PHONY: check
 check: $(READY) ## Did every stage train? The gates, on whatever is there
-	$(BIN)/python train/gate.py
+	@$(SHOW) $(BIN)/python train/gate.py
 
 # --- evaluation ---
 
 .PHONY: eval
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
-	$(BIN)/python eval/evaluation.py --recipes recipes --run $(strip $(RUN)) --out eval/reports
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/evaluation.py --recipes recipes --run "$$RUN" --out eval/reports "$${more[@]}"
 
 .PHONY: continue
-continue: $(READY) ## The novel goes on: WORDS more words by the last stage -> outputs/continuation
-	$(BIN)/python eval/continuation.py --recipes recipes --words $(strip $(WORDS)) $(ARGS)
+continue: $(READY) ## Write WORDS more words of the novel with the last stage -> outputs/continuation
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/continuation.py --recipes recipes --words "$$WORDS" "$${more[@]}"
 
 .PHONY: compare
 compare: $(READY) ## Several reports in one page: make compare RUNS="small full" -> eval/reports/compare.html
-	@test -n "$(strip $(RUNS))" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
-	$(BIN)/python eval/compare.py $(RUNS) --reports eval/reports
+	@test -n "$$RUNS" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
+	@$(call SPLIT,RUNS) $(SHOW) $(BIN)/python eval/compare.py --reports eval/reports -- "$${more[@]}"
 
 .PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
-	$(BIN)/python eval/serve.py --port $(strip $(PORT)) $(strip $(ARGS))
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/serve.py --port "$$PORT" "$${more[@]}"
 
 # --- measurements ---
 
 .PHONY: plan bench-gpu
 plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--base models/base recipes/2a.yml")
-	$(BIN)/python train/memory.py $(ARGS)
-bench-gpu: $(READY) ## Speed and memory of recipes and levers on a GPU -> bench/reports/gpu.json, .md (bench/README.md)
-	$(BIN)/python bench/gpu.py $(if $(strip $(MINUTES)),--minutes $(strip $(MINUTES))) $(ARGS)
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python train/memory.py "$${more[@]}"
+bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.json, .md (bench/README.md)
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/gpu.py $${MINUTES:+--minutes "$$MINUTES"} "$${more[@]}"
 
 .PHONY: bench-eval
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
-	cd demo/run && ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes --readme ../../eval/README.md $(ARGS)
+	@$(call SPLIT,ARGS) cd demo/run; $(SHOW) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes --readme ../../eval/README.md "$${more[@]}"
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	$(BIN)/python bench/sweep.py --tables-in recipes/README.md --summary-in README.md $(ARGS)
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/sweep.py --tables-in recipes/README.md --summary-in README.md "$${more[@]}"
 
 .PHONY: bench-train-long
-bench-train-long: $(READY) ## The same on three times the tokens, a few variants: bench/train-long.yml -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)
-	$(BIN)/python bench/sweep.py --plan bench/train-long.yml $(ARGS)
+bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/sweep.py --plan bench/train-long.yml "$${more[@]}"
 
 .PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
-	$(BIN)/python bench/prep_speed.py --source "$(CORPUS_DIR)/gallica" --tokenizer "$(CORPUS_DIR)/tokenizer" --readme prep/README.md
+	@test -n "$${CORPUS_DIR-}" || { echo 'say where the corpus is: make bench-prep CORPUS_DIR=folder' >&2; exit 1; }
+	@$(SHOW) $(BIN)/python bench/prep_speed.py --source "$$CORPUS_DIR/gallica" --tokenizer "$$CORPUS_DIR/tokenizer" --readme prep/README.md
 
 # --- small and local ---
 
 .PHONY: demo
 demo: $(READY) ## All of the above, small, on a CPU, in demo/run: about 25 minutes on two cores
-	demo/demo.sh
-
-.PHONY: readme
-readme: $(READY) ## The demo's figures, from its report into the READMEs
-	$(BIN)/python eval/readme.py
+	@demo/demo.sh
 
 .PHONY: clean-demo
-clean-demo: ## Remove what the demo made
-	rm -rf demo/run
+clean-demo: ## Remove what the demo made; texts that you kept or continued stay in demo/run/outputs
+	@[ ! -d demo/run ] || find demo/run -depth -mindepth 1 \
+		! -path demo/run/outputs ! -path 'demo/run/outputs/kept*' ! -path 'demo/run/outputs/continuation*' -delete
+	@[ ! -d demo/run ] || find demo/run -depth -type d -empty -delete
 
 .PHONY: test
 test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds those that need a corpus)
@@ -161,6 +171,6 @@ test-fast: $(READY) ## The tests that load no model
 
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy

@@ -1,0 +1,116 @@
+"""The Makefile: settings reach the commands as they were typed, and nothing in them is run."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Stands for .venv/bin/python: records what it was called with, arguments apart by \x1f, calls by \x1e.
+RECORDER = r"""#!/bin/bash
+{ printf '%s\x1f' "$@"; printf '\x1e'; } >>"$CALLS"
+"""
+HOSTILE = ("`touch ran`", '"; touch ran; "', "'; touch ran; '", "$(touch ran)", "$$(touch ran)", "$(shell touch ran)",
+           "; touch ran #", "a\ntouch ran", "${HOME}", "* ~ é \\ 'x\" $")  # fmt: skip
+SETTINGS = ("BOOK", "FILES", "HOLDOUT", "PROFILE", "CURRICULUM", "RUN", "RUNS", "WORDS", "PORT", "MINUTES", "ARGS",
+            "CORPUS_DIR", "TORCH", "PYTHON")  # fmt: skip
+TARGETS = ("base", "gallica", "book", "prep", "stage-a", "check", "eval", "continue", "compare", "notebook", "plan",
+           "bench-gpu", "bench-train", "bench-prep", "test-fast", "help")  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The Makefile in a folder where every command is only recorded."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in (
+        "requirements/base.txt",
+        "requirements/cuda.txt",
+        "requirements/torch-cpu.txt",
+        "data/raw/book/book.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for name in ("python", "pip", "ruff", "mypy"):
+        (tmp_path / ".venv/bin" / name).write_text(RECORDER)
+        (tmp_path / ".venv/bin" / name).chmod(0o755)
+    (tmp_path / ".venv/ready").touch()
+    return tmp_path
+
+
+def make(project: Path, *arguments: str, expect: int | None = 0, **environment: str) -> list[list[str]]:
+    """Run make; return the command lines that it called. expect: its exit status; None if any will do."""
+    calls = project / "calls"
+    calls.unlink(missing_ok=True)
+    clean = {name: value for name, value in os.environ.items() if name not in SETTINGS and "MAKE" not in name}
+    done = subprocess.run(
+        ["make", *arguments],
+        cwd=project,
+        env=clean | {"CALLS": str(calls)} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert expect in (None, done.returncode), done.stdout + done.stderr
+    return [call.split("\x1f")[:-1] for call in calls.read_text().split("\x1e")[:-1]] if calls.exists() else []
+
+
+def test_nothing_in_a_setting_is_run(project: Path) -> None:
+    before = sorted(project.rglob("*"))
+    for value in HOSTILE:
+        every = {name: value for name in SETTINGS}
+        typed = [f"{name}={value}" for name in SETTINGS]
+        # Some targets fail: xargs does not split an unfinished quotation.
+        called = make(project, "--keep-going", *TARGETS, *typed, expect=None)
+        called += make(project, "--keep-going", "book", "stage-a", "plan", expect=None, **every)
+        assert ["prep/collect.py", "base"] in called
+        (project / "calls").unlink()
+        assert sorted(project.rglob("*")) == before, value
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_setting_arrives_as_it_was_typed(project: Path, value: str) -> None:
+    assert make(project, "book", f"BOOK={value}") == [["prep/collect.py", "book", f"--source={value}"]]
+    assert make(project, "book", BOOK=value) == [["prep/collect.py", "book", f"--source={value}"]]
+    assert value in make(project, "eval", f"RUN={value}")[0]
+
+
+def test_arguments_are_split_as_a_shell_would(project: Path) -> None:
+    said = make(
+        project, "stage-b", """ARGS=--learning_rate=1e-4  '--name=two words' "--x=it's" --glob=*""", "PROFILE=cpu"
+    )
+    assert said == [["train/stage.py", "2b", "--profile", "cpu", "--",
+                     "--learning_rate=1e-4", "--name=two words", "--x=it's", "--glob=*"]]  # fmt: skip
+    assert make(project, "stage-b", "ARGS='unfinished", expect=2) == []  # no training without the option that was meant
+    assert make(project, "stage-c", "CURRICULUM=3") == [["train/stage.py", "3c", "--profile", "gpu", "--"]]
+    assert make(project, "compare", "RUNS=small full")[0][-2:] == ["small", "full"]
+
+
+def test_what_is_missing_is_asked_for(project: Path) -> None:
+    for target in ("book", "compare", "bench-prep"):
+        assert make(project, target, expect=2) == []
+
+
+def test_clean_demo_keeps_what_a_user_kept(project: Path) -> None:
+    kept = [project / "demo/run/outputs" / name for name in ("kept.jsonl", "continuation/suite.txt")]
+    made = [project / "demo/run" / name for name in ("models/base/x", "outputs/2a/checkpoint-8/x", "data/2a.jsonl")]
+    for path in kept + made:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    make(project, "clean-demo")
+    assert sorted(path for path in (project / "demo/run").rglob("*") if path.is_file()) == sorted(kept)
+    for path in kept:
+        path.unlink()
+    make(project, "clean-demo")
+    make(project, "clean-demo")
+    assert not (project / "demo/run").exists()
+
+
+def test_every_target_has_a_line_of_help() -> None:
+    declared = {
+        name for line in re.findall(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M) for name in line.split()
+    }
+    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert declared == set(re.findall(r"make (\S+)", shown))
