@@ -138,7 +138,7 @@ bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on 
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/sweep.py --tables-in recipes/README.md --summary-in README.md "$${more[@]}"
+	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/sweep.py "$${more[@]}"
 
 .PHONY: bench-train-long
 bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)

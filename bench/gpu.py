@@ -125,9 +125,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of rows a recipe (default: 2,000,000)")
     parser.add_argument("--base", type=Path, default=ROOT / "bench/tinyllama.json", help="config.json of another size")
     parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help="folder (default: recipes)")
-    parser.add_argument("--reference", type=Path, default=ROOT / "bench/reference", help="default: bench/reference")
+    parser.add_argument("--reference", type=Path, default=ROOT / "bench/kafka", help="default: bench/kafka")
     parser.add_argument(
-        "--levers", type=Path, default=ROOT / "bench/gpu_levers.yml", help="default: bench/gpu_levers.yml"
+        "--levers", type=Path, default=ROOT / "bench/ablations.yml", help="default: bench/ablations.yml"
     )
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with a tiny model: a test of the bench itself")
     parser.add_argument("--work", type=Path, help="folder for weights, rows and logs (default: bench/run/gpu)")

@@ -27,7 +27,7 @@ from train.stage import load_profile
 from train.stages import Stage
 
 ROOT = Path(__file__).parent.parent
-LEVERS = Path(__file__).with_name("gpu_levers.yml")
+LEVERS = Path(__file__).with_name("ablations.yml")
 CARD = 11.0  # GiB free on a 12 GB card: 12 less what the driver and a desktop take
 
 

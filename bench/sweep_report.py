@@ -1,318 +1,255 @@
-"""The page and the picture of a training bench, from bench/reports/train.json, or another plan's, and nothing else.
+"""The page and the picture of a sweep, made from bench/reports/train.json (or another plan's) and nothing else.
 
-A table a stage: each variant's bits per byte after it, what it gained over what it started from, and its difference to
-the variants it is measured against. Figures are means over seeds, intervals 95 % over held-out works (eval/intervals.py).
+    python bench/sweep_report.py bench/reports/train.json
+
+Figures are means over seeds; intervals are 95 % over held-out works, paired on the same text.
 """
 
+import argparse
 import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from eval import pictures
-from eval.readme import fill
-from eval.report import markdown_table
-from eval.tables import Table, changed, number
-from prep.common import BadInput, atomic_write, commit
+import numpy as np
+from tabulate import tabulate
 
-TABLES, SUMMARY = "bench-train", "bench-train-summary"  # marks in recipes/README.md and in README.md
-REFERENCE = "bench/reference/"  # where its recipes lie
-TEXTS = ("gallica_heldout", "novel_heldout")
+from eval import intervals, pictures
+from eval.tables import changed, number
+from prep.common import BadInput, atomic_write, commit, run
+
+FORMAT = 2
+BASE = "base"
+TEXTS = {"gallica_heldout": "Gallica", "novel_heldout": "novel"}
+PAGE = """# Which settings learn
+
+Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %
+interval over held-out works (blocks of the novel), paired on the same text; * where it leaves out zero. A dash means
+not measured. `kafka` stands for the settings of [Almarch/kafka](../kafka), the project that this one continues.
+Made by `make bench-{name}` from bench/{name}.yml.
+
+{cpu}, {threads} cores, no GPU; each run uses {plan[threads]}. Tokens of one pass: {trained}. Scored tokens: {scored}.
+Every recipe's tokens per step are divided: {divisors}. From one seed to the other, a difference in these tables changed
+by at most {spread}. The base before any training: {base}.
+
+{stages}
+## Movement of the weights in full fine-tuning
+
+Median over the matrices, measured in the precision of the trained weights.
+
+{movement}
+## Memorisation
+
+Token probability: geometric mean over spans of 50 tokens with at least 200 tokens of true text before them.
+
+{memorisation}
+## What each variant is
+
+{variants}
+For every variant: `{plan[all]}`, profile `{plan[profile]}`.
+
+![bits per byte over tokens seen]({name}.svg)
+
+{date}, {commit}.
+"""
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The report. Raises BadInput when there is none, or it is of another format."""
+def dumped(report: dict[str, Any]) -> str:
+    """The report as JSON with one line per run and variant, so that a diff shows what was measured again."""
+
+    def compact(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def entry(value: Any) -> str:
+        if not isinstance(value, dict):
+            return compact(value)
+        return "{\n" + ",\n".join(f"  {compact(key)}: {compact(each)}" for key, each in value.items()) + "\n }"
+
+    return "{\n" + ",\n".join(f" {compact(key)}: {entry(value)}" for key, value in report.items()) + "\n}\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column is text, the others are figures."""
+    align = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(rows, head, tablefmt="pipe", colalign=align, disable_numparse=True) + "\n" if rows else ""
+
+
+class Sweep:
+    """A report and the figures that follow from it."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.report = report
+        self.variants: dict[str, dict[str, Any]] = report["variants"]
+
+    def names(self, stage: str) -> list[str]:
+        """The variants of a stage."""
+        return [name for name, variant in self.variants.items() if Path(variant["recipe"]).stem == stage]
+
+    def runs(self, name: str) -> dict[int, dict[str, Any]]:
+        """{seed: result} of a variant's finished runs; the base is the same under every seed."""
+        seeds = {seed for variant in self.variants.values() for seed in variant["seeds"]}
+        found = {seed: self.report["runs"].get(BASE if name == BASE else f"{name}-{seed}") for seed in sorted(seeds)}
+        return {seed: run for seed, run in found.items() if run}
+
+    def start(self, name: str) -> str:
+        """What a variant's gain is counted from."""
+        return self.variants[name].get("start") or self.variants[name].get("parent") or BASE
+
+    def bits(self, name: str, text: str) -> float | None:
+        """Bits per byte of a variant or the base."""
+        totals = [sum(run["nll"][text]) for run in self.runs(name).values()]
+        return statistics.fmean(totals) / sum(self.report["texts"][text]["bytes"]) / math.log(2) if totals else None
+
+    def mean(self, name: str, group: str, key: str) -> float | None:
+        """Mean over seeds of a figure that not every run has."""
+        found = [run[group][key] for run in self.runs(name).values() if run.get(group)]
+        return statistics.fmean(found) if found else None
+
+    def less(self, name: str, other: str, text: str, seed: int | None = None) -> dict[str, Any] | None:
+        """Bits per byte of `name` less `other` over the seeds that both finished, or one seed; None without any."""
+        after, before = self.runs(name), self.runs(other)
+        seeds = [each for each in after if each in before and seed in (None, each)]
+        if not seeds:
+            return None
+        sides = ([side[each]["nll"][text] for each in seeds] for side in (before, after))
+        return intervals.difference(*(self.documents(text, np.mean(nll, axis=0).tolist()) for nll in sides))
+
+    def documents(self, text: str, nll: list[float]) -> list[dict[str, Any]]:
+        """A text's works, or the blocks of one work, as eval/intervals.py reads them."""
+        facts = self.report["texts"][text]
+        units = [{"nll": value, "bytes": size} for value, size in zip(nll, facts["bytes"], strict=True)]
+        if facts["unit"] == "block":
+            return [{"source": text, "nll": sum(nll), "bytes": sum(facts["bytes"]), "blocks": units}]
+        return [{"source": f"{index:04}", "blocks": [], **unit} for index, unit in enumerate(units)]
+
+    def spread(self) -> float | None:
+        """The largest change of any difference from one seed to another, in bits per byte."""
+        spreads = []
+        for name, variant in self.variants.items():
+            for other in [self.start(name), *variant.get("against", [])]:
+                for text in TEXTS:
+                    each = [self.less(name, other, text, seed) for seed in self.runs(name)]
+                    values = [found["bits_per_byte"] for found in each if found]
+                    spreads += [max(values) - min(values)] if len(values) > 1 else []
+        return max(spreads, default=None)
+
+    def results(self, stage: str) -> str:
+        """The stage's part of the page: what each variant reached, and its differences from others."""
+        reached, differences = [], []
+        for name in self.names(stage):
+            variant, start, runs = self.variants[name], self.start(name), list(self.runs(name).values())
+            rate = (
+                variant.get("overrides", {}).get("learning_rate")
+                or self.report["recipes"][variant["recipe"]]["learning_rate"]
+            )
+            trained = "–" if variant.get("quantised") else f"{float(rate):.0e}".replace("e-0", "e-")
+            steps = f"{runs[0]['steps']} x {runs[0]['tokens_per_step']:,}" if runs and runs[0].get("steps") else "–"
+            row = [f"`{name}`", f"`{start}`", trained, steps, str(len(runs))]
+            for text in TEXTS:
+                row += [number(self.bits(name, text)), changed(self.less(name, start, text))]
+            reached.append(row)
+            for other in variant.get("against", []):
+                seeds = len(self.runs(name).keys() & self.runs(other).keys())
+                figures = [changed(self.less(name, other, text)) for text in TEXTS]
+                differences.append([f"`{name}`", f"`{other}`", *figures, str(seeds)])
+        head = ["variant", "started from", "learning rate", "steps", "seeds", "Gallica", "gain", "novel", "gain"]
+        tables = table(head, reached), table(["variant", "less", *TEXTS.values(), "seeds"], differences)
+        return "\n".join([f"## {stage}\n", *filter(None, tables)])
+
+    def page(self, name: str) -> str:
+        """The whole page; `name` is the plan's and the report's."""
+        report, movement, memorisation, variants = self.report, [], [], []
+        for each, variant in self.variants.items():
+            if (share := self.mean(each, "moved", "changed")) is not None:
+                movement.append([f"`{each}`", f"{share:.1%}", f"{self.mean(each, 'moved', 'relative'):.2g}"])
+            if self.mean(each, "token_probability", "train") is not None:
+                figures = [self.bits(each, text) for text in ("novel_train", "novel_heldout")]
+                figures += [self.mean(each, "token_probability", side) for side in ("train", "heldout")]
+                memorisation.append([f"`{each}`", *map(number, figures)])
+            overrides = f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else ""
+            seeds = ", ".join(map(str, variant["seeds"]))
+            variants.append(f"- `{each}`: {variant['recipe']}, seeds {seeds}. {variant.get('says', '')}{overrides}\n")
+        tokens = {stage: rows["train"]["windows"] * rows["sequence_len"] for stage, rows in report["manifests"].items()}
+        texts = {text: report["texts"][text] for text in TEXTS if report["runs"]}
+        head = ["variant", "bpb, trained pages", "bpb, held-out pages", "token probability, trained", "held out"]
+        return PAGE.format(
+            name=name,
+            plan=report["plan"] | {"all": json.dumps(report["plan"]["all"])},
+            cpu=report["environment"]["cpu"],
+            threads=report["environment"]["threads"],
+            trained=", ".join(f"{stage} {count:,}" for stage, count in tokens.items()),
+            scored=", ".join(f"`{t}` {f['tokens']:,} ({len(f['bytes'])} {f['unit']}s)" for t, f in texts.items()),
+            divisors=", ".join(f"{stage} by {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items()),
+            base=", ".join(f"{number(self.bits(BASE, text))} on `{text}`" for text in TEXTS),
+            spread=number(self.spread()),
+            stages="\n".join(self.results(stage) for stage in report["plan"]["batch_divisor"] if self.names(stage)),
+            movement=table(["variant", "elements changed", "change over norm"], movement),
+            memorisation=table(head, memorisation),
+            variants="".join(variants),
+            date=report["date"],
+            commit=commit(report["environment"]["git"]),
+        )
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(tokens seen, bits per byte of the validation rows), mean over seeds; empty when it was not logged."""
+        by_step: dict[int, list[float]] = {}
+        runs = list(self.runs(name).values())
+        for result in runs:
+            for step, _, validation_loss in result.get("log") or []:
+                if validation_loss is not None:
+                    by_step.setdefault(step, []).append(validation_loss)
+        facts = self.report["validation"][Path(self.variants[name]["recipe"]).stem]
+        scale = facts["tokens"] / facts["bytes"] / math.log(2)  # nats per token -> bits per byte
+        return [(step * runs[0]["tokens_per_step"], statistics.fmean(v) * scale) for step, v in sorted(by_step.items())]
+
+    def draw(self) -> pictures.Figure:
+        """Held-out bits per byte over tokens seen: one panel per stage, and one per variant with `curve: apart`."""
+        panels: dict[str, list[str]] = {}
+        for stage in self.report["plan"]["batch_divisor"]:
+            drawn = [name for name in self.names(stage) if self.variants[name].get("curve") and self.curve(name)]
+            apart = [name for name in drawn if self.variants[name]["curve"] == "apart"]
+            panels |= {stage: [name for name in drawn if name not in apart]} | {name: [name] for name in apart}
+        picture = pictures.figure(3.6 * len(panels), 4.4)
+        for axis, (title, names) in zip(
+            picture.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            for name, colour, mark in zip(names, pictures.COLOURS, pictures.MARKS, strict=False):
+                axis.plot(*zip(*self.curve(name), strict=True), label=name, color=colour, marker=mark, markersize=4)
+            pictures.plain(axis, tokens=True)
+            axis.set_title(f"{title}: {'the novel' if title.startswith('2c') else 'Gallica'}, held out", fontsize=10)
+            axis.set_xlabel("tokens seen")
+            axis.grid(alpha=0.3)
+            if names:
+                axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        picture.axes[0].set_ylabel("bits per byte (lower is better)")
+        return picture
+
+
+def load(path: Path) -> Sweep:
+    """The sweep of a report. Raises BadInput when there is none, or it has another format."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); `make bench-train` makes it") from error
-    if report.get("format") != 1:
-        raise BadInput(f"{path} is of format {report.get('format')}, not 1; `make bench-train` makes it anew")
-    return report
+        raise BadInput(f"{path} cannot be read ({error}); `make bench-{path.stem}` makes it") from error
+    if report.get("format") != FORMAT:
+        raise BadInput(f"{path} has format {report.get('format')}, not {FORMAT}; `make bench-{path.stem}` makes it")
+    return Sweep(report)
 
 
-def stages(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{stage: {variant: its part of the report}}, in the order of the plan's batch_divisor."""
-    return {
-        stage: {name: variant for name, variant in report["variants"].items() if variant["stage"] == stage}
-        for stage in report["plan"]["batch_divisor"]
-    }
-
-
-def finished(variant: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of a variant's finished runs."""
-    return [result for result in variant["runs"].values() if result]
-
-
-def bits(variant: dict[str, Any], text: str) -> float | None:
-    """Mean over seeds of the bits per byte."""
-    values = [result["scores"][text]["bits_per_byte"] for result in finished(variant)]
-    return statistics.fmean(values) if values else None
-
-
-def started(report: dict[str, Any], variant: dict[str, Any], text: str) -> float | None:
-    """Bits per byte of what a variant started from."""
-    (start,) = variant["gain"]
-    if start in report["variants"]:
-        return bits(report["variants"][start], text)
-    return report["base"]["scores"][text]["bits_per_byte"] if report["base"] else None
-
-
-def difference(compared: dict[str, Any] | None) -> str:
-    """The mean over seeds of a comparison."""
-    return changed(compared["mean"] if compared else None)
-
-
-def rate(variant: dict[str, Any]) -> str:
-    """Its learning rate, as people write it; a dash where nothing is trained."""
-    return "–" if variant.get("rounded") else f"{float(variant['settings']['learning_rate']):.0e}".replace("e-0", "e-")
-
-
-def results_table(variants: dict[str, dict[str, Any]]) -> Table:
-    """What each variant of a stage reached."""
-    head = [
-        "variant",
-        "started from",
-        "learning rate",
-        "steps",
-        "seeds",
-        "Gallica",
-        "gain there",
-        "novel",
-        "gain there",
-    ]
-    rows = []
-    for name, variant in variants.items():
-        done = finished(variant)
-        (start,) = variant["gain"]
-        step = f"{done[0]['steps']['reached']} x {done[0]['tokens_a_step']:,}" if done and done[0]["steps"] else "–"
-        rows.append([f"`{name}`", f"`{start}`", rate(variant), step, str(len(done))])
-        for text in TEXTS:
-            rows[-1] += [number(bits(variant, text)), difference(variant["gain"][start][text])]
-    return head, rows
-
-
-def comparison_table(variants: dict[str, dict[str, Any]]) -> Table:
-    """Each variant less those it is measured against."""
-    rows = [
-        [f"`{name}`", f"`{other}`", *(difference(compared[text]) for text in TEXTS), str(len(seeds(compared)))]
-        for name, variant in variants.items()
-        for other, compared in variant["against"].items()
-    ]
-    return ["variant", "less", "Gallica", "novel", "seeds"], rows
-
-
-def seeds(compared: dict[str, Any]) -> dict[str, Any]:
-    """The seeds that a comparison rests on."""
-    return compared[TEXTS[0]]["seeds"] if compared[TEXTS[0]] else {}
-
-
-def weights_table(variants: dict[str, dict[str, Any]]) -> Table:
-    """How much of the weights a full-weight stage moved: what rounding leaves of a learning rate."""
-    rows = []
-    for name, variant in variants.items():
-        moved = [result["movement"] for result in finished(variant) if result["movement"]]
-        if moved:
-            changed, relative = (statistics.fmean(each[key] for each in moved) for key in ("changed", "relative"))
-            rows.append([f"`{name}`", f"{changed:.1%}", f"{relative:.2g}"])
-    return ["variant", "elements changed", "change over norm"], rows
-
-
-def memory_table(variants: dict[str, dict[str, Any]]) -> Table:
-    """Pages that were trained on against pages that were not."""
-    rows = []
-    for name, variant in variants.items():
-        found = [result["memorisation"] for result in finished(variant) if result["memorisation"]]
-        if found:
-            typical = [
-                statistics.fmean(each[side]["token_probability"] for each in found) for side in ("train", "heldout")
-            ]
-            rows.append(
-                [
-                    f"`{name}`",
-                    number(bits(variant, "novel_train")),
-                    number(bits(variant, "novel_heldout")),
-                    *map(number, typical),
-                ]
-            )
-    return ["variant", "bits on trained pages", "on held-out pages", "token probability, trained", "held out"], rows
-
-
-def budget(report: dict[str, Any]) -> str:
-    """A sentence: on what machine, on how many tokens, scored on how many."""
-    where = report["environment"]
-    trained = ", ".join(
-        f"{stage} {manifest['train']['windows'] * length(report, stage):,}"
-        for stage, manifest in report["manifests"].items()
-    )
-    scored = []
-    if report["base"]:
-        for text in TEXTS:
-            found = report["base"]["scores"][text]
-            unit = found["interval"]
-            scored.append(f"`{text}` {found['tokens']:,} ({unit['units']} {unit['unit']}s)")
-    divisors = ", ".join(f"{stage} {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items())
-    return (
-        f"{where['cpu']}, {where['threads']} cores, no GPU; a run has {report['plan']['threads']}. Tokens of one pass: "
-        f"{trained}. Scored tokens: {', '.join(scored) or '–'}. Every recipe's tokens a step divided by: {divisors}."
-    )
-
-
-def seed_spread(report: dict[str, Any]) -> float | None:
-    """The most that any difference of the tables moved from one seed to another, in bits per byte."""
-    found = [
-        [seed["bits_per_byte"] for seed in compared[text]["seeds"].values()]
-        for variant in report["variants"].values()
-        for compared in (variant["gain"] | variant["against"]).values()
-        for text in TEXTS
-        if compared[text] and len(compared[text]["seeds"]) > 1
-    ]
-    return max((max(values) - min(values) for values in found), default=None)
-
-
-def length(report: dict[str, Any], stage: str) -> int:
-    """Tokens a window."""
-    return report["manifests"][stage]["sequence_len"]
-
-
-def tables(report: dict[str, Any], level: str = "###") -> str:
-    """What goes into recipes/README.md: results and comparisons, a stage after the other."""
-    parts = [budget(report) + "\n"]
-    base = report["base"]["scores"] if report["base"] else None
-    if base:
-        figures = ", ".join(f"{number(base[text]['bits_per_byte'])} on `{text}`" for text in TEXTS)
-        parts.append(f"The base before any training: {figures}.\n")
-    spread = seed_spread(report)
-    if spread is not None:
-        parts.append(f"From one seed to the other a difference of these tables moved by {spread:.3f} at most.\n")
-    for stage, variants in stages(report).items():
-        parts.append(f"{level} {stage}\n\n{markdown_table(results_table(variants))}\n")
-        compared = comparison_table(variants)
-        if compared[1]:
-            parts.append(f"{markdown_table(compared)}\n")
-    return "\n".join(parts)
-
-
-def summary(report: dict[str, Any]) -> str:
-    """What goes into README.md: a row a stage, ours against the reference as it is and at its best learning rate.
-
-    Ours is the stage's first variant, the reference's are those that are measured against it; the text is that which
-    the stage is for.
-    """
-    rows = []
-    for stage, variants in stages(report).items():
-        if not variants:
-            continue
-        text = TEXTS[stage == "2c"]
-        ours = next(iter(variants))
-        theirs = [
-            name
-            for name, variant in variants.items()
-            if variant["recipe"].startswith(REFERENCE) and ours in variant["against"]
-        ]
-        done = {name: score for name in theirs[1:] if (score := bits(variants[name], text)) is not None}
-        best = min(done, key=done.__getitem__, default=None)
-        before = started(report, variants[ours], text)
-        rows.append([f"`{stage}`", f"`{text}`", number(before), number(bits(variants[ours], text))])
-        for name in next(iter(theirs), None), best:
-            if name is None:
-                rows[-1] += [number(None), difference(None)]
-                continue
-            variant = variants[name]
-            rows[-1] += [
-                f"{number(bits(variant, text))} at {rate(variant)}",
-                difference(variant["against"][ours][text]),
-            ]
-    head = ["stage", "text", "before", "ours", "reference", "less ours", "reference retuned", "less ours"]
-    return f"{markdown_table((head, rows))}\n"
-
-
-def page(report: dict[str, Any], name: str) -> str:
-    """The whole page; `name` is the plan's, and the report's."""
-    parts = [
-        "# Which settings learn\n",
-        "Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %\n"
-        "interval over held-out works (blocks of the novel), paired on the same text; * where it leaves out zero. A dash is\n"
-        f"not measured. Made by `make bench-{name}` from bench/{name}.yml.\n",
-        tables(report, "##"),
-        "## What moved where every weight trains\n\nMedian over the matrices, after rounding the base to the trained weights' precision.\n",
-        f"{markdown_table(weights_table(report['variants']))}\n",
-        "## By heart?\n\n`token probability`: geometric mean over spans of 50 tokens with 200 tokens of true text before them.\n",
-        f"{markdown_table(memory_table(report['variants']))}\n",
-        "## What each variant is\n",
-        "".join(
-            f"- `{name}`: {variant['recipe']}, seeds {', '.join(map(str, variant['seeds']))}. {variant.get('says', '')}"
-            + (f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else "")
-            + "\n"
-            for name, variant in report["variants"].items()
-        ),
-        f"\nOf every variant: `{json.dumps(report['plan']['all'])}`, profile `{report['plan']['profile']}`.\n",
-        f"\n![bits per byte over tokens seen]({name}.svg)\n\n{report['date']}, "
-        f"{commit(report['environment']['git'])}.\n",
-    ]
-    return "\n".join(parts)
-
-
-def curve(report: dict[str, Any], variant: dict[str, Any]) -> list[tuple[float, float]]:
-    """(tokens seen, bits per byte of the validation rows), the mean over seeds; empty when nothing is finished.
-
-    A variant that logged no validation loss has two points, what it started from and what it reached, as they are scored:
-    for 2b and 2c the validation rows are the text that is scored.
-    """
-    done, stage = finished(variant), variant["stage"]
-    if not variant.get("curve") or not done:
-        return []
-    by_step: dict[int, list[float]] = {}
-    for result in done:
-        for point in result["log"] or []:
-            if point["eval_loss"] is not None:
-                by_step.setdefault(point["step"], []).append(point["eval_loss"])
-    validation = report["validation"][stage]
-    scale = validation["tokens"] / validation["bytes"] / math.log(2)  # nats a token -> bits a byte
-    step = done[0]["tokens_a_step"]
-    if by_step:
-        return [(number * step, statistics.fmean(losses) * scale) for number, losses in sorted(by_step.items())]
-    text = TEXTS[stage == "2c"]
-    start, end = started(report, variant, text), bits(variant, text)
-    return [(0, start), (done[0]["steps"]["reached"] * step, end)] if start is not None and end is not None else []
-
-
-def draw(report: dict[str, Any]) -> pictures.Figure:
-    """Held-out bits per byte over tokens seen: a panel a stage with a line for each variant that logged a curve, and one
-    for each variant whose curve stands apart, because it saw more tokens than the others."""
-    panels: list[tuple[str, str, list[str]]] = []
-    for stage, variants in stages(report).items():
-        drawn = [name for name, variant in variants.items() if curve(report, variant)]
-        apart = [name for name in drawn if variants[name]["curve"] == "apart"]
-        panels += [(stage, stage, [name for name in drawn if name not in apart])]
-        panels += [(stage, name, [name]) for name in apart]
-    picture = pictures.figure(3.6 * len(panels), 4.4)
-    for axis, (stage, title, names) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, colour, mark in zip(names, pictures.COLOURS, pictures.MARKS, strict=False):
-            tokens, bits_per_byte = zip(*curve(report, report["variants"][name]), strict=True)
-            thousands = [count / 1000 for count in tokens]
-            axis.plot(thousands, bits_per_byte, label=name, color=colour, marker=mark, markersize=4, linewidth=1.4)
-        axis.set_title(f"{title}: {'the novel' if stage == '2c' else 'Gallica'}, held out", fontsize=10)
-        axis.set_xlabel("tokens seen, thousands")
-        axis.grid(alpha=0.3)
-        if names:
-            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    picture.axes[0].set_ylabel("bits per byte (lower is better)")
-    return picture
-
-
-def write(path: Path, tables_in: Path | None = None, summary_in: Path | None = None) -> None:
-    """train.md and train.svg beside train.json, the tables and the summary between the marks of a page each."""
-    report = load(path)
-    texts = {
-        path.with_suffix(".md"): page(report, path.stem),
-        path.with_suffix(".svg"): pictures.svg(draw(report), path.stem),
-    }
-    for target, text in texts.items():
-        with atomic_write(target) as file:
+def write(path: Path) -> None:
+    """train.md and train.svg beside train.json."""
+    sweep = load(path)
+    for suffix, text in ((".md", sweep.page(path.stem)), (".svg", pictures.svg(sweep.draw(), path.stem))):
+        with atomic_write(path.with_suffix(suffix)) as file:
             file.write(text)
-    if tables_in:
-        fill(tables_in, TABLES, tables(report))
-    if summary_in:
-        fill(summary_in, SUMMARY, summary(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    write(parser.parse_args().report)
+
+
+if __name__ == "__main__":
+    run(main)

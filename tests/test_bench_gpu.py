@@ -25,7 +25,7 @@ from train.stages import load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = load_chain(ROOT / "recipes")
-REFERENCE = [stage for stage in load_chain(ROOT / "bench/reference") if not stage.adapter_from]
+REFERENCE = [stage for stage in load_chain(ROOT / "bench/kafka") if not stage.adapter_from]
 LEVERS = load_levers()
 RUNS = schedule(SHIPPED, REFERENCE, LEVERS, repetitions=3)
 

@@ -214,9 +214,7 @@ def test_the_peak_is_the_simulated_one(recipe: dict[str, Any], checkpointing: bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["recipes/2a.yml", "recipes/2b.yml", "bench/reference/2a.yml", "bench/reference/2b.yml"]
-)
+@pytest.mark.parametrize("name", ["recipes/2a.yml", "recipes/2b.yml", "bench/kafka/2a.yml", "bench/kafka/2b.yml"])
 def test_axolotl_loads_weights_as_wide_as_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Axolotl's own loader, told that there is a GPU of Ampere's kind, on a CPU without Liger's kernels."""
     from axolotl.cli.config import prepare_plugins

@@ -6,7 +6,7 @@ measured: `make bench-gpu` measures, and sets this plan beside what it finds.
 
   python train/memory.py                                   the shipped recipes, on TinyLlama's architecture
   python train/memory.py --base models/base                on another base (a folder, or its config.json)
-  python train/memory.py bench/reference/2a.yml            other recipes
+  python train/memory.py bench/kafka/2a.yml            other recipes
 
 The moments at which a step can need most are three: the loss (every checkpoint, and the logits), the backward pass of
 the last layer (every checkpoint, and one layer's activations; without checkpointing every layer's), and the end of the
