@@ -1,0 +1,462 @@
+"""What a file is, judged by its content, and the text of the book in it.
+
+    read_book(Path("roman.epub")).paragraphs
+
+| file | what it gives |
+|---|---|
+| PDF (`prep/pdf.py`), plain text | lines, with a form feed between a PDF's pages: `clean_pages` makes paragraphs of them |
+| EPUB, DOCX, ODT, HTML, RTF | its own paragraphs, without notes, their calls, page numbers and tables of contents |
+| a zip | the book in it; several texts of one format are read one after the other, by name |
+
+Anything else (pictures, sound, programs, .doc, Kindle books, data) raises BadInput, which says what it is and what to do.
+"""
+
+import csv
+import html
+import io
+import json
+import posixpath
+import re
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import lxml.html
+from lxml import etree
+from striprtf.striprtf import rtf_to_text
+
+from prep.common import BadInput
+from prep.pdf import read_pdf
+
+BOOK_SUFFIXES = (".pdf", ".epub", ".docx", ".odt", ".html", ".htm", ".xhtml", ".rtf", ".txt")
+
+
+class BookText(NamedTuple):
+    """The text of a book: `paragraphs` where its format says what they are, otherwise `text` in lines."""
+
+    text: str
+    paragraphs: list[str] | None
+    counts: dict[str, int]  # what was left out, by kind
+    warnings: list[str]  # one line each, for the user
+
+
+def read_book(path: Path) -> BookText:
+    """The text of the book in a file. Raises BadInput where there is none, naming what the file is."""
+    if not path.is_file():
+        raise BadInput(f"no such book: {path}")
+    return read_bytes(path.read_bytes(), str(path))
+
+
+def read_bytes(data: bytes, name: str) -> BookText:
+    """As `read_book`, of a file's bytes; `name` is for messages."""
+    kind = kind_of(data, name)
+    if kind == "txt":
+        return BookText(decode_text(data, name), None, {}, [])
+    if kind == "zip":
+        return _one_book(read_members(data, name), name)
+    readers: dict[str, Callable[[bytes, str], BookText]] = {
+        "pdf": lambda data, name: BookText((pdf := read_pdf(data, name)).text, None, pdf.counts, pdf.warnings),
+        "rtf": _read_rtf,
+        "html": _read_html,
+        "epub": _read_epub,
+        "docx": _read_office,
+        "odt": _read_office,
+    }
+    book = readers[kind](data, name)
+    if len((book.text or " ".join(book.paragraphs or [])).split()) < 10:
+        raise BadInput(f"{name} holds no text (pictures of pages?): run OCR on it, or give a text")
+    return book
+
+
+def read_members(data: bytes, name: str) -> Iterator[tuple[str, BookText | BadInput]]:
+    """The files in a zip, by name in natural order, each with its text or the reason why it is no book."""
+    with _opened(data, name) as archive:
+        members = [m.filename for m in archive.infolist() if not m.is_dir() and m.file_size]
+        for member in sorted(members, key=lambda m: [part.zfill(9) for part in re.split(r"(\d+)", m)]):
+            if not member.startswith("__MACOSX/") and not posixpath.basename(member).startswith("."):
+                try:
+                    yield member, read_bytes(_member(archive, member, name), f"{name}: {member}")
+                except BadInput as error:
+                    yield member, error
+
+
+def _one_book(members: Iterator[tuple[str, BookText | BadInput]], name: str) -> BookText:
+    books, others = {}, []
+    for member, book in members:
+        if isinstance(book, BookText):
+            books[member] = book
+        else:
+            others.append(str(book).removeprefix(f"{name}: "))
+    if not books:
+        raise BadInput(f"{name} is a zip without a book" + (f" ({'; '.join(others[:3])})" if others else ""))
+    if len({posixpath.splitext(member)[1].lower() for member in books}) > 1:
+        raise BadInput(f"{name} is a zip of several books ({', '.join(books)}): unpack it and give one of them")
+    found = list(books.values())
+    counts: Counter[str] = sum((Counter(book.counts) for book in found), Counter())
+    warnings = [line for book in found for line in book.warnings]
+    if len(found) > 1:
+        warnings.append(f"{name}: {len(found)} texts read as one book, in this order: {', '.join(books)}")
+    if others:
+        warnings.append(f"{name}: left out: {'; '.join(others)}")
+    if all(book.paragraphs is not None for book in found):
+        return BookText("", [p for book in found for p in book.paragraphs or []], counts, warnings)
+    text = "\n\n".join(book.text or "\n\n".join(book.paragraphs or []) for book in found)
+    return BookText(text, None, counts, warnings)
+
+
+# --- what a file is ---------------------------------------------------------------------------------------------------
+
+_OCR = "give its text, or run OCR on it"
+_NO_BOOK = [  # how a file begins, what it is, what to do
+    (rb"\xd0\xcf\x11\xe0", "an old Word file (.doc) or a protected one", "save it as .docx, without a password"),
+    (rb".{60}(BOOKMOBI|TEXtREAd)|\xeaDRMION|CONT\x02|TPZ", "a Kindle book (MOBI, AZW)", "convert it to EPUB"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|hei|mif)", "a picture", _OCR),
+    (rb"AT&TFORM", "a DjVu scan", "convert it to a PDF with a text layer, or give its text"),
+    (rb"ID3|OggS|fLaC|\xff[\xfb\xf3\xf2]|RIFF|.{4}ftyp|\x1aE\xdf\xa3|MThd", "sound or film", "give the book's text"),
+    (rb"\x7fELF|MZ|[\xcf\xce]\xfa\xed\xfe|\xca\xfe\xba\xbe|#!", "a program", "give the book's text"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", "unpack it first"),
+    (rb"PAR1|SQLite format 3|GGUF|\x89HDF", "a data file", "give the book's text"),
+    (rb"ITSF|ITOLITLS", "a Microsoft help file or reader book", "convert it to EPUB"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript", "convert it to PDF"),
+    (rb"\xffWPC", "a WordPerfect file", "save it as .docx"),
+]
+_OFFICE = {"xl/": "an Excel workbook", "ppt/": "a PowerPoint file", "Index/": "an Apple iWork file"}
+_HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", re.I | re.S)
+_XML = re.compile(r"\s*(?:<[?!][^>]*>\s*)*<([\w:.-]+)[\s>/]")
+
+
+def kind_of(data: bytes, name: str) -> str:
+    """`pdf`, `epub`, `docx`, `odt`, `html`, `rtf`, `zip` or `txt`, by content. Raises BadInput for what is no book."""
+    if not data.strip():
+        raise BadInput(f"{name} is empty")
+    if b"%PDF-" in data[:1024]:  # the specification allows that much before it
+        return "pdf"
+    if data.startswith(b"PK"):
+        return _zip_kind(data, name)
+    if data.lstrip().startswith(b"{\\rtf"):
+        return "rtf"
+    for start, what, advice in _NO_BOOK:
+        if re.match(start, data[:300], re.S):
+            raise BadInput(f"{name} is {what}, not a book: {advice}")
+    text = decode_text(data, name)
+    if _HTML.match(text[:5000]) or len(re.findall(r"</?(?:p|div|br|h[1-6])\b[^>]{0,200}>", text, re.I)) > 5:
+        return "html"
+    if found := _text_kind(text):
+        raise BadInput(f"{name} is {found}, not a book: give the book's text, or an EPUB")
+    return "txt"
+
+
+def _zip_kind(data: bytes, name: str) -> str:
+    with _opened(data, name) as archive:
+        names = archive.namelist()
+        mimetype = archive.read("mimetype") if "mimetype" in names else b""
+        if "META-INF/container.xml" in names or mimetype.startswith(b"application/epub"):
+            return "epub"
+        if "word/document.xml" in names:
+            return "docx"
+        if mimetype.startswith(b"application/vnd.oasis.opendocument"):
+            if b"text" not in mimetype:
+                raise BadInput(f"{name} is an OpenDocument table or drawing, not a book: give the book's text")
+            return "odt"
+        for folder, what in _OFFICE.items():
+            if any(n.startswith(folder) for n in names) and ("[Content_Types].xml" in names or folder == "Index/"):
+                raise BadInput(f"{name} is {what}, not a book: save its text as .docx or .txt")
+    return "zip"
+
+
+def _text_kind(text: str) -> str | None:
+    """What a text is instead of a book, if it is."""
+    start = text.lstrip("\ufeff \t\r\n")
+    root = _XML.match(start[:5000])
+    if root and f"</{root[1]}>" in text[-1000:]:
+        return f"XML data (<{root[1]}>)"
+    if start.startswith(("\\documentclass", "\\input")):
+        return "a TeX source"
+    if re.match(r"WEBVTT|\d+\r?\n\d\d:\d\d:\d\d[,.]\d{3} -->", start):
+        return "subtitles"
+    if start[:1] in ("{", "["):
+        for piece in (text, start.split("\n", 1)[0]):
+            try:
+                json.loads(piece)
+                return "JSON data"
+            except ValueError:
+                pass
+    lines = [line for line in text[:20_000].splitlines()[:50] if line.strip()][:-1]
+    for delimiter in "\t;,|":
+        cells = {len(row) for row in csv.reader(lines, delimiter=delimiter)} if len(lines) >= 4 else {0}
+        if len(cells) == 1 and cells.pop() >= 3:
+            return "a table (CSV)"
+    if sum(map(str.isalpha, text)) < 0.5 * sum(not c.isspace() for c in text):
+        return "mostly figures and signs"
+    return None
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """The text of bytes in UTF-8, UTF-16 with its mark, or CP1252."""
+    for encoding in ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252"]:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if sum(text.count(chr(code)) for code in (*range(9), *range(14, 32))) <= len(text) // 1000:
+            return text
+    raise BadInput(f"{name} is neither a PDF nor a text in UTF-8 or CP1252; convert it to one of these")
+
+
+# --- formats that know their paragraphs -------------------------------------------------------------------------------
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_BLOCKS = _words(
+    "address article aside blockquote body caption center dd div dl dt fieldset figcaption figure footer h h1 h2 h3 h4 h5"
+    " h6 header hr li main ol p pre section table tr ul"
+)
+_BREAKS = {"br", "cr", "line-break"}
+_SPACES = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}s"
+_SPACED = {"td", "th", "tab", "img"}
+_UNSEEN = _words(
+    "head title script style nav button select noscript template svg rt rp del moveFrom Fallback"  # HTML, DOCX
+    " note annotation tracked-changes table-of-content forms sequence-decls"  # ODT
+)
+_NOTE_BLOCKS = {"p", "li", "dd", "div", "aside", "tr"}
+_NOTES = {"footnote", "footnotes", "endnote", "endnotes", "rearnote", "rearnotes", "references"}
+_CALLS = {"noteref", "fnanchor", "footnote-ref"}
+_EDITION = _words(  # by epub:type, role or class
+    "pagebreak pagenum pageno page-number toc landmarks page-list cover titlepage halftitlepage copyright-page imprint"
+    " colophon index pg-boilerplate pgheader pgfooter ws-noexport ws-pagenum mw-editsection"
+)
+_EPUB_TYPE = "{http://www.idpf.org/2007/ops}type"
+
+
+def _name(element: Any) -> str:
+    return etree.QName(element).localname if isinstance(element.tag, str) else ""
+
+
+def _marks(element: Any) -> set[str]:
+    """What an edition says an element is: its epub:type, role and classes."""
+    get = element.get
+    kinds = f"{get('role') or ''} {get(_EPUB_TYPE) or get('epub:type') or ''}".split()
+    return {kind.removeprefix("doc-") for kind in kinds} | set((get("class") or "").split())
+
+
+def _left_out(roots: list[Any]) -> dict[Any, str]:
+    """Elements that are of the edition, not of the work, and the count each goes into."""
+    found: dict[Any, str] = {}
+    targets = {element.get("id"): element for root in roots for element in root.iter("*") if element.get("id")}
+    for root in roots:
+        for element in root.iter("*"):
+            marks = _marks(element)
+            if marks & _CALLS:
+                found[element] = "note_calls"
+            elif marks & _NOTES:
+                found[element] = "notes"
+            elif marks & _EDITION:
+                found[element] = "edition_parts"
+        for link in root.iter("{*}a"):
+            text = "".join(link.itertext()).strip()
+            label = re.fullmatch(r"[\[(]?(\d{1,3}|\*{1,3}|[a-z])[\])]?", text)
+            if not label or "#" not in (link.get("href") or ""):
+                continue
+            parent = link.getparent()
+            raised = link.find(".//{*}sup") is not None or (parent is not None and _name(parent) == "sup")
+            target = targets.get(link.get("href").rpartition("#")[2])
+            note = (
+                next((e for e in [target, *target.iterancestors()] if _name(e) in _NOTE_BLOCKS), None)
+                if target is not None
+                else None
+            )
+            inside = note is not None and (note is link or link in list(note.iter("{*}a")))
+            if (
+                note is not None
+                and not inside
+                and (_name(note) == "li" or "".join(note.itertext()).lstrip(" [(\n\t").startswith(label[1]))
+                and _text_before(link)
+            ):
+                found[note] = "notes"
+                raised = True
+            if raised or text[0] in "[(":
+                found[parent if parent is not None and _name(parent) == "sup" else link] = "note_calls"
+    return found
+
+
+def _text_before(link: Any) -> bool:
+    """Whether a link follows a word, as a call does and an entry of a table of contents does not."""
+    while link is not None and _name(link) not in _BLOCKS:
+        before = link.getprevious()
+        text = (link.getparent().text if before is None else before.tail or "".join(before.itertext())) or ""
+        if text.strip():
+            return True
+        link = link.getparent() if before is None else before
+    return False
+
+
+def _pieces(root: Any, counts: Counter[str], left_out: dict[Any, str], only: str) -> Iterator[str]:
+    r"""The text in its order: `\n` at the edges of blocks, `\v` for a line end inside one."""
+    walker = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
+    preformatted = 0
+    for event, element in walker:
+        name = _name(element)
+        if event == "start":
+            if name in _BLOCKS:
+                yield "\n"
+            if element in left_out or name in _UNSEEN:
+                counts.update([left_out[element]] if element in left_out else [])
+                walker.skip_subtree()
+                continue
+            yield (
+                "\v"
+                if name in _BREAKS
+                else " "
+                if name in _SPACED or element.tag == _SPACES
+                else "-"
+                if name == "noBreakHyphen"
+                else ""
+            )
+            preformatted += name == "pre"
+            if only in ("", name):
+                text = element.text or ""
+                yield text.replace("\n", "\v") if preformatted else re.sub(r"[ \t\r\n\f\v]+", " ", text)
+        else:
+            if event == "end":
+                preformatted -= name == "pre" and preformatted > 0
+                if name in _BLOCKS:
+                    yield "\n"
+            if not only and element is not root:
+                tail = element.tail or ""
+                yield tail.replace("\n", "\v") if preformatted else re.sub(r"[ \t\r\n\f\v]+", " ", tail)
+
+
+def _is_contents(element: Any) -> bool:
+    """Whether most of a text is links, as in a table of contents or a page of a site's navigation."""
+    links = ["".join(link.itertext()).split() for link in element.iter("{*}a") if link.get("href")]
+    return len(links) >= 5 and 2 * sum(map(len, links)) > len("".join(element.itertext()).split())
+
+
+def _book_of(roots: list[Any], only: str = "") -> BookText:
+    """The paragraphs of parsed documents; lines, where `<br>` or `<pre>` holds wrapped lines."""
+    counts: Counter[str] = Counter()
+    left_out = _left_out(roots)
+    kept = []
+    for root in roots:
+        if _is_contents(root):
+            counts["table_of_contents"] += 1
+        else:
+            kept += [*_pieces(root, counts, left_out, only), "\n"]
+    text = "".join(kept)
+    lines = re.findall(r"\v\s*(\w)", text)
+    if len(lines) > 5 and sum(map(str.islower, lines)) > 0.3 * len(lines):
+        return BookText(re.sub(r"\n\s*", "\n\n", text).replace("\v", "\n"), None, dict(counts), [])
+    paragraphs = [" ".join(p.split(" ")).strip() for p in re.split(r"[\n\v]", text)]
+    return BookText("", [re.sub("  +", " ", p) for p in paragraphs if p], dict(counts), [])
+
+
+def _read_html(data: bytes, name: str) -> BookText:
+    root = _parse_html(data, name)
+    book = _book_of([root])
+    words = len((book.text or " ".join(book.paragraphs or [])).split())
+    if "table_of_contents" in book.counts or words < 100 or root.find(".//input[@type='password']") is not None:
+        raise BadInput(
+            f"{name} is a web page, not a book ({words} words that are not links): give the book's own file or address"
+        )
+    return book
+
+
+def _parse_html(data: bytes, name: str) -> Any:
+    declared = re.search(rb"(?:charset|encoding) *= *[\"']? *([\w-]+)", data[:4096])
+    encoding = declared[1].decode().lower() if declared else ""
+    try:
+        text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
+    except (UnicodeDecodeError, LookupError):
+        text = decode_text(data, name)
+    return lxml.html.document_fromstring(
+        re.sub(r"^\s*<\?xml[^>]*>", "", text), parser=lxml.html.HTMLParser(huge_tree=True)
+    )
+
+
+def _read_rtf(data: bytes, name: str) -> BookText:
+    text = rtf_to_text(data.decode("cp1252", "replace"), errors="replace")
+    return BookText("", [p for line in text.split("\n") if (p := line.strip())], {}, [])
+
+
+def _read_office(data: bytes, name: str) -> BookText:
+    """DOCX and ODT: python-docx is not used, since its paragraphs leave out what lies in insertions and text boxes."""
+    with _opened(data, name) as archive:
+        docx = "word/document.xml" in archive.namelist()
+        root = _xml(archive, "word/document.xml" if docx else "content.xml", name)
+    return _book_of([root], "t" if docx else "")
+
+
+_FONTS = {"http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC"}
+
+
+def _read_epub(data: bytes, name: str) -> BookText:
+    with _opened(data, name) as archive:
+        names = archive.namelist()
+        if "META-INF/encryption.xml" in names:
+            methods = _xml(archive, "META-INF/encryption.xml", name).iter("{*}EncryptionMethod")
+            if {method.get("Algorithm") for method in methods} - _FONTS:
+                raise BadInput(f"{name} is an EPUB with copy protection (DRM): give an edition without it")
+        container = _xml(archive, "META-INF/container.xml", name)
+        path = next((e.get("full-path") for e in container.iter("{*}rootfile")), "")
+        package, folder = _xml(archive, path, name), posixpath.dirname(path)
+        items = {item.get("id"): item for item in package.iter("{*}item")}
+        aside = {
+            posixpath.normpath(reference.get("href", "").split("#")[0])
+            for reference in package.iter("{*}reference")
+            if reference.get("type") in ("toc", "cover", "title-page", "copyright-page", "colophon", "index", "notes")
+        }
+        roots, counts = [], Counter[str]()
+        for entry in package.iter("{*}itemref"):
+            item = items.get(entry.get("idref"))
+            if item is None or not re.search("xml|html", item.get("media-type", "")):
+                continue
+            href = unquote(item.get("href", ""))
+            if href in aside or "nav" in item.get("properties", "").split() or entry.get("linear") == "no":
+                counts["edition_parts"] += 1
+                continue
+            roots.append(_xml(archive, posixpath.normpath(posixpath.join(folder, href)), name))
+    book = _book_of(roots)
+    return book._replace(counts=dict(counts + Counter(book.counts)))
+
+
+# --- zips and XML -----------------------------------------------------------------------------------------------------
+
+
+def _opened(data: bytes, name: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(io.BytesIO(data))
+    except zipfile.BadZipFile as error:
+        raise BadInput(f"{name} is a damaged zip, EPUB or DOCX ({error}): fetch it again") from error
+
+
+def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
+    try:
+        return archive.read(member)
+    except RuntimeError as error:  # what zipfile raises for a password
+        raise BadInput(f"{name} is protected by a password: unpack it first") from error
+    except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
+        raise BadInput(f"{name} is damaged: {member} cannot be read from it; fetch it again") from error
+
+
+def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
+    """A parsed member. XHTML's named letters (`&eacute;`) are resolved first, since no DTD is loaded."""
+    data = _member(archive, member, name)
+    if b"&" in data and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        data = re.sub(
+            rb"&(?!(?:amp|lt|gt|quot|apos);)[a-zA-Z]\w*;",
+            lambda m: "".join(f"&#{ord(c)};" for c in html.unescape(m[0].decode())).encode(),
+            data,
+        )
+    root = etree.fromstring(
+        data, etree.XMLParser(recover=True, resolve_entities=False, no_network=True, huge_tree=True)
+    )
+    if root is None:
+        raise BadInput(f"{name} is damaged: {member} in it is no XML; fetch it again")
+    return root

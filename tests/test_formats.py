@@ -1,0 +1,330 @@
+"""Files as people have them: the book's words come out in order, and what is no book is named."""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from reportlab.lib.pagesizes import A5
+from reportlab.lib.utils import ImageReader
+from reportlab.pdfgen.canvas import Canvas
+
+from prep.common import BadInput
+from prep.formats import BookText, read_book, read_bytes
+
+PROSE = [
+    "CHAPITRE PREMIER",
+    "Le passeur avait loué la chambre 15, au-dessus de l’écurie, et depuis le 3 juillet il n’en descendait plus.",
+    "— Que faites-vous là ? dit-elle en entrant avec la lampe, qu’elle posa sur la table.",
+    "— Oui.",
+    "Personne au village n’avait vu le maire depuis la crue, et l’on disait qu’il jouait aux cartes du matin au soir.",
+    "— Oui.",
+]
+LONG = PROSE * 5
+
+
+def packed(members: Mapping[str, str | bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def xhtml(body: str) -> str:
+    space = 'xmlns="http://www.w3.org/1999/xhtml" xmlns:epub="http://www.idpf.org/2007/ops"'
+    return f'<?xml version="1.0"?><!DOCTYPE html><html {space}><head><title/></head><body>{body}</body></html>'
+
+
+def epub(chapters: dict[str, str], spine: list[str], **more: str) -> bytes:
+    """An EPUB whose spine is in another order than its manifest."""
+    items = "".join(f'<item id="{n}" href="{n}%20x.xhtml" media-type="application/xhtml+xml"/>' for n in chapters)
+    order = "".join(f'<itemref idref="{n}"/>' for n in spine)
+    package = (
+        f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{order}</spine></package>'
+    )
+    container = (
+        '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+        '<rootfile full-path="OEBPS/content.opf"/></rootfiles></container>'
+    )
+    return packed(
+        {"mimetype": "application/epub+zip", "META-INF/container.xml": container, "OEBPS/content.opf": package}
+        | {f"OEBPS/{name} x.xhtml": xhtml(body) for name, body in chapters.items()}
+        | more
+    )
+
+
+def tagged(paragraphs: list[str]) -> str:
+    return "\n".join(f"<p>{p}</p>" for p in paragraphs)
+
+
+def docx(paragraphs: list[str]) -> bytes:
+    runs = "".join(
+        f"<w:p><w:pPr/><w:r><w:t>{p[:9]}</w:t></w:r><w:ins><w:r><w:t>{p[9:]}</w:t></w:r></w:ins></w:p>"
+        for p in paragraphs
+    )
+    deleted = "<w:p><w:del><w:r><w:delText>effacé</w:delText></w:r></w:del></w:p>"
+    space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+    document = f"<w:document {space}><w:body>{runs}{deleted}</w:body></w:document>"
+    return packed({"[Content_Types].xml": "<Types/>", "word/document.xml": document})
+
+
+def odt(paragraphs: list[str]) -> bytes:
+    text = "".join(f"<text:p>{p.replace(' ', '<text:s/>', 1)}</text:p>" for p in paragraphs)
+    note = "<text:p><text:note><text:note-body><text:p>Une note.</text:p></text:note-body></text:note></text:p>"
+    space = 'xmlns:text="urn:oasis:names:tc:opendocument:xmlns:text:1.0" xmlns:o="o"'
+    content = f"<o:document-content {space}><o:body><o:text>{text}{note}</o:text></o:body></o:document-content>"
+    return packed({"mimetype": "application/vnd.oasis.opendocument.text", "content.xml": content})
+
+
+def rtf(paragraphs: list[str]) -> bytes:
+    text = "".join("".join(c if c < "\x80" else f"\\u{ord(c)}?" for c in p) + "\\par\n" for p in paragraphs)
+    return f"{{\\rtf1\\ansi{{\\info{{\\title Le titre}}}}{{\\header En-tete\\par}}{text}}}".encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("epub", epub({"b": tagged(LONG[10:]), "a": tagged(LONG[:10])}, ["a", "b"])),
+        ("docx", docx(LONG)),
+        ("odt", odt(LONG)),
+        ("rtf", rtf(LONG)),
+        ("html", f"<!DOCTYPE html><html><body>{tagged(LONG)}</body></html>".encode()),
+        ("html in latin-1", f"<meta charset='iso-8859-1'>{tagged(LONG)}".encode("cp1252")),
+        ("html with line ends", ("<html><body>" + "<br><br>".join(LONG)).encode()),
+        ("zip of an epub", packed({"livre.epub": epub({"a": tagged(LONG)}, ["a"]), "couv.jpg": b"\xff\xd8\xff"})),
+    ],
+)
+def test_paragraphs_that_a_format_knows_come_out_as_they_went_in(tmp_path, name, data):
+    (tmp_path / "livre").write_bytes(data)  # no suffix: what it is is in its content
+    book = read_book(tmp_path / "livre")
+    assert book.paragraphs == LONG
+
+
+def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
+    chapter = (
+        '<nav epub:type="toc"><a href="b%20x.xhtml">I</a></nav><h2>I<br/>La maison</h2>'
+        '<p>Il s&eacute;journa<a href="c%20x.xhtml#n1"><sup>1</sup></a> l&agrave;<a href="c%20x.xhtml#n2">2</a>, R&amp;D,'
+        ' 3<sup>e</sup> étage<span class="pagenum">[12]</span>, le 4.<a epub:type="noteref" href="#x">*</a></p>'
+        "<div>Un bloc <!-- rien --> nu.<p>Un autre.</p> Sa queue.</div>"
+    )
+    notes = (
+        '<p id="n1">1. La note <a href="a.xhtml#r1">↩</a></p><ol><li id="n2">La deuxième.</li></ol>'
+        '<aside epub:type="footnote" id="x">Une autre.</aside><p>2. Ce qui n’est pas une note.</p>'
+    )
+    book = read_bytes(epub({"a": chapter, "c": notes}, ["a", "c"]), "livre")
+    assert book.paragraphs == [
+        *("I", "La maison", "Il séjourna là, R&D, 3e étage, le 4.", "Un bloc nu.", "Un autre.", "Sa queue."),
+        "2. Ce qui n’est pas une note.",
+    ]
+    assert book.counts == {"note_calls": 3, "notes": 3, "edition_parts": 2}
+
+
+def test_html_of_wrapped_lines_is_left_to_the_page_rules():
+    lines = "<br>\n".join(
+        ["Le passeur avait loué la chambre", "quinze, au-dessus de la grande", "écurie, et n’en sortait plus."] * 8
+    )
+    assert "chambre\nquinze" in read_bytes(f"<html><body><p>{lines}</p></body></html>".encode(), "livre").text.replace(
+        "\n ", "\n"
+    )
+
+
+def test_a_zip_of_texts_is_one_book_in_natural_order():
+    names = ["ch 10.txt", "ch 2.txt", "ch 1.txt"]
+    book = read_bytes(packed({name: f"Le texte du fichier {name} est ici." for name in names}), "livre.zip")
+    assert book.text.split("\n\n") == [f"Le texte du fichier ch {n}.txt est ici." for n in (1, 2, 10)]
+    assert "ch 1.txt, ch 2.txt, ch 10.txt" in book.warnings[0]
+
+
+DRM = {
+    "META-INF/encryption.xml": '<e><EncryptionMethod xmlns="http://www.w3.org/2001/04/xmlenc#" Algorithm="aes128-cbc"/></e>'
+}
+FONTS = {
+    "META-INF/encryption.xml": DRM["META-INF/encryption.xml"].replace(
+        "aes128-cbc", "http://www.idpf.org/2008/embedding"
+    )
+}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b" \n", "is empty"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" * 99, "old Word file"),
+        (b"Roman".ljust(60, b"\0") + b"BOOKMOBI" + bytes(99), "a Kindle book"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "a picture"),
+        (b"ID3\x03" + bytes(99), "sound or film"),
+        (b"MZ\x90\0" + bytes(99), "a program"),
+        (b"\x1f\x8b\x08\0" + bytes(99), "an archive"),
+        (b'{"titre": "Roman", "pages": [1, 2]}', "JSON data"),
+        (b'{"text": "a"}\n{"text": "b"}\n', "JSON data"),
+        (b"titre;auteur;date\n" + b"Roman;Anonyme;1880\n" * 9, "a table"),
+        (b'<?xml version="1.0"?><TEI xmlns="x"><text/></TEI>', "XML data (<TEI>)"),
+        (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
+        (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
+        (f"<html><body>{tagged(['Connexion requise'])}</body></html>".encode(), "a web page"),
+        ("<html>" + "".join(f"<p><a href='{n}'>{p}</a></p>" for n, p in enumerate(LONG)), "a web page"),
+        (epub({"a": tagged(LONG)}, ["a"], **DRM), "copy protection"),
+        (epub({"a": "<img src='1.jpg'/>"}, ["a"]), "no text"),
+        (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
+        (packed({"a.png": b"\x89PNG\r\n\x1a\n"}), "a zip without a book (a.png is a picture"),
+        (packed({"a.txt": "Un roman.", "b.html": f"<html>{tagged(LONG)}</html>"}), "several books (a.txt, b.html)"),
+        (packed({"[Content_Types].xml": "<T/>", "xl/workbook.xml": "<w/>"}), "an Excel workbook"),
+    ],
+)
+def test_what_is_no_book_is_named(data, words):
+    with pytest.raises(BadInput) as error:
+        read_bytes(data if isinstance(data, bytes) else data.encode(), "fichier")
+    message = str(error.value)
+    assert message.startswith("fichier") and words in message and "\n" not in message
+
+
+def test_texts_that_begin_like_something_else_are_books():
+    assert read_bytes(epub({"a": tagged(LONG)}, ["a"], **FONTS), "livre").paragraphs == LONG
+    for text in (
+        "[Illustration]\nLe passeur vint.",
+        "<< Oui >>, dit-il.",
+        "Un, deux\nTrois, quatre\nIl vint",
+        "MMe B...",
+    ):
+        assert read_bytes(text.encode(), "livre") == BookText(text, None, {}, [])
+
+
+# --- PDFs ------------------------------------------------------------------------------------------------------------
+
+
+class Page:
+    """Draws lines: `^1` is a raised figure."""
+
+    def __init__(self, path: Path):
+        self.canvas = Canvas(str(path), pagesize=A5)
+
+    def line(self, x: float, y: float, text: str, size: float = 11) -> None:
+        drawn = self.canvas.beginText(x, y)
+        for n, part in enumerate(text.split("^")):
+            drawn.setFont("Times-Roman", size)
+            if n:
+                drawn.setFont("Times-Roman", 0.6 * size)
+                drawn.setRise(4)
+                drawn.textOut(part[0])
+                drawn.setRise(0)
+                drawn.setFont("Times-Roman", size)
+            drawn.textOut(part[1:] if n else part)
+        self.canvas.drawText(drawn)
+
+    def lines(self, x: float, y: float, texts: list[str], size: float = 11) -> None:
+        for n, text in enumerate(texts):
+            self.line(x, y - 14 * n, text, size)
+
+
+@pytest.fixture
+def pdf(tmp_path: Path) -> Page:
+    return Page(tmp_path / "livre.pdf")
+
+
+def text_of(pdf: Page, path: Path) -> BookText:
+    pdf.canvas.save()
+    return read_book(path / "livre.pdf")
+
+
+def test_footnotes_leave_with_their_calls_across_pages(pdf, tmp_path):
+    pdf.lines(
+        40,
+        560,
+        [
+            "Le passeur avait loué la chambre 2, au-dessus^1 de l'écurie,",
+            "et depuis le 3 juillet il n'en sortait plus^2.",
+        ],
+    )
+    pdf.lines(40, 80, ["1. Voir le plan de la maison, qui est perdu.", "2. Il faisait froid, et l'on voyait le"], 8)
+    pdf.line(200, 40, "– 12 –", 9)
+    pdf.canvas.showPage()
+    pdf.lines(40, 560, ["Il y resta seul jusqu'au soir du 14 juillet, sans lumière.", "Il relut la lettre :"])
+    pdf.lines(60, 500, ["3. Venez, disait-elle, et n'en dites rien."], 8)  # a quotation: nothing calls it
+    pdf.lines(40, 66, ["fleuve geler en plein mois de juillet."], 8)
+    pdf.line(200, 40, "– 13 –", 9)
+    book = text_of(pdf, tmp_path)
+    first, second = book.text.split("\f")
+    assert first.split("\n") == [
+        "Le passeur avait loué la chambre 2, au-dessus de l'écurie,",
+        "et depuis le 3 juillet il n'en sortait plus.",
+        "– 12 –",
+    ]
+    assert "3. Venez" in second and second.endswith(
+        "lumière.\nIl relut la lettre :\n3. Venez, disait-elle, et n'en dites rien.\n– 13 –"
+    )
+    assert book.counts == {"footnotes": 2}
+
+
+@pytest.mark.parametrize("by_row", [True, False])
+def test_two_columns_are_read_one_after_the_other(pdf, tmp_path, by_row):
+    columns = [[f"{side} ligne {n}, la suite du récit" for n in range(12)] for side in ("gauche", "droite")]
+    pdf.line(60, 570, "LE TITRE DU CHAPITRE, QUI VA D'UN BORD À L'AUTRE")
+    cells = [(40 + 190 * c, 545 - 14 * n, text) for c, column in enumerate(columns) for n, text in enumerate(column)]
+    for x, y, text in sorted(cells, key=lambda cell: (-cell[1], cell[0])) if by_row else cells:
+        pdf.line(x, y, text)
+    pdf.line(205, 40, "12")
+    assert text_of(pdf, tmp_path).text.split("\n") == [
+        "LE TITRE DU CHAPITRE, QUI VA D'UN BORD À L'AUTRE",
+        *columns[0],
+        *columns[1],
+        "12",
+    ]
+
+
+def test_a_drop_capital_is_of_its_word_and_a_cut_word_keeps_its_line_end(pdf, tmp_path):
+    for y, capital, rest in (
+        (540, "L", "e passeur avait loué la chambre du com-"),
+        (440, "A", "la fin de l'été il s'en fut au loin."),
+    ):
+        pdf.line(40, y, capital, 33)
+        pdf.lines(62 if capital == "L" else 66, y + 14, [rest, "pagnon de son père, qui vint à la nuit."])
+        pdf.lines(40, y - 14, ["Il y resta, et le compagnon aussi."] * 4)
+    lines = text_of(pdf, tmp_path).text.split("\n")
+    assert lines[:2] == ["Le passeur avait loué la chambre du com-", "pagnon de son père, qui vint à la nuit."]
+    assert lines[6] == "A la fin de l'été il s'en fut au loin."
+
+
+@pytest.mark.parametrize(("scans", "refused"), [(3, False), (20, True)])
+def test_pages_without_text_are_counted_and_named(pdf, tmp_path, scans, refused):
+    image = ImageReader(io.BytesIO(b"P5 1 1 255\n\x80"))
+    for number in range(30):
+        if 5 <= number < 5 + scans:
+            pdf.canvas.drawImage(image, 0, 0, *A5)
+        elif number != 2:  # that one is blank
+            pdf.lines(40, 560, PROSE)
+        pdf.canvas.showPage()
+    words = f"{scans} of 30 pages have no text layer (page 6-{5 + scans})"
+    if refused:
+        with pytest.raises(BadInput) as error:
+            text_of(pdf, tmp_path)
+        assert words in str(error.value)
+    else:
+        book = text_of(pdf, tmp_path)
+        assert words in book.warnings[0] and book.counts["pages_without_text"] == scans
+
+
+def pdf_with_glyphs(text: str, unnamed: str) -> bytes:
+    """A PDF of one page whose font gives some letters names that say nothing."""
+    codes = {letter: 1 + n for n, letter in enumerate(unnamed)}
+    names = "".join(f" {code} /g{code}" for code in codes.values())
+    string = "".join(f"{codes.get(c, ord(c)):02x}" for c in text)
+    stream = f"BT /F 12 Tf 40 500 Td <{string}> Tj ET"
+    objects = [
+        "<</Type/Catalog/Pages 2 0 R>>",
+        "<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 900 600]/Contents 4 0 R/Resources<</Font<</F 5 0 R>>>>>>",
+        f"<</Length {len(stream)}>>\nstream\n{stream}\nendstream",
+        f"<</Type/Font/Subtype/Type1/BaseFont/Times-Roman/Encoding<</Type/Encoding/Differences[{names}]>>>>",
+    ]
+    body = "".join(f"{n} 0 obj\n{thing}\nendobj\n" for n, thing in enumerate(objects, 1))
+    return f"%PDF-1.4\n{body}trailer<</Root 1 0 R>>\n".encode("latin-1")
+
+
+def test_a_pdf_that_does_not_say_its_letters_is_refused():
+    text = "Nous croyons devoir prevenir le public que malgre le titre * "
+    assert read_bytes(pdf_with_glyphs(text, ""), "livre").text.split() == text.split()
+    assert read_bytes(pdf_with_glyphs(text, "*"), "livre").text.split() == text.split()[:-1]  # an ornament
+    with pytest.raises(BadInput, match=r"does not say what its letters are: 8 letters on 1 of 1 pages"):
+        read_bytes(pdf_with_glyphs(text, "e"), "livre")
