@@ -39,7 +39,7 @@ TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 AGREE = 1e-3  # bits per byte
 BATCHES = (1, 4, 16)
 NEW_TOKENS = 40
-TINYLLAMA = ROOT / "bench/tinyllama.json"
+TINYLLAMA = ROOT / "train/tinyllama.json"
 # What a full evaluation on a GPU puts through it, a row of the report: held-out Gallica (prep/gallica.py's default), 5 % of
 # a novel of 211 k tokens, the excerpts, English and code, then pieces by position at 6 tokens each, at most.
 SCORED = {

@@ -123,7 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before that (default: 4)")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a run has failed (default: 300)")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of rows a recipe (default: 2,000,000)")
-    parser.add_argument("--base", type=Path, default=ROOT / "bench/tinyllama.json", help="config.json of another size")
+    parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
     parser.add_argument("--recipes", type=Path, default=ROOT / "recipes", help="folder (default: recipes)")
     parser.add_argument("--reference", type=Path, default=ROOT / "bench/kafka", help="default: bench/kafka")
     parser.add_argument(

@@ -44,8 +44,9 @@ from eval import curves, intervals, memory, scoring, weights
 from eval.evaluation import digest, environment
 from eval.tasks.texts import read_rows
 from prep.common import ROOT, BadInput, atomic_write, run, sha256
-from train.gate import NotTrained, check_steps, checkpoints, movement_of_weights
-from train.stage import command, launch_and_wait, load_profile, prepare_output
+from train.gate import check_steps, checkpoints, movement_of_weights
+from train.resume import prepare_output
+from train.stage import command, launch_and_wait, load_profile
 from train.stages import Stage, load_chain, load_recipe
 
 VERSION = 1  # of the results: raise it when the same settings and data give other figures
@@ -208,7 +209,7 @@ def train(this: Run, stage: Stage, launch: list[str]) -> dict[str, Any]:
     """Train in the working directory, or resume; steps, movement of the weights (median over matrices) and losses."""
     try:
         steps = check_steps(stage)  # the training of a sweep that was killed while scoring is there
-    except NotTrained:
+    except BadInput:
         if stage.base_model == MERGED and this.parent:
             merge(this.parent)
         prepare_output(stage, {"key": this.key})

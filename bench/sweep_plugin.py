@@ -4,7 +4,7 @@ from typing import Any
 
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 
-from train.seed import SeedAdapter
+from train.plugins import SeedAdapter
 
 ORDER = 42
 

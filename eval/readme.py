@@ -35,24 +35,6 @@ def scores(evidence: dict[str, Any], minutes: float) -> str:
     )
 
 
-def stages(evidence: dict[str, Any]) -> str:
-    """The recipes' table: a row a stage, with its tokens, its validation loss and what it is compared with."""
-    rows = []
-    for name, stage in tables.measured(evidence).items():
-        if not stage["recipe"]:
-            continue
-        losses = [point["eval_loss"] for point in stage["training"] if point["eval_loss"] is not None]
-        tokens = max(point["tokens"] or 0 for point in stage["training"])
-        before = evidence["stages"][stage["parent"]]
-        changes = [f"{bits(before, task)}, {bits(stage, task)}" for task in ("gallica_heldout", "novel_heldout")]
-        rows.append([f"`{name}`", f"{tokens:,.0f}", f"{losses[0]:.3f}, {losses[-1]:.3f}", stage["parent"], *changes])
-    head = ["demo", "tokens", "validation loss, first and last", "compared with", "held-out tales", "held-out novella"]
-    return (
-        f"{report.markdown_table((head, rows))}\n\nValidation loss in nats a token, the others in bits a byte, before and "
-        f"after; {where(evidence)}, no GPU.\n"
-    )
-
-
 def cost(evidence: dict[str, Any]) -> str:
     """What the demo's evaluation took, out of its own report."""
     spent = {
@@ -91,7 +73,6 @@ def pages() -> dict[Path, str]:
     seconds = int(DURATION.read_text(encoding="utf-8"))
     contents = [
         (ROOT / "README.md", "demo", scores(evidence, seconds / 60)),
-        (ROOT / "recipes/README.md", "measured", stages(evidence)),
         (ROOT / "eval/README.md", "demo-cost", f"{cost(evidence)}\n"),
     ]
     result: dict[Path, str] = {}

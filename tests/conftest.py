@@ -1,7 +1,9 @@
 """What several test files start from."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_curriculum import save_curriculum
@@ -19,3 +21,20 @@ def place(curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = shutil.copytree(curriculum, tmp_path / "place")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def axolotl_validates() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What Axolotl's own validation makes of a recipe on the card it is written for: 12 GB, Ampere."""
+    from axolotl.cli.config import prepare_plugins
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    gpu = {"bf16": True, "tf32": True, "fp8": False, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_86"}
+
+    def validate(config: dict[str, Any]) -> dict[str, Any]:
+        cfg = DictDefault(config)
+        prepare_plugins(cfg)
+        return validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
+
+    return validate

@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from axolotl_preprocessing import axolotl_windows
-from test_recipes import unknown_keys, validate
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +20,7 @@ from bench.gpu_inputs import check_disk, make_inputs, save_rows, save_tokenizer
 from bench.gpu_runs import CARD, effective, fingerprint, flops_per_token, load_levers, schedule, summary, verdict
 from prep.common import BadInput
 from train.memory import load_config
+from train.plugins import unknown_keys
 from train.stages import load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -73,11 +73,11 @@ def test_a_run_is_its_recipe_but_for_what_only_a_long_training_needs() -> None:
 
 
 @pytest.mark.parametrize("run", RUNS[-len(LEVERS) :], ids=lambda run: f"{run.recipe} {run.variant}")
-def test_axolotl_knows_every_lever(run: Any) -> None:
+def test_axolotl_knows_every_lever(run: Any, axolotl_validates: Any) -> None:
     config = effective(run, tiny=False)
     assert config != effective(RUNS[0], tiny=False) or run.environment
     assert unknown_keys(config | {"test_datasets": []}) == []
-    validated = validate(config)
+    validated = axolotl_validates(config)
     for key, value in run.changes.items():
         if value in (None, False):
             assert not validated.get(key) or key == "bnb_config_kwargs", key
@@ -162,7 +162,7 @@ def test_operations_are_those_that_torch_counts() -> None:
 
 
 def test_a_frozen_base_costs_no_gradient_of_its_weights() -> None:
-    config = load_config(ROOT / "bench/tinyllama.json")
+    config = load_config(ROOT / "train/tinyllama.json")
     lora = {"adapter": "lora", "lora_r": 64, "lora_alpha": 16, "lora_target_linear": True}
     full, adapter = (flops_per_token(config, recipe | {"sequence_len": 2048}) for recipe in ({}, lora))
     matrices = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32_000 * 2048

@@ -17,13 +17,13 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 from safetensors import safe_open
-from test_recipes import unknown_keys
 from tiny_curriculum import save_base
 from transformers import AutoTokenizer
 
 from bench import sweep, sweep_plugin, sweep_report
 from eval.tasks.texts import read_rows
 from prep.common import BadInput
+from train.plugins import unknown_keys
 from train.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -1,46 +1,38 @@
-"""Train one stage: check what it needs, run the recipe through Axolotl, and let the gate judge the result.
+"""Train one stage: check what it needs, run the recipe through Axolotl, and print the gate's verdict.
 
-  python train/stage.py 2b                            what `make stage-b` runs
-  python train/stage.py 2b --profile cpu              on a machine without a GPU (train/overrides.yml)
+  python train/stage.py 2b                              what `make stage-b` runs
+  python train/stage.py 2b --profile cpu                on a machine without a GPU (train/overrides.yml)
   python train/stage.py 2b -- --wandb_project=chateau   anything after -- goes to Axolotl as it is
 
-Interrupted by Ctrl-C, a kill or a power cut, the same command resumes from the last whole checkpoint.
-A stage that has passed its gate is not trained again; remove its output folder to do so.
+Interrupted by Ctrl-C, a kill or a power cut, the same command resumes from the last complete checkpoint. What Axolotl
+prints goes to outputs/2b/train.log. A stage that has passed its gate is not trained again; remove its output folder to
+do so.
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
-from safetensors import safe_open
 
-from prep.common import BadInput, atomic_write, run, sha256
-from train.gate import (
-    NotTrained,
-    check,
-    check_adapter_settings,
-    check_data,
-    check_inputs,
-    checkpoints,
-    config_hash,
-    describe,
-    judge,
-    manifest_of,
-    recall,
-    step_of,
-)
+from prep.common import BadInput, progress, run
+from train.gate import check_ready, describe, recall
 from train.stages import Stage, line_of, load_chain
 
 OVERRIDES = Path(__file__).with_name("overrides.yml")
+PROGRESS = "progress.json"  # in the output folder: the plugin's Progress writes it
+GATE = "train.plugins.Gate"
 
 
 def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[str], dict[str, Any]]:
@@ -54,7 +46,7 @@ def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[st
 
 
 def check_compiler() -> None:
-    """torch and Triton compile the optimiser's and the model's kernels at the first step: raises BadInput if they cannot."""
+    """torch and Triton compile kernels at the first step: raises BadInput if they cannot."""
     compiler = os.environ.get("CXX", "g++")  # as torch._inductor looks for it
     if not shutil.which(compiler):
         raise BadInput(
@@ -74,155 +66,97 @@ def command(stage: Stage, launch: list[str], overrides: dict[str, Any], more: li
     return [*accelerate, "-m", "axolotl.cli.train", str(stage.recipe), *as_arguments(overrides), *more]
 
 
-def check_tokenizer(stage: Stage, chain: list[Stage]) -> None:
-    """The rows were cut into windows by the tokenizer of the model that the chain starts from. Raises BadInput."""
-    base = line_of(stage.name, chain)[0].base_model
-    tokenizer = base / "tokenizer.json"
-    if not tokenizer.exists():
-        raise BadInput(f"{tokenizer} is missing; `make data` collects the base model")
-    for rows in stage.datasets + stage.heldout:
-        manifest = manifest_of(rows)
-        if json.loads(manifest.read_text()).get("tokenizer", {}).get("sha256") != sha256(tokenizer):
-            raise BadInput(
-                f"{rows} was cut into windows by another tokenizer than {tokenizer} (see {manifest}); "
-                f"`make {step_of('prep', stage)}` makes it anew"
-            )
-    # The added tokens of tokenizer_config.json count too; tokenizer.json has them all.
-    spec = json.loads(tokenizer.read_text())
-    highest = max([*spec["model"]["vocab"].values(), *(token["id"] for token in spec.get("added_tokens", []))])
-    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
-    if highest >= vocabulary:
-        raise BadInput(
-            f"{base}: the tokenizer has a token {highest}, the model a vocabulary of {vocabulary}: not a pair"
-        )
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends, so that no training is left without its launcher."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Was this checkpoint written to its end? The Trainer writes them in place, the state last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        weights = list(checkpoint.glob("*.safetensors"))
-        for path in weights:
-            with safe_open(path, framework="pt") as handle:  # compares the header with the length of the file
-                handle.keys()
-        return bool(weights) and zipfile.is_zipfile(checkpoint / "optimizer.pt")
-    except Exception:
-        return False
-
-
-def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
-    """Ready the output folder to start, or to resume the same run: never another one's checkpoints. Raises BadInput."""
-    stage.verdict.unlink(missing_ok=True)
-    for checkpoint in checkpoints(stage.output_dir):
-        if not is_whole(checkpoint):
-            print(f"{checkpoint} was not written to its end: removed, the one before it serves", flush=True)
-            shutil.rmtree(checkpoint)
-    started = stage.output_dir / "started.json"
-    whole = checkpoints(stage.output_dir)
-    if whole:
-        if not started.exists():
-            raise BadInput(
-                f"{stage.output_dir} holds checkpoints that were not made here; judge them with `make check`, "
-                f"or remove the folder to train the stage anew"
-            )
-        earlier = json.loads(started.read_text())
-        differing = [key for key in plan if earlier.get(key) != plan[key]]
-        if differing:
-            raise BadInput(
-                f"{stage.output_dir} holds checkpoints of a run with other {', '.join(differing)}; "
-                f"restore what it was started with, or remove the folder to train the stage anew"
-            )
-        print(f"resuming from {whole[-1]}", flush=True)
-    else:
-        # Logs of a run that never reached a checkpoint would be drawn as if they were this one's.
-        shutil.rmtree(stage.output_dir / "runs", ignore_errors=True)
-        with atomic_write(started) as handle:
-            json.dump(plan, handle, indent=1)
-            handle.write("\n")
-
-
-def launch_and_wait(arguments: list[str]) -> int:
-    """Run the training in a process group of its own; on Ctrl-C or a kill, interrupt all of it once and wait for it."""
+def launch_and_wait(
+    arguments: list[str], log: IO[str] | None = None, each_second: Callable[[], None] = lambda: None
+) -> int:
+    """Run a command, its output into `log` if given; its exit status. It ends with this process, all it started with it."""
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1"}
     environment.setdefault("HF_HUB_OFFLINE", "1")  # all it needs is on the disk
-    process = subprocess.Popen(arguments, env=environment, start_new_session=True)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = subprocess.Popen(
+        arguments, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
+    )
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait()
-        # accelerate leaves at once, the training itself only when it has put its files away
-        for _ in range(600):
+        while True:
             try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.1)
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-        raise
+                return process.wait(1)
+            except subprocess.TimeoutExpired:
+                each_second()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # checkpoints are complete or set aside: nothing to put in order
+        process.wait()
+
+
+def follow(stage: Stage, arguments: list[str]) -> None:
+    """Train with one bar on the terminal and everything else in train.log. Raises BadInput with the reason of a failure."""
+    log, state = stage.output_dir / "train.log", stage.output_dir / PROGRESS
+    log.parent.mkdir(parents=True, exist_ok=True)
+    state.unlink(missing_ok=True)
+    print(f"{stage.name}: training {stage.output_dir}, log in {log}", flush=True)
+    bar = progress(total=0, desc=stage.name, unit="step")
+
+    def show() -> None:
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
+            now = json.loads(state.read_text())
+            if bar.total != now["max_steps"]:
+                bar.reset(now["max_steps"])
+                bar.initial = bar.n = now["step"]
+            shown = {"loss": now["loss"], "tokens/s": now["tokens_per_s"]}
+            bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items() if value}, refresh=False)
+            bar.update(now["step"] - bar.n)
+
+    with log.open("a", encoding="utf-8") as handle, bar:
+        handle.write(f"\n{shlex.join(arguments)}\n")
+        handle.flush()
+        start = handle.tell()
+        status = launch_and_wait(arguments, handle, show)
+        show()
+    if status:
+        errors = re.findall(
+            r"^(?:gate: .+|(?:\w+\.)*\w*Error: .+)$", log.read_bytes()[start:].decode(errors="replace"), re.M
+        )
+        reason = next((line for line in reversed(errors) if "CalledProcessError" not in line), f"status {status}")
+        raise BadInput(
+            f"{stage.name} failed: {reason.removeprefix(f'gate: {stage.name}: ')} (log: {log}). The same command resumes it"
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", help="name of the recipe: 2a, 2b, 2c ...")
-    parser.add_argument(
-        "--recipes", type=Path, default=Path("recipes"), help="folder of the recipes (default: recipes)"
-    )
+    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="their folder (default: recipes)")
     parser.add_argument("--profile", default="gpu", help="a section of train/overrides.yml (default: gpu)")
-    parser.usage = "%(prog)s [-h] [--recipes RECIPES] [--profile PROFILE] stage [-- --key=value ...]"
+    parser.add_argument("-v", "--verbose", action="store_true", help="show Axolotl's output instead of a bar and a log")
+    parser.usage = "%(prog)s [-h] [-v] [--recipes RECIPES] [--profile PROFILE] stage [-- --key=value ...]"
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, more = parser.parse_args(sys.argv[1:cut]), sys.argv[cut + 1 :]
 
     chain = load_chain(args.recipes)
-    line = line_of(args.stage, chain)
-    stage = line[-1]
+    stage = line_of(args.stage, chain)[-1]
     launch, overrides = load_profile(args.profile, stage.name)
-
-    if stage.parent:
-        try:
-            check(line[-2], chain)
-        except NotTrained as error:
-            raise BadInput(f"stage {stage.name} builds on {stage.parent}, and {error}") from error
-    data = check_data(stage)
-    inputs = check_inputs(stage, chain)
-    check_tokenizer(stage, chain)
-    check_adapter_settings(stage)
-
-    if stage.verdict.exists():
-        try:
-            print(f"{describe(recall(stage, chain))}. Remove {stage.output_dir} to train it again.")
-            return 0
-        except NotTrained as error:
-            raise BadInput(f"{error} (remove {stage.output_dir})") from error
-
-    if not any(path.stat().st_size for path in stage.heldout):
-        # Prepared with --holdout 0, for the run on the whole book: there is nothing to validate on.
-        overrides |= {"test_datasets": None, "eval_steps": None}
-    plan = {
-        "recipe": config_hash(stage.config),
-        "overrides": [*as_arguments(overrides), *more],
-        "data": data,
-        "inputs": inputs,
-    }
-    check_compiler()
-    prepare_output(stage, plan)
-    # Axolotl's cache of tokenised rows does not notice new rows under an old name; this folder's name does.
-    digest = "-".join(data[str(path)][:12] for path in stage.datasets)
-    overrides["dataset_prepared_path"] = f"{stage.config['dataset_prepared_path']}-{digest}"
-    arguments = command(stage, launch, overrides, more)
-    print(" ".join(arguments), flush=True)
-    status = launch_and_wait(arguments)
-    if status:
+    if GATE not in overrides.get("plugins", stage.config.get("plugins") or []):
         raise BadInput(
-            f"the training of {stage.name} failed with status {status}, see above; the same command resumes it"
+            f"{stage.recipe} or profile {args.profile} must list {GATE} under plugins: it judges the training"
         )
-    print(describe(judge(stage, chain)))
+    check_ready(stage, chain)
+    if stage.verdict.exists():
+        print(f"{describe(recall(stage, chain))}. Remove {stage.output_dir} to train it again.")
+        return 0
+    check_compiler()
+    arguments = command(stage, launch, overrides, more)
+    if args.verbose:
+        print(shlex.join(arguments), flush=True)
+        if status := launch_and_wait(arguments):
+            raise BadInput(f"{stage.name} failed with status {status}, see above. The same command resumes it")
+    else:
+        follow(stage, arguments)
+    print(describe(recall(stage, chain)))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The chain of stages, read from the recipes: who builds on whom is said there and nowhere else.
+"""The stages and their order, read from the recipes.
 
-A stage is one YAML. It builds on another when its `base_model` or its `lora_model_dir` is the other's `output_dir`.
-A second curriculum is more YAML in the same folder, or in another; nothing here names a stage.
+A stage is one YAML. It builds on another when its `base_model` or `lora_model_dir` is that one's `output_dir`. A second
+curriculum is more YAML, here or in another folder; no code names a stage.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ class Stage:
     name: str  # the recipe's stem: 2b
     recipe: Path
     config: dict[str, Any]
-    parent: str | None  # the stage whose output this one loads last: 2a for 2b, 2b for 2c, none for 2a
+    parent: str | None  # the stage it continues: 2a for 2b, 2b for 2c, none for 2a
 
     @property
     def base_model(self) -> Path:
-        """Folder of the full model that is trained, or that the adapter stands on."""
+        """Folder of the model that is trained, or that the adapter is for."""
         return Path(self.config["base_model"])
 
     @property
     def output_dir(self) -> Path:
-        """Folder of the finished weights, or of the finished adapter."""
+        """Folder of the trained weights or adapter."""
         return Path(self.config["output_dir"])
 
     @property
@@ -39,7 +39,7 @@ class Stage:
 
     @property
     def adapter_from(self) -> Path | None:
-        """Folder of the adapter that this stage goes on training, if it does not start a new one."""
+        """Folder of the adapter that this stage continues, if it does not start a new one."""
         return Path(self.config["lora_model_dir"]) if self.config.get("lora_model_dir") else None
 
     @property
@@ -54,21 +54,25 @@ class Stage:
 
     @property
     def verdict(self) -> Path:
-        """The file that the gate writes when, and only when, this stage trained as planned."""
+        """The file that says that this stage trained as planned (train/gate.py)."""
         return self.output_dir / "trained.json"
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Parse one recipe. Raises BadInput when it is no YAML mapping or lacks what every stage must say."""
+    """A recipe's settings. Raises BadInput when it is not YAML, not UTF-8, or lacks what every stage must say."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
-        raise BadInput(f"{path} holds no recipe (a YAML mapping is expected)")
+        raise BadInput(f"{path} is not a recipe: a YAML mapping is expected")
     missing = [key for key in ("base_model", "output_dir", "datasets") if not config.get(key)]
     if missing:
         raise BadInput(f"{path} has no {', '.join(missing)}")
+    for key in ("datasets", "test_datasets"):
+        entries = config.get(key) or []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
+            raise BadInput(f"{path}: {key} must be a list of mappings, each with a path")
     return config
 
 
@@ -86,20 +90,20 @@ def load_chain(recipes: Path) -> list[Stage]:
         if output in made_by:
             raise BadInput(f"{path}: output_dir {output} is already that of recipe {made_by[output]}")
         made_by[output] = path.stem
-
-    waiting = {}
-    for path, config in configs.items():
-        # An adapter that is continued stands on its base too; the adapter is the later of the two.
-        source = config.get("lora_model_dir") or config["base_model"]
-        waiting[path.stem] = Stage(path.stem, path, config, made_by.get(Path(source)))
-    ordered: dict[str, Stage] = {}
+    waiting = [
+        Stage(path.stem, path, config, made_by.get(Path(config.get("lora_model_dir") or config["base_model"])))
+        for path, config in configs.items()
+    ]
+    chain: list[Stage] = []
     while waiting:
-        ready = [stage for stage in waiting.values() if stage.parent is None or stage.parent in ordered]
-        if not ready:
-            raise BadInput(f"recipes {', '.join(waiting)} in {recipes} build on each other in a circle")
-        stage = ready[0]
-        ordered[stage.name] = waiting.pop(stage.name)
-    return list(ordered.values())
+        done = {None, *(stage.name for stage in chain)}
+        ready = next((stage for stage in waiting if stage.parent in done), None)
+        if ready is None:
+            names = ", ".join(stage.name for stage in waiting)
+            raise BadInput(f"recipes {names} in {recipes} build on each other in a circle")
+        waiting.remove(ready)
+        chain.append(ready)
+    return chain
 
 
 def line_of(name: str, chain: list[Stage]) -> list[Stage]:

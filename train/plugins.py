@@ -1,0 +1,148 @@
+"""Two Axolotl plugins, listed under `plugins` in the recipes.
+
+`SeedAdapter` makes the recipe's `seed` decide a new adapter's first weights too. `Gate` makes every launch a judged one,
+`accelerate launch -m axolotl.cli.train recipes/2b.yml` as well as `make stage-b`: before the training it refuses what
+cannot end well; after it, train/gate.py writes outputs/2b/trained.json or says why not.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.integrations.base import BasePlugin, load_plugin
+from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
+from axolotl.utils.schemas.datasets import SFTDataset
+from transformers import TrainerCallback, set_seed
+
+from prep.common import BadInput
+from train.gate import check_ready, describe, judge, manifest_of, recall
+from train.resume import at_the_end, lock, prepare_output, take_weights
+from train.stage import PROGRESS, end_with_parent
+from train.stages import line_of, load_chain
+
+# What a run may say differently when it is resumed: where it logs, what it keeps, how the rows are read.
+NOT_THE_RUN = re.compile(
+    r"axolotl_config_path|dataset_prepared_path|dataset_num_proc|dataloader_num_workers|save_total_limit|logging_steps"
+    r"|(use_)?(wandb|mlflow|comet|tensorboard|trackio)"
+)
+
+
+class SeedAdapter(BasePlugin):
+    """Seeds before a new adapter is made: Axolotl seeds with the trainer, when A has been drawn by chance."""
+
+    def pre_lora_load(self, cfg: Any, model: Any) -> None:
+        set_seed(cfg.seed)
+
+
+class Gate(BasePlugin):
+    """Checks a stage before its training, locks its folder, judges it after. The first process does, the others follow."""
+
+    def register(self, cfg: Any) -> None:
+        """Axolotl's first call, on the recipe with the command line's changes (for `axolotl preprocess` and others too)."""
+        heldout = [Path(dataset["path"]) for dataset in cfg.get("test_datasets") or []]
+        if heldout and all(path.exists() and not path.stat().st_size for path in heldout):
+            cfg["test_datasets"] = cfg["eval_steps"] = None  # prepared with --holdout 0: nothing to validate on
+        self.recipe = Path(cfg.get("axolotl_config_path") or "")
+        self.settings = json.loads(json.dumps(cfg, default=str))
+        # Axolotl reuses its cache of tokenised rows when the rows have changed: a folder for each version of them.
+        manifests = sorted({manifest_of(path) for path in [*(Path(row["path"]) for row in cfg["datasets"]), *heldout]})
+        if cfg.get("dataset_prepared_path") and all(path.exists() for path in manifests):
+            digest = hashlib.sha256(b"".join(path.read_bytes() for path in manifests)).hexdigest()
+            cfg["dataset_prepared_path"] += f"-{digest[:12]}"
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """The first call of a training: refuse, or ready the output folder. The rows are loaded by Axolotl."""
+        if preprocess:
+            return
+        end_with_parent()
+        with self.refusals():
+            self.chain = load_chain(self.recipe.parent)
+            self.stage = line_of(self.recipe.stem, self.chain)[-1]
+        over = self.stage.verdict.exists() or at_the_end(self.stage)
+        if os.environ.get("RANK", "0") == "0":
+            with self.refusals():
+                self.lock = lock(self.stage.output_dir)
+                self.start()
+        if over:
+            raise SystemExit(0)
+
+    def start(self) -> None:
+        """Check everything, then write started.json; or finish a stage that has nothing left to train. Raises BadInput."""
+        stage = self.stage
+        unknown = unknown_keys(self.settings)
+        if unknown:
+            raise BadInput(
+                f"{self.recipe} or the command line has keys that Axolotl does not know: {', '.join(unknown)}"
+            )
+        for key in ("base_model", "lora_model_dir", "output_dir", "datasets"):
+            if self.settings.get(key) != stage.config.get(key):
+                raise BadInput(f"{key} cannot be changed on the command line: other stages read it from {stage.recipe}")
+        ready = check_ready(stage, self.chain)
+        if stage.verdict.exists():
+            print(f"{describe(recall(stage, self.chain))}. Remove {stage.output_dir} to train it again.")
+            return
+        run = {key: value for key, value in self.settings.items() if not NOT_THE_RUN.match(key)}
+        prepare_output(stage, {"settings": run, **ready})
+        if at_the_end(stage):
+            take_weights(stage)
+            self.post_train_unload(None)
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        return [Progress(self.stage.output_dir / PROGRESS)]
+
+    def post_train_unload(self, cfg: Any) -> None:
+        """The last call of a training that was not interrupted."""
+        if os.environ.get("RANK", "0") == "0":
+            with self.refusals():
+                print(describe(judge(self.stage, self.chain)))
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Turn BadInput into a line and exit status 1."""
+        try:
+            yield
+        except BadInput as error:
+            raise SystemExit(f"gate: {self.recipe.stem}: {error}") from error
+
+
+class Progress(TrainerCallback):
+    """Writes {"step", "max_steps", "loss", "tokens_per_s"} to a file after each step, for train/stage.py's bar."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs: dict[str, Any] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        self.logs |= logs or {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            now = {"step": state.global_step, "max_steps": state.max_steps, "loss": self.logs.get("loss")}
+            self.path.write_text(json.dumps(now | {"tokens_per_s": self.logs.get("tokens/train_per_sec_per_gpu")}))
+
+    on_train_begin = on_step_end
+
+
+def unknown_keys(config: dict[str, Any]) -> list[str]:
+    """Keys of a recipe and its data sets that neither Axolotl nor a plugin it lists knows: Axolotl ignores them silently."""
+
+    def known(model: Any) -> set[str]:
+        return set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
+
+    keys = known(AxolotlConfigWCapabilities) | {field.name for field in dataclasses.fields(TrainerCliArgs)}
+    for plugin in config.get("plugins") or []:
+        if arguments := load_plugin(plugin).get_input_args():
+            module, _, name = arguments.rpartition(".")
+            keys |= known(getattr(importlib.import_module(module), name))
+    unknown = set(config) - keys
+    for dataset in [*config["datasets"], *(config.get("test_datasets") or [])]:
+        unknown |= set(dataset) - known(SFTDataset)
+    return sorted(unknown)

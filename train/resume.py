@@ -1,0 +1,97 @@
+"""An output folder between runs: who is training in it, which checkpoints are complete, whether they are this run's."""
+
+import fcntl
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import safe_open
+
+from prep.common import BadInput, atomic_write
+from train.gate import checkpoints, read
+from train.stages import Stage
+
+
+def lock(folder: Path) -> IO[str]:
+    """The file that holds `folder` for this process until it ends, however it ends. Raises BadInput if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by the processes it forks
+    except OSError as error:
+        handle.seek(0)
+        raise BadInput(f"process {handle.read()} is training in {folder}: wait for it, or stop it") from error
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    return handle
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Was this checkpoint written to its end? The Trainer writes it in place, its state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt") as handle:  # compares the header with the length of the file
+                handle.keys()
+        return bool(weights) and zipfile.is_zipfile(checkpoint / "optimizer.pt")
+    except Exception:
+        return False
+
+
+def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
+    """Ready the output folder to start the run that `plan` describes, or to resume it. Raises BadInput if it is another's."""
+    for checkpoint in checkpoints(stage.output_dir):
+        if not is_whole(checkpoint):
+            print(f"{checkpoint} is incomplete: removed", flush=True)
+            shutil.rmtree(checkpoint)
+    started = stage.output_dir / "started.json"
+    if checkpoints(stage.output_dir):
+        remedy = f"remove {stage.output_dir} to train the stage again"
+        earlier = read(started, f"nothing says which run the checkpoints in {stage.output_dir} are of; {remedy}", dict)
+        changed = [name for key in plan for name in differences(key, earlier.get(key), plan[key])]
+        if changed:
+            raise BadInput(
+                f"{stage.output_dir} holds checkpoints of a run with other {', '.join(changed)}; "
+                f"undo that to resume it, or {remedy}"
+            )
+        return
+    # Logs of a run that never reached a checkpoint would be drawn as if they were this one's.
+    shutil.rmtree(stage.output_dir / "runs", ignore_errors=True)
+    with atomic_write(started) as handle:
+        json.dump(plan, handle, indent=1)
+        handle.write("\n")
+
+
+def differences(name: str, before: Any, now: Any) -> list[str]:
+    """Names of what differs: the keys of two mappings, otherwise `name`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [name] if before != now else []
+
+
+def at_the_end(stage: Stage) -> bool:
+    """Has its last complete checkpoint reached the last step?"""
+    whole = [checkpoint for checkpoint in checkpoints(stage.output_dir) if is_whole(checkpoint)]
+    if not whole:
+        return False
+    state = json.loads((whole[-1] / "trainer_state.json").read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+def take_weights(stage: Stage) -> None:
+    """Copy the last checkpoint's model into the output folder, as the end of the training would have done.
+
+    The Trainer itself cannot: resumed at `max_steps` it trains one step more.
+    """
+    only_to_resume = ("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*", "tokens_state*")
+    shutil.copytree(
+        checkpoints(stage.output_dir)[-1],
+        stage.output_dir,
+        ignore=shutil.ignore_patterns(*only_to_resume),
+        dirs_exist_ok=True,
+    )
