@@ -127,7 +127,7 @@ def progress(steps: Iterable[Any] | None = None, **settings: Any) -> tqdm:
         else {
             "mininterval": 60,
             "maxinterval": 60,
-            "bar_format": "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}]\n",
+            "bar_format": "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]\n",
         }
     )
     return tqdm(steps, dynamic_ncols=terminal, **(layout | settings))

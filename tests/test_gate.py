@@ -410,6 +410,7 @@ def test_an_adapter_that_is_missing_is_not_looked_for_on_the_hub(plugin: None, t
 
 
 def test_only_the_same_run_is_resumed(plugin: None) -> None:
+    assert launch("2a", max_steps=40, plugins=["train.plugins.Gate"]) == ""  # without Liger, its keys stay
     assert launch("2a", max_steps=40) == ""
     write_weights(Path("outputs/2a"), base_tensors())
     write_checkpoint("2a", 20, 40)

@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Gate(BasePlugin):
     def start(self) -> None:
         """Check everything, then write started.json; or finish a stage that has nothing left to train. Raises BadInput."""
         stage = self.stage
-        unknown = unknown_keys(self.settings)
+        unknown = unknown_keys(self.settings, stage.config.get("plugins") or [])
         if unknown:
             raise BadInput(
                 f"{self.recipe} or the command line has keys that Axolotl does not know: {', '.join(unknown)}"
@@ -131,14 +131,17 @@ class Progress(TrainerCallback):
     on_train_begin = on_step_end
 
 
-def unknown_keys(config: dict[str, Any]) -> list[str]:
-    """Keys of a recipe and its data sets that neither Axolotl nor a plugin it lists knows: Axolotl ignores them silently."""
+def unknown_keys(config: dict[str, Any], plugins: Iterable[str] = ()) -> list[str]:
+    """Keys of a recipe and its data sets that neither Axolotl nor a plugin knows: Axolotl ignores them silently.
+
+    The plugins are those it lists, and `plugins`: a CPU run keeps the keys of kernels that it leaves out.
+    """
 
     def known(model: Any) -> set[str]:
         return set(model.model_fields) | {field.alias for field in model.model_fields.values() if field.alias}
 
     keys = known(AxolotlConfigWCapabilities) | {field.name for field in dataclasses.fields(TrainerCliArgs)}
-    for plugin in config.get("plugins") or []:
+    for plugin in {*(config.get("plugins") or []), *plugins}:
         if arguments := load_plugin(plugin).get_input_args():
             module, _, name = arguments.rpartition(".")
             keys |= known(getattr(importlib.import_module(module), name))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
+from tqdm import tqdm
 
 from prep.common import BadInput, progress, run
 from train.gate import check_ready, describe, recall
@@ -99,32 +100,32 @@ def follow(stage: Stage, arguments: list[str]) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     state.unlink(missing_ok=True)
     print(f"{stage.name}: training {stage.output_dir}, log in {log}", flush=True)
-    bar = progress(total=0, desc=stage.name, unit="step")
+    bar: tqdm | None = None
 
     def show() -> None:
+        nonlocal bar
         with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
             now = json.loads(state.read_text())
-            if bar.total != now["max_steps"]:
-                bar.reset(now["max_steps"])
-                bar.initial = bar.n = now["step"]
+            bar = bar or progress(total=now["max_steps"], initial=now["step"], desc=stage.name, unit="step")
             shown = {"loss": now["loss"], "tokens/s": now["tokens_per_s"]}
             bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items() if value}, refresh=False)
             bar.update(now["step"] - bar.n)
 
-    with log.open("a", encoding="utf-8") as handle, bar:
+    with log.open("a", encoding="utf-8") as handle:
         handle.write(f"\n{shlex.join(arguments)}\n")
         handle.flush()
         start = handle.tell()
         status = launch_and_wait(arguments, handle, show)
-        show()
+    show()
+    if bar:
+        bar.close()
     if status:
-        errors = re.findall(
-            r"^(?:gate: .+|(?:\w+\.)*\w*Error: .+)$", log.read_bytes()[start:].decode(errors="replace"), re.M
-        )
-        reason = next((line for line in reversed(errors) if "CalledProcessError" not in line), f"status {status}")
-        raise BadInput(
-            f"{stage.name} failed: {reason.removeprefix(f'gate: {stage.name}: ')} (log: {log}). The same command resumes it"
-        )
+        printed = log.read_bytes()[start:].decode(errors="replace")
+        if refusals := re.findall(r"^gate: (.+)$", printed, re.M):
+            raise BadInput(refusals[-1])
+        errors = re.findall(r"^(?:\w+\.)*\w*(?<!CalledProcess)Error: .+$", printed, re.M)
+        reason = errors[-1] if errors else f"status {status}"
+        raise BadInput(f"{stage.name} failed: {reason} (log: {log}); the same command resumes it")
 
 
 def main() -> int:
