@@ -78,7 +78,7 @@ def write_corpus(source: Path, folder: Path, count: int) -> tuple[int, int]:
         book
         for path in source_paths(source)
         for book in read_books(path)
-        if len(book.text) > 100_000 and "kocr" not in book.source and "kdup" not in book.source
+        if len(book.text) > 100_000 and "kocr" not in book.id and "kdup" not in book.id
     ]
     novels = [book for book in novels if " the " not in book.text[:20_000]]
     folder.mkdir()
@@ -91,13 +91,13 @@ def write_corpus(source: Path, folder: Path, count: int) -> tuple[int, int]:
             size += len(text.encode())
             words += len(text.split())
             letters = "".join(chr(97 + digit) for digit in (i // 676, i // 26 % 26, i % 26))
-            title = book.title if i < len(novels) else f"{book.title} autrement {letters}"
+            title = book.metadata["title"] if i < len(novels) else f"{book.metadata['title']} autrement {letters}"
             rows.append(
                 {
                     "file_id": f"book{i:05d}",
                     "title": title,
-                    "author": book.author,
-                    "date": book.date,
+                    "author": book.metadata["author"],
+                    "date": book.metadata["date"],
                     "complete_text": text,
                 }
             )

@@ -51,7 +51,7 @@ PACKAGES = ("datatrove", "numpy", "py3langid", "pyarrow", "pyspellchecker", "rap
 # proverb, a verse or a prayer that both quote is a dozen.
 OVERLAP = 8
 # This folder's modules that decide what a corpus is; the others cut rows from it, or bring it here.
-CODE = ("corpus", "dedup", "front_matter", "page_layout", "filters", "readers", "typography", "works")
+CODE = ("corpus", "dedup", "front_matter", "page_layout", "paragraphs", "filters", "readers", "typography", "works")
 TWICE, COPY, NEAR = "identifier seen before", "near-duplicate", "overlaps protected text"
 
 

@@ -1,12 +1,14 @@
-"""What stands before and after the work in a scanned book: legal notice, stamps, tables of contents, catalogues.
+"""Drops what is before and after the text of a scanned book: legal notice, stamps, title pages, contents, catalogues.
 
-None of it is known by title. A table of contents is a run of lines that end in leader dots or in numbers that grow, a
-catalogue a run of lines with prices and formats ("1 vol. in-18 ... 3 fr. 50"). Each line is evidence for or against,
-and what goes is the run at an end of the book with the largest sum: a full line of prose weighs as much against as a
-line with its page number weighs for, a short line (a title, a reply, a verse, a blot) less. So the end of a novel in
-replies, in verse or in dated letters has nothing that speaks for a list, and stays.
+    drop_front_matter(lines, counts)     the lines of the text
+
+A table of contents is a series of lines that end in leader dots or in growing numbers, a catalogue one of prices and
+formats ("1 vol. in-18 ... 3 fr. 50"). Each line is evidence for or against a list, and the list is the series at an end
+of the book with the largest sum: a full line of prose counts as much against it as a line with its page number for it, a
+short line (a title, a reply, a verse) less. A novel that ends in replies, verse or dated letters keeps them.
 """
 
+import bisect
 import itertools
 import re
 from collections import Counter
@@ -14,32 +16,31 @@ from collections.abc import Callable
 
 from rapidfuzz import fuzz
 
-PAGE_END = "\x00"  # stands for a form feed, which is a space to Python; clean_characters leaves no such character
+from prep.paragraphs import PAGE_END, full_width
 
 
-def drop_matter(lines: list[str], counts: Counter[str]) -> list[str]:
-    """The lines without what belongs to the library and the publisher; page ends stay.
-
-    Counts lines: `legal_notice`, `library_stamps`, `catalogue`, `table_of_contents`, `title_page`.
-    """
-    width = _width(lines)
-    lines = _drop_notice(lines, counts)
-    lines = _drop_source(lines, counts)
+def drop_front_matter(lines: list[str], counts: Counter[str]) -> list[str]:
+    """The lines without what library and publisher added; page ends stay. Counts the lines dropped, by kind."""
+    width = full_width(lines)
+    lines = _drop_source(_drop_notice(lines, counts), counts)
     for kind, sign in ("catalogue", _catalogue_sign), ("table_of_contents", _contents_sign):
-        for backwards in True, False:  # the back, then the front, each seen from its outer end
+        for backwards in True, False:  # the back, then the front, each from its outer end
             lines = _drop_list(lines[::-1], width, kind, sign, counts, backwards)
     return _drop_title_pages(_drop_stamps(lines, width, counts), counts)
 
 
-def _width(lines: list[str]) -> int:
-    """How long a full line is: nine lines in ten are no longer."""
-    lengths = sorted(len(line) for line in lines if line and line != PAGE_END)
-    return lengths[len(lengths) * 9 // 10] if lengths else 0
+def letters_of(text: str) -> str:
+    """The small letters of a text: what stays when marks, figures and case are misread or differ."""
+    return "".join(filter(str.isalpha, text.lower()))
+
+
+def _is_text(line: str) -> bool:
+    return bool(line) and line != PAGE_END
 
 
 # --- Gallica's legal notice -----------------------------------------------------------------------------------------
 
-# The notice is one text on every scan, wrapped and misread in many ways; these are places all over it.
+# Places all over the notice, which is the same on every scan but wrapped and misread in many ways.
 _NOTICE = [
     "les contenus accessibles sur le site gallica sont pour la plupart des reproductions",
     "la réutilisation non commerciale de ces contenus",
@@ -55,51 +56,43 @@ _NOTICE = [
     "utilisation.commerciale@bnf.fr",
 ]
 _HINT = re.compile("allica|bnf|réutilisa|utilisateur|propriété des personnes", re.I)
-_NOTICE_LINES = 150  # nonblank lines at either end among which the notice is looked for: two pages
+_NOTICE_LINES = 150  # nonblank lines at either end that are searched: two pages
 _SOURCE = re.compile(
     r"\W*(?:\w{0,8} )?ga[l1i|]{2}ica\W{0,3}bn[fl]\W{0,3}fr\b(?:\W{0,4}biblioth\w+ natio\w+ de \w+)?\W*", re.I
 )
 
 
-def _letters(text: str) -> str:
-    return "".join(filter(str.isalpha, text.lower()))
-
-
 def _drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
-    full = [i for i, line in enumerate(lines) if line and line != PAGE_END]
+    full = [i for i, line in enumerate(lines) if _is_text(line)]
     for at_back, among in ((True, full[-_NOTICE_LINES:]), (False, full[:_NOTICE_LINES])):
         if not any(_HINT.search(lines[i]) for i in among):
             continue
-        keys = [_letters(lines[i]) for i in among]
-        text = "".join(keys)
+        keys = [letters_of(lines[i]) for i in among]
         found = []
-        for phrase in map(_letters, _NOTICE):
-            match = fuzz.partial_ratio_alignment(phrase, text, score_cutoff=80)
+        for phrase in map(letters_of, _NOTICE):
+            match = fuzz.partial_ratio_alignment(phrase, "".join(keys), score_cutoff=80)
             if match and match.dest_end - match.dest_start > 0.8 * len(phrase):
                 found += [match.dest_start, match.dest_end - 1]
         if len(found) < 6:  # three places: a book may quote one
             continue
-        ends, at = [], 0
-        for key in keys:
-            at += len(key)
-            ends.append(at)
-        first, last = (next(n for n, end in enumerate(ends) if place < end) for place in (min(found), max(found)))
+        ends = list(itertools.accumulate(map(len, keys)))
+        first, last = (bisect.bisect_right(ends, place) for place in (min(found), max(found)))
         if not at_back and first <= 40:
-            first = 0  # before it Gallica's cover: the title once more, and the source
+            first = 0  # before it is Gallica's cover: the title once more, and the source
         drop = set(among[first : last + 1])
         counts["legal_notice"] += len(drop)
         lines = [line for i, line in enumerate(lines) if i not in drop]
-        full = [i for i, line in enumerate(lines) if line and line != PAGE_END]
+        full = [i for i, line in enumerate(lines) if _is_text(line)]
         if at_back and len(full) < _NOTICE_LINES:
             break  # both ends were the same lines
     return lines
 
 
 def _drop_source(lines: list[str], counts: Counter[str]) -> list[str]:
-    """Take "Source gallica.bnf.fr / Bibliothèque nationale de France" out of the lines, on whatever page it stands."""
+    """Without "Source gallica.bnf.fr / Bibliothèque nationale de France", on whatever page it is."""
     kept = []
     for line in lines:
-        if ("bnf" in line or "BNF" in line or "BnF" in line) and _SOURCE.search(line):
+        if "bnf" in line.lower() and _SOURCE.search(line):
             counts["legal_notice"] += 1
             if not (line := _SOURCE.sub(" ", line).strip()):
                 continue
@@ -116,16 +109,16 @@ _PRICE = re.compile(
     r"\b\d{1,3} ?(?:fr?\b\.?|francs?\b)(?: ?\d\d\b)?(?: ?c\b\.?)?\W*$|\b\d{1,3} ?fr\. ?\d\d\b|\b\d\d c\.$"
 )
 _LEADER = re.compile(r"(?:\. ?|… ?|[_·•] ?|, ?\. ?){4,}\W*\w{0,5}\W*$")
-_PAGE = re.compile(r"(?:^|[^\d-])(\d{1,3}|[1-9]\d{3})[^\w)]{0,3}$")
+_PAGE_NUMBER = re.compile(r"(?:^|[^\d-])(\d{1,3}|[1-9]\d{3})[^\w)]{0,3}$")
 _YEAR = re.compile(r"\b1[5-9]\d\d\W*$")
 _DATED = re.compile(r"\d{1,2}(?:er)? [a-zéû]{3,9}\.? \d{2,4}\W*$|\b(?:heures?|ans|jours?|n°) *\d+\W*$")
 _HEADING = re.compile(r"\W{0,3}(?:TABLE|INDEX|SOMMAIRE|Table des (?:mati|chap))\b", re.U)
 _END_OF_WORK = re.compile(r"\W*(?:FIN|Fin)\b.{0,40}$")
 
-_SHORT = -0.25  # what a line without any sign weighs against a list if it is not full
+_SHORT = -0.25  # evidence of a line without any sign that is not full
 _GIVE_UP = 20.0  # so far below its best the sum is in prose: thirty lines of a page
 _WIDEST = 120  # characters in a line of a page; what is longer is a paragraph
-_ENOUGH = 3.0  # the least sum of a list, and the fewest sure signs in it
+_ENOUGH = 3.0  # the smallest sum of a list, and the fewest certain signs in it
 
 
 def _catalogue_sign(line: str) -> float:
@@ -142,32 +135,27 @@ def _leads(line: str) -> bool:
 def _contents_sign(line: str) -> float:
     if _HEADING.match(line) and len(line) < 40:
         return 2.0
-    if _leads(line):
-        return 1.0
-    if _PAGE.search(line) and not _YEAR.search(line) and not _DATED.search(line):
-        return 1.0
-    return 0.0
+    return float(_leads(line) or bool(_PAGE_NUMBER.search(line) and not _YEAR.search(line) and not _DATED.search(line)))
 
 
 def _drop_list(
     lines: list[str], width: int, kind: str, sign: Callable[[str], float], counts: Counter[str], backwards: bool
 ) -> list[str]:
-    """The lines without the list that stands at their beginning, if one does; `backwards`: they come last line first."""
+    """The lines without the list at their beginning, if there is one; `backwards`: they come last line first."""
     best = total = 0.0
     start = first = last = -1
-    signs = seen = 0
+    signs = found = seen = 0
     for i, line in enumerate(lines):
-        if not line or line == PAGE_END:
+        if not _is_text(line):
             continue
         seen += 1
         weight = sign(line) if len(line) <= _WIDEST else 0.0
+        signs += weight >= 1
         if not weight:
             full = len(line) >= 0.75 * width and sum(map(str.islower, line)) > 0.6 * len(line)
             weight = -1.0 if full else _SHORT
-        else:
-            signs += weight >= 1
         if not backwards and total + weight <= 0 and best < _ENOUGH:
-            total, start, signs = 0.0, -1, 0  # at the front a list may stand after titles, which are no part of it
+            total, start, signs = 0.0, -1, 0  # at the front a list may follow titles, which are no part of it
             if seen > 400:
                 break
             continue
@@ -175,11 +163,8 @@ def _drop_list(
             start = i
         total += weight
         if total > best and weight > 0:
-            best, first, last = total, start, i
-            found = signs
+            best, first, last, found = total, start, i, signs
         if total < best - _GIVE_UP:
-            break
-        if backwards and best == 0 and total < -_GIVE_UP:
             break
     if best < _ENOUGH or found < _ENOUGH:
         return lines
@@ -189,46 +174,37 @@ def _drop_list(
     if kind == "table_of_contents" and not _grows(block[::-1] if backwards else block):
         return lines
     if backwards:
-        # The head of the list has no number: lines up to the heading, or to the page's beginning.
-        last = _head(lines, last, width)
-        first = 0
-    drop = [bool(line) and line != PAGE_END and first <= i <= last for i, line in enumerate(lines)]
-    counts[kind] += sum(drop)
-    return [line for line, dropped in zip(lines, drop, strict=True) if not dropped]
+        first, last = 0, _head(lines, last, width)
+    kept = [line for i, line in enumerate(lines) if not (_is_text(line) and first <= i <= last)]
+    counts[kind] += len(lines) - len(kept)
+    return kept
 
 
 def _grows(block: list[str]) -> bool:
-    """Whether the numbers at the lines' ends grow, as those of pages do, misread ones apart."""
-    numbers = [int(match[1]) for line in block if (match := _PAGE.search(line))]
+    """Whether the numbers at the lines' ends grow, as those of pages do, apart from misread ones."""
+    numbers = [int(match[1]) for line in block if (match := _PAGE_NUMBER.search(line))]
     if len(numbers) < 3:
         return any(_HEADING.match(line) for line in block)
-    up = sum(a < b for a, b in itertools.pairwise(numbers))
-    return up >= 0.6 * (len(numbers) - 1)
+    return sum(a < b for a, b in itertools.pairwise(numbers)) >= 0.6 * (len(numbers) - 1)
 
 
 def _head(lines: list[str], last: int, width: int) -> int:
-    """Where a list found backwards really begins: its title and first lines may show no sign."""
-    reach = last
+    """Where a list found backwards begins: its heading or the page's beginning, since its first lines may have no sign."""
     for i in range(last + 1, min(last + 40, len(lines))):
         line = lines[i]
         if line == PAGE_END:
             return i
-        if not line:
-            continue
-        if _END_OF_WORK.match(line) or len(line) >= 0.6 * width:
+        if line and (_END_OF_WORK.match(line) or len(line) >= 0.6 * width):
             break
-        if _HEADING.match(line) or line.isupper():
-            reach = i
-            if _HEADING.match(line):
-                break
-    return reach if reach > last and _HEADING.match(lines[reach]) else last
+        if _HEADING.match(line):
+            return i
+    return last
 
 
-# --- stamps and titles ---------------------------------------------------------------------------------------------------------
+# --- stamps and title pages -----------------------------------------------------------------------------------------
 
 _TITLE_PAGES = 40  # at most so many before the text; library scans begin with empty leaves and colour charts
 _WORDS = re.compile(r"\b[a-zà-öø-ÿœ]{2,}\b")
-
 _STAMP = re.compile(
     r"(?i:\b(?:bibl[il]oth[eéèêë][qg]ue|bibl\.) ?(?:nat|imp|roy|mun|de|du|la|sainte)|\bd[ée]p[oôéòó0]t ?l[ée]gal)"
     r"|^\W*(?:B\. ?[NIR]\.|R\. ?F\.|DON\b.{0,12}|IMPRIM[ÉE]S?|ESTAMPES|ACQUISITIONS?.{0,12}|BIBLIOTH\S*|NATIONALE)\W*$"
@@ -236,26 +212,24 @@ _STAMP = re.compile(
 
 
 def _drop_title_pages(lines: list[str], counts: Counter[str]) -> list[str]:
-    """Where form feeds divide the pages: those before the text without three lines of words, covers and titles."""
-    ends = [i for i, line in enumerate(lines[:2000]) if line == PAGE_END][:_TITLE_PAGES]
+    """Without the pages before the text (covers, titles): those with fewer than three lines of words."""
     first = 0
-    for end in ends:
-        words = (_WORDS.findall(line) for line in lines[first:end])
-        if sum(len(found) >= 4 for found in words) >= 3:
+    for end in [i for i, line in enumerate(lines[:2000]) if line == PAGE_END][:_TITLE_PAGES]:
+        if sum(len(_WORDS.findall(line)) >= 4 for line in lines[first:end]) >= 3:
             break
         first = end + 1
     else:
-        return lines  # no text anywhere: then these are no pages before a text
-    counts["title_page"] += sum(bool(line) and line != PAGE_END for line in lines[:first])
+        return lines  # no text anywhere: these are no pages before a text
+    counts["title_page"] += sum(map(_is_text, lines[:first]))
     return lines[first:]
 
 
 def _drop_stamps(lines: list[str], width: int, counts: Counter[str]) -> list[str]:
-    """Take out the library's stamps: short lines before the first full lines of prose that name a library."""
+    """Without the library's stamps: short lines that name a library, before the first full lines of prose."""
     run = seen = 0
     kept: list[str] = []
     for i, line in enumerate(lines):
-        if line and line != PAGE_END:
+        if _is_text(line):
             seen += 1
             run = run + 1 if len(line) >= 0.75 * width and any(map(str.islower, line)) else 0
             if run == 4 or seen > 200:

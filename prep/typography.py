@@ -1,14 +1,14 @@
-"""One typographic convention for all French text that a model reads here.
+"""One typographic convention for all French text, whatever the habits of scans, transcriptions and PDFs.
 
-The convention: apostrophe ' (U+0027); « x » with plain spaces inside; a plain space before ; : ! ? and none
-before , and . ; ellipsis ...; a line of dialogue begins with "— " and a dash inside a line is " — "; NFC; œ kept;
-no entity, ligature, no-break or invisible character. Scans, transcriptions and PDFs each have their own habits in
-all of this: a model shown them all spends its weight on typography.
+    to_convention("–Oui…dit—il")     "— Oui... dit-il"
 
-What a dash becomes depends on its place. At the start of a line every dash opens dialogue, a hyphen too unless it
-holds on to a small letter or a digit ("-même", "-5"). Inside a line an em dash, "--", and any dash or hyphen with
-spaces on both sides is a dash. What stands between two letters or digits without spaces is a hyphen when it is an
-en dash ("Paris–Lyon", "1860–1870") or comes before a pronoun ("dit—il", which scans often have).
+Apostrophe ' (U+0027); « x » with plain spaces inside; a plain space before ; : ! ? and none before , and . ; ellipsis ...;
+a line of dialogue begins with "— ", and a dash inside a line is " — "; NFC; œ kept; no entity, ligature, no-break or
+invisible character.
+
+At the start of a line every dash opens dialogue, and a hyphen does unless a small letter or a digit follows it ("-même",
+"-5"). Inside a line an em dash, "--", and any dash or hyphen between spaces is a dash. Between two letters or digits
+without spaces, an en dash is a hyphen ("Paris–Lyon"), and so is an em dash before a pronoun ("dit—il", as scans have it).
 """
 
 import html
@@ -31,8 +31,8 @@ _CHARACTERS = {
 _LETTER = r"[^\W\d_]"
 _PRONOUN = "(?:je|tu|il|elle|on|nous|vous|ils|elles|ce|t-il|t-elle|t-on|moi|toi|lui|leur|là|ci|mêmes?)\\b"
 
-# (a string without which there is nothing to do, a pattern or a string, its replacement). Patterns begin with a plain
-# character, and what stands before it is looked at afterwards: the search then runs at the speed of a plain one.
+# (a string without which the rule does nothing, a pattern or a string, its replacement). Patterns begin with a plain
+# character and look behind it afterwards, which makes them as fast as a search for that character.
 _RULES: list[tuple[str, re.Pattern[str] | str, str]] = [
     ("<<", "<<", "«"),
     (">>", ">>", "»"),
@@ -65,13 +65,11 @@ _RARE = re.compile("[" + re.escape("".join(_CHARACTERS)) + "]")
 
 
 def clean_characters(text: str) -> str:
-    """Bring single characters to the convention: entities, NFC, apostrophes, spaces, ligatures.
+    """Entities, apostrophes, spaces and ligatures in the convention, in NFC, with `\\n` line ends; form feeds and dashes stay.
 
-    A soft hyphen at a line's end becomes a hyphen (it broke a word there) and vanishes elsewhere. Line ends become
-    `\\n`; a form feed stays. Dashes are left as they are, since what they become depends on their place.
+    A soft hyphen at a line's end becomes a hyphen (it broke a word there) and vanishes elsewhere.
     """
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "&" in text:
         text = html.unescape(text)
     if "\u00ad" in text:
@@ -81,8 +79,8 @@ def clean_characters(text: str) -> str:
 
 
 def to_convention(text: str) -> str:
-    """Bring text to the convention; each line of it is a paragraph, and lines stay lines."""
-    text = f"\n{clean_characters(text)}\n"  # every line has a line end on both sides for the rules to see
+    """The text in the convention; its lines are paragraphs, and stay lines."""
+    text = f"\n{clean_characters(text)}\n"  # so that the rules see a line end on both sides of every line
     for needle, pattern, replacement in _RULES:
         if needle in text:
             text = text.replace(pattern, replacement) if isinstance(pattern, str) else pattern.sub(replacement, text)

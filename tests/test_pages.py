@@ -12,7 +12,8 @@ import pytest
 from small_tokenizers import tales
 
 from bench.score_cleaning import Score, documents, paragraphs_of, score
-from prep.page_layout import clean_pages, hyphen_stays
+from prep.page_layout import clean_pages
+from prep.paragraphs import hyphen_stays
 from prep.typography import to_convention
 
 TITLE = "LA MAISON DU PASSEUR"
