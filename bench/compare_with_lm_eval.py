@@ -55,7 +55,7 @@ def flop_per_token(config: dict[str, Any], window: int) -> float:
     """Of a forward pass over windows of `window` tokens: a third of what training every weight takes."""
     from transformers import AutoConfig
 
-    from bench.gpu_runs import flops_per_token
+    from bench.gpu import flops_per_token
 
     return flops_per_token(AutoConfig.for_model(**config), {"sequence_len": window}) / 3
 

@@ -1,7 +1,6 @@
-"""The part of the bench that runs inside the training: an Axolotl plugin that times the steps and reads the allocator.
+"""The Axolotl plugin that times a run of bench/gpu.py and reads the allocator; it ends the training before weights are saved.
 
-A recipe lists it under `plugins:` beside its own; bench/gpu.py writes that list and the keys of ProbeArgs. The training
-ends when enough steps were timed, before Axolotl saves weights that nobody wants.
+bench/gpu.py adds it to a recipe's `plugins` and sets the keys of ProbeArgs.
 """
 
 import json
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 GPU = torch.cuda.is_available()
 
@@ -21,24 +20,18 @@ GPU = torch.cuda.is_available()
 class ProbeArgs(BaseModel):
     """Keys that the plugin adds to Axolotl's."""
 
-    probe_record: str  # file the record goes to
+    probe_record: str  # file for the record
     probe_warmup: int  # steps that do not count: kernels are compiled, memory is claimed
     probe_seconds: float  # how long steps are timed after that
     probe_profile: int = 0  # steps to profile instead of timing
-
-
-def allocated() -> int | None:
-    """Bytes the allocator holds now; None without a GPU."""
-    return torch.cuda.memory_allocated() if GPU else None
 
 
 class Probe(BasePlugin):
     def get_input_args(self) -> str:
         return "bench.gpu_plugin.ProbeArgs"
 
-    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        settings = ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields if cfg[key] is not None})
-        stopwatch = Stopwatch(settings)
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        stopwatch = Stopwatch(ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields if cfg[key] is not None}))
         trainer.compute_loss = stopwatch.counting(trainer.compute_loss)
         return [stopwatch]
 
@@ -53,11 +46,14 @@ class Stopwatch(TrainerCallback):
         self.settings = settings
         self.tokens = 0
         self.losses: list[torch.Tensor] = []  # of the first micro-step and of the last
-        self.record: dict[str, Any] = {"step_seconds": [], "step_tokens": [], "memory": {}}
-        self.profiler: torch.profiler.profile | None = None
+        self.seconds: list[float] = []
+        self.step_tokens: list[int] = []
+        self.memory: dict[str, int] = {}
+        kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]
+        self.profiler = torch.profiler.profile(activities=kinds)
 
     def counting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-        """The trainer's method, counting tokens; a hook of the model would be compiled with it by torch_compile."""
+        """The trainer's method, counting tokens; torch_compile would compile a hook of the model with it."""
 
         def counted(model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self.tokens += inputs["input_ids"].numel()
@@ -68,74 +64,55 @@ class Stopwatch(TrainerCallback):
         return counted
 
     def now(self) -> float:
-        """Seconds, once the GPU has finished what it was given."""
+        """Seconds, once the GPU has finished its work."""
         if GPU:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if GPU:
-            self.record["memory"]["peak_while_loading"] = torch.cuda.max_memory_allocated()
+            self.memory = {
+                "peak_while_loading": torch.cuda.max_memory_allocated(),
+                "loaded": torch.cuda.memory_allocated(),
+            }
             torch.cuda.reset_peak_memory_stats()
-        self.record["memory"]["loaded"] = allocated()
         self.last = self.now()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Weights, gradients and optimiser states; no activations.
-        self.record["memory"]["at_optimizer_step"] = allocated()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if GPU:  # weights, gradients and optimiser states; no activations
+            self.memory["at_optimizer_step"] = torch.cuda.memory_allocated()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = self.now()
-        self.record["step_seconds"].append(now - self.last)
-        self.record["step_tokens"].append(self.tokens)
+        self.seconds.append(now - self.last)
+        self.step_tokens.append(self.tokens)
         self.last, self.tokens = now, 0
-        beyond = len(self.record["step_seconds"]) - self.settings.probe_warmup
-        if self.settings.probe_profile:
-            self.profile(beyond, control)
-        elif sum(self.record["step_seconds"][self.settings.probe_warmup :]) >= self.settings.probe_seconds:
-            control.should_training_stop = True
-
-    def profile(self, beyond: int, control: TrainerControl) -> None:
-        """Profile `probe_profile` steps once the warm-up is over."""
-        if beyond == 0:
-            kinds = [torch.profiler.ProfilerActivity.CPU]
-            kinds += [torch.profiler.ProfilerActivity.CUDA] if GPU else []
-            self.profiler = torch.profiler.profile(activities=kinds)
+        timed = self.seconds[self.settings.probe_warmup :]
+        if not self.settings.probe_profile:
+            control.should_training_stop = sum(timed) >= self.settings.probe_seconds and bool(timed)
+        elif len(self.seconds) == self.settings.probe_warmup:
             self.profiler.start()
-        elif beyond == self.settings.probe_profile:
-            self.finish_profile()
+        elif len(timed) == self.settings.probe_profile:
             control.should_training_stop = True
 
-    def finish_profile(self) -> None:
-        """What took the time: every kernel of the GPU (without one, every operation of the CPU), longest first."""
-        if not self.profiler:
-            return
-        self.profiler.stop()
-        rows = []
-        for event in self.profiler.key_averages():
-            # An operation's self_device_time is that of the kernels it started; they stand in the list themselves.
-            on_gpu = event.device_type != torch.autograd.DeviceType.CPU
-            if on_gpu == GPU:
-                time_us = event.self_device_time_total if GPU else event.self_cpu_time_total
-                rows.append({"name": event.key, "calls": event.count, "microseconds": time_us})
-        self.record["profile"] = sorted(rows, key=lambda row: -row["microseconds"])
-        self.profiler = None
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.finish_profile()
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        profile = None
+        if self.settings.probe_profile and len(self.seconds) >= self.settings.probe_warmup:
+            self.profiler.stop()
+            order = "self_cuda_time_total" if GPU else "self_cpu_time_total"
+            profile = self.profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60)
         if GPU:
-            stats = torch.cuda.memory_stats()
-            self.record["memory"] |= {
+            self.memory |= {
                 "peak_allocated": torch.cuda.max_memory_allocated(),
                 "peak_reserved": torch.cuda.max_memory_reserved(),
-                "retries": stats["num_alloc_retries"],  # the allocator emptied its cache because the card was full
+                "retries": torch.cuda.memory_stats()["num_alloc_retries"],  # the cache was emptied: the card was full
             }
-        self.record["losses"] = [loss.item() for loss in self.losses]
-        self.record["warmup"] = self.settings.probe_warmup
-        Path(self.settings.probe_record).write_text(json.dumps(self.record))
+        record = {
+            "step_seconds": self.seconds,
+            "step_tokens": self.step_tokens,
+            "warmup": self.settings.probe_warmup,
+            "losses": [loss.item() for loss in self.losses],
+            "memory": self.memory,
+            "profile": profile,
+        }
+        Path(self.settings.probe_record).write_text(json.dumps(record))
