@@ -134,7 +134,7 @@ bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> ben
 
 .PHONY: bench-eval
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
-	@$(call SPLIT,ARGS) cd demo/run; $(SHOW) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes --readme ../../eval/README.md "$${more[@]}"
+	@$(call SPLIT,ARGS) cd demo/run; $(SHOW) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes "$${more[@]}"
 
 .PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)

@@ -192,30 +192,35 @@ def lay_out(this: Run, work: Path) -> Path:
     return folder
 
 
+def launch(arguments: list[str], what: str) -> None:
+    """Run a command of Axolotl's, its output into train.log. Raises BadInput when it fails."""
+    log = Path("train.log")
+    with log.open("a", encoding="utf-8") as handle:
+        status = launch_and_wait(arguments, handle)
+    if status:
+        raise BadInput(f"{what} failed with status {status} (log: {log.absolute()}); run again to resume")
+
+
 def merge(adapter: Run) -> None:
     """Make outputs/merged, an adapter merged into its base by Axolotl's command. Raises BadInput."""
-    if MERGED.is_dir():
-        return
     making = MERGED.with_name("merging")  # renamed when it is whole
     arguments = [f"--lora_model_dir={adapter.config['output_dir']}", f"--output_dir={making}"]
-    recipe = f"recipes/{adapter.stage}.yml"
-    status = launch_and_wait([sys.executable, "-m", "axolotl.cli.merge_lora", recipe, *arguments])
-    if status:
-        raise BadInput(f"merging the adapter of {adapter.folder} failed with status {status}, see above")
+    merging = [sys.executable, "-m", "axolotl.cli.merge_lora", f"recipes/{adapter.stage}.yml", *arguments]
+    launch(merging, f"merging the adapter of {adapter.folder}")
     (making / MERGED.name).rename(MERGED)
 
 
-def train(this: Run, stage: Stage, launch: list[str]) -> dict[str, Any]:
+def train(this: Run, stage: Stage, plan: dict[str, Any]) -> dict[str, Any]:
     """Train in the working directory, or resume; steps, movement of the weights (median over matrices) and losses."""
     try:
         steps = check_steps(stage)  # the training of a sweep that was killed while scoring is there
     except BadInput:
-        if stage.base_model == MERGED and this.parent:
+        if stage.base_model == MERGED and this.parent and not MERGED.is_dir():
             merge(this.parent)
         prepare_output(stage, {"key": this.key})
-        status = launch_and_wait(command(stage, launch, {}, []))
-        if status:
-            raise BadInput(f"training {this.folder} failed with status {status}, see above") from None
+        threads = ["--num_cpu_threads_per_process", str(plan["threads"])]
+        accelerate = [*load_profile(plan["profile"], this.stage)[0], *threads]
+        launch(command(stage, accelerate, {}, []), f"training {this.folder}")
         steps = check_steps(stage)
     moved = None
     if stage.adapter is None:
@@ -261,7 +266,7 @@ def score(row: weights.Candidate) -> dict[str, Any]:
             raise BadInput(f"scoring {row.name} was killed (out of memory?); run again to resume") from error
 
 
-def finish(this: Run, work: Path, launch: list[str]) -> None:
+def finish(this: Run, work: Path, plan: dict[str, Any]) -> None:
     """Train and score one run and write its result; its weights stay, for the runs that build on them."""
     with contextlib.chdir(lay_out(this, work)):
         trained: dict[str, Any] = {}
@@ -273,7 +278,7 @@ def finish(this: Run, work: Path, launch: list[str]) -> None:
             if this.quantised:
                 row = replace(row, quantization=this.quantised)
             else:
-                trained = train(this, stage, launch)
+                trained = train(this, stage, plan)
         store({**trained, **score(row)}, result_file(this, work))
         if trained:  # checkpoints hold optimiser states too; the final weights are beside them
             for checkpoint in checkpoints(Path(this.config["output_dir"])):
@@ -390,8 +395,7 @@ def main() -> None:
             if result_file(this, work).is_file():  # another process finished it a moment ago
                 continue
             print(f"{this.folder}: started, {len(left())} of {len(runs)} runs left", flush=True)
-            launch = load_profile(plan["profile"], this.stage)[0]
-            finish(this, work, [*launch, "--num_cpu_threads_per_process", str(plan["threads"])])
+            finish(this, work, plan)
         write_report(plan, runs, work, target)
         done += 1
     write_report(plan, runs, work, target)
