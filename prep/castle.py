@@ -3,7 +3,7 @@
     python prep/castle.py --book data/raw/book/book.pdf --tokenizer models/base --sequence-len 2048 --stride 512 \\
         --holdout 0.05 --seed 42 --out data/2c.jsonl
 
-Reads a PDF (its text layer) or a text file, takes out what belongs to the page (footers, line ends, hyphens, orphan
+Reads a book in any format of prep/formats.py, takes out what belongs to the page (footers, line ends, hyphens, orphan
 note calls), and writes beside --out: the rows, `2c.heldout.jsonl`, `2c.manifest.json`, and `2c.txt`, the cleaned book,
 a paragraph a block. Read that one before training on it.
 
@@ -19,75 +19,63 @@ cannot load an empty file, so that run has to leave out the recipe's `test_datas
 import argparse
 import random
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pypdfium2 as pdfium
-
 from prep.common import BadInput, atomic_write, run, sha256, source_files
-from prep.page_layout import clean_pages
+from prep.formats import BookText, read_book
+from prep.page_layout import Cleaned, clean_pages
 from prep.rows import Cutter, Row, Tokens, load_tokenizer, write_prepared
+from prep.typography import to_convention
 
 
-def read_book(path: Path) -> str:
-    """The text of a PDF, pages separated by form feeds, or of a text file in UTF-8, UTF-16 with its mark, or CP1252."""
-    if not path.is_file():
-        raise BadInput(f"no such book: {path}")
-    data = path.read_bytes()
-    if not data.strip():
-        raise BadInput(f"{path} is empty")
-    if b"%PDF-" in data[:1024]:
-        return _read_pdf(path)
-    for encoding in ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252"]:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if sum(text.count(chr(code)) for code in (*range(9), *range(14, 32))) <= len(text) // 1000:
-            return text
-    raise BadInput(f"{path} is neither a PDF nor a text in UTF-8 or CP1252; convert it to one of these")
+def clean_book(book: BookText) -> Cleaned:
+    """The paragraphs of a book in the project's convention; page rules apply where its format has pages or lines."""
+    if book.paragraphs is None:
+        cleaned = clean_pages(book.text)
+        return Cleaned(cleaned.paragraphs, {**book.counts, **cleaned.counts})
+    return Cleaned([p for p in to_convention("\n".join(book.paragraphs)).split("\n") if p], dict(book.counts))
 
 
-def _read_pdf(path: Path) -> str:
-    try:
-        document = pdfium.PdfDocument(path)
-    except pdfium.PdfiumError as error:
-        raise BadInput(f"{path} cannot be read as a PDF ({error}); fetch it again, without a password") from error
-    with document:
-        pages = [page.get_textpage().get_text_bounded() for page in document]
-    if sum(map(str.isalpha, "".join(pages))) < 20 * len(pages):
-        raise BadInput(f"{path} has no text layer (its {len(pages)} pages are pictures): run OCR on it, or give a text")
-    # The library marks a hyphen at a line's end with one of these.
-    return "\f".join(pages).replace("\x02", "-").replace("\ufffe", "-")
-
-
-# A figure glued to a word or to the mark after it; "1,5", "10.30" and "n°2" are none.
-_CALL = re.compile(r"(?:(?<=[a-zà-öø-ÿœ]{2})|(?<=[.!?»,;:)])(?<!\d[.,:]))(?:\d{1,3}|[¹²³⁰⁴-⁹]{1,3})(?![\w°]|[.,:]\d)")
+# A figure glued to a word, to the mark after it or to a one-letter name ("K15"); "1,5", "10.30", "n.3", "km2" are none.
+_CALL = re.compile(
+    r"(?:(?<=[a-zà-öø-ÿœ]{2})|(?<=[.!?»,;:)])(?<!\d[.,:])(?<!\b[nN]\.)|(?P<name>(?<=\b[A-Z])))"
+    r"(?<!\b[kcdm]m)(?:\d{1,3}|[¹²³⁰⁴-⁹]{1,3})(?![\w°]|[.,:]\d)"
+)
+_MISSING = 0.2  # what each figure missing from a count weighs, where each figure on it weighs 1
+_LEAST = 1.5  # weight of a count: two calls that follow each other
 
 
 def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     """Take out the calls of notes that are not there ("fatigue1", "faites !28"); also returns how many.
 
-    Figures that merely happen to be glued to a word stay: calls count 1, 2, 3 ... through the book (a few may be
-    missing) or through each chapter, so they are the figures on the longest such counts.
+    Calls count upward through the book or through each chapter, a few missing; a figure on no such count stays. A
+    figure after a one-letter name is one only among others; a lone 1 only in a book that has counts elsewhere.
     """
     calls = [(n, match) for n, text in enumerate(paragraphs) for match in _CALL.finditer(text)]
     values = [int(unicodedata.normalize("NFKC", match[0])) for _, match in calls]  # ² is 2
-    best = [1 if value <= 3 else 0 for value in values]  # length of the longest count that ends here; 0: not of any
+    weights = [0.5 if match["name"] is not None else 1.0 for _, match in calls]
+    best = [
+        weight - _MISSING * (value - 1) for value, weight in zip(values, weights, strict=True)
+    ]  # as a count's first
     link = [-1] * len(values)
     for j, value in enumerate(values):
-        for i in range(max(0, j - 20), j):
-            if best[i] and 1 <= value - values[i] <= 3 and best[i] >= best[j]:
-                best[j], link[j] = best[i] + 1, i
+        for i in range(max(0, j - 50), j):
+            longer = best[i] + weights[j] - _MISSING * (value - values[i] - 1)
+            if best[i] > 0 and value > values[i] and longer >= best[j]:
+                best[j], link[j] = longer, i
     dropped: set[int] = set()
     for end in sorted(range(len(values)), key=lambda j: -best[j]):
-        path = []
-        while end >= 0 and end not in dropped and best[end]:
-            path.append(end)
-            end = link[end]
-        if end < 0:
+        path: list[int] = []
+        step = end
+        while step >= 0 and step not in dropped:
+            path.append(step)
+            step = link[step]
+        certain = best[end] >= _LEAST and sum(weights[j] == 1 for j in path) >= 2
+        if step < 0 and (certain or (dropped and [values[j] for j in path] == [1] and weights[path[0]] == 1)):
             dropped.update(path)
     cleaned = list(paragraphs)
     for k in sorted(dropped, reverse=True):
@@ -142,7 +130,9 @@ def rows(tokens: Tokens, cutter: Cutter, name: str, starts: range, title: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--book", type=Path, required=True, help="the novel: a PDF with a text layer, or a text file")
+    parser.add_argument(
+        "--book", type=Path, required=True, help="the novel: PDF with a text layer, EPUB, DOCX, ODT, HTML, RTF or text"
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--sequence-len", type=int, default=2048, help="tokens a window (the recipe's sequence_len)")
     parser.add_argument("--stride", type=int, default=512, help="tokens between the starts of windows")
@@ -157,7 +147,10 @@ def main() -> None:
         raise BadInput(f"--holdout {args.holdout} must be a share between 0 and 0.5")
     cutter = Cutter(load_tokenizer(args.tokenizer), length)
 
-    paragraphs, counts = clean_pages(read_book(args.book))
+    book = read_book(args.book)
+    for warning in book.warnings:
+        print(f"castle.py: {warning}", file=sys.stderr)
+    paragraphs, counts = clean_book(book)
     paragraphs, counts["note_calls"] = drop_note_calls(paragraphs)
     block = split(paragraphs, cutter, args.holdout)
     parts = [paragraphs] if block is None else [paragraphs[: block.start], paragraphs[block.end :]]
@@ -200,7 +193,7 @@ def main() -> None:
             "cleaning": counts,
             "text": {"path": text_path.name, "sha256": sha256(text_path)},
         },
-        packages=["pypdfium2", "rapidfuzz"],
+        packages=["pypdfium2", "lxml", "striprtf", "rapidfuzz"],
     )
     print(f"{args.book}: {len(paragraphs):,} paragraphs; {', '.join(f'{v:,} {k}' for k, v in counts.items())}")
     if block:
