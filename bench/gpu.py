@@ -9,7 +9,6 @@ otherwise, is a result too. Each result is written at once; run the command agai
   python bench/gpu.py --minutes 9              time limit; run again to continue
   python bench/gpu.py --list                   all runs in their order
   python bench/gpu.py --only '2a, *, whole*'   some of them
-  python bench/gpu.py --profile '2a, ours, whole card, 1'    which kernels take the time
   python bench/gpu.py --tiny --only '*, ours, 11 GiB, 1'     a tiny model on a CPU: tests this script, measures nothing
 """
 
@@ -28,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,6 @@ GIB = 2**30
 CARD = 11.0  # GiB free on a 12 GB card: 12 less what the driver and a desktop take
 WINDOWS_PER_ROW = 16  # as the rows of the recipes have at most
 SPECIALS = ["<unk>", "<s>", "</s>"]
-PROFILED_STEPS = 3
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "torchao")
 TINY = LlamaConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -200,8 +198,6 @@ def figures(record: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"status": "ok", "memory": record["memory"], "losses": record["losses"]}
     if not all(math.isfinite(loss) and loss > 0 for loss in record["losses"]):
         return result | {"status": "failed", "reason": f"losses of {record['losses']}: nothing is trained"}
-    if record["profile"]:
-        return result | {"profile": record["profile"]}
     if not steps:
         return result | {"status": "failed", "reason": f"only {len(record['step_seconds'])} steps, all of them warm-up"}
     full = max(tokens for _, tokens in steps)
@@ -337,12 +333,8 @@ def only(free_gib: float | None) -> Iterator[None]:
         assert holder.stdout
         said = holder.stdout.readline()
         if not said or int(said) < free_gib * GIB - 2**26:
-            free = (
-                f"{int(said) / GIB:.2f} GiB are"
-                if said
-                else "nothing could be held, see above; it is not known what is"
-            )
-            raise BadInput(f"{free_gib:g} GiB of the card must be free, and {free} free")
+            free = f"{int(said) / GIB:.2f} GiB are" if said else "holding the rest failed, see above"
+            raise BadInput(f"{free_gib:g} GiB of the card must be free: {free}")
         yield
 
 
@@ -372,12 +364,11 @@ def save(path: Path, report: dict[str, Any]) -> None:
 
 
 def groups(report: dict[str, Any]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """{(recipe, variant, part of the card): its repetitions}, in the order of their first run; no profiles."""
+    """{(recipe, variant, part of the card): its repetitions}, in the order of their first run."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for name, result in report["runs"].items():
-        if "profile" not in result:
-            recipe, variant, card, _ = name.split(", ")
-            found.setdefault((recipe, variant, card), []).append(result)
+        recipe, variant, card, _ = name.split(", ")
+        found.setdefault((recipe, variant, card), []).append(result)
     return found
 
 
@@ -412,6 +403,8 @@ def row(key: tuple[str, str, str], report: dict[str, Any]) -> list[str]:
     spread = f" ({rates[0]:,.0f} to {rates[-1]:,.0f})" if len(rates) > 1 else ""
     others = [speed(found.get((recipe, name, card), [])) if variant != name else None for name in ("ours", "kafka")]
     mfu = rate * runs[-1]["flops_per_token"] / report["peak_flops"]
+    loading = max(result["memory"].get("peak_while_loading") or 0 for result in runs)
+    higher = loading > max(result["memory"].get("peak_allocated") or 0 for result in runs)
     retries = max(result["memory"].get("retries") or 0 for result in runs)
     driver = max(result["driver_peak"] or 0 for result in runs)
     return [
@@ -421,7 +414,8 @@ def row(key: tuple[str, str, str], report: dict[str, Any]) -> list[str]:
         *(f"{rate / other:.2f}" if other else "–" for other in others),
         f"{statistics.median(result['step_s'] for result in runs) * 1000:,.0f}",
         f"{mfu:.0%}",
-        *(memory_cell(runs, moment) for moment in ("loaded", "at_optimizer_step", "peak_allocated")),
+        *(memory_cell(runs, moment) for moment in ("loaded", "at_optimizer_step")),
+        memory_cell(runs, "peak_allocated") + (f" (loading {loading / GIB:.2f})" if higher else ""),
         memory_cell(runs, "peak_reserved") + (f" ({retries} retries)" if retries else ""),
         f"{driver / GIB:.2f}" if driver else "–",
     ]
@@ -441,24 +435,10 @@ def page(report: dict[str, Any]) -> str:
         "What the columns mean: [bench/README.md](../README.md).\n",
         tabulate([row(key, report) for key in groups(report)], head, tablefmt="pipe", disable_numparse=True),
     ]
-    for name, result in report["runs"].items():
-        if "profile" in result:
-            lines.append(f"\n## {name}\n\n```\n{result['profile']}\n```")
     return "\n".join(lines) + "\n"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def choose(runs: list[Run], only_: str | None, profile: str | None) -> list[Run]:
-    """The runs that a pattern names. Raises BadInput when it names none."""
-    pattern = profile or only_ or "*"
-    chosen = [item for item in runs if fnmatch.fnmatchcase(item.id, pattern)]
-    if not chosen:
-        recipes = ", ".join(sorted({item.recipe for item in runs}))
-        raise BadInput(f"no run matches {pattern!r}; recipes are {recipes}, and --list prints every run")
-    # A profile slows a run down, so it is not one of its repetitions.
-    return [replace(item, variant=f"{item.variant} (profile)") for item in chosen] if profile else chosen
 
 
 def measure(item: Run, base: PretrainedConfig, args: argparse.Namespace, limit: float) -> dict[str, Any]:
@@ -470,7 +450,6 @@ def measure(item: Run, base: PretrainedConfig, args: argparse.Namespace, limit: 
         "probe_record": f"{item.folder}/record.json",
         "probe_seconds": args.seconds,
         "probe_warmup": args.warmup,
-        "probe_profile": PROFILED_STEPS if args.profile else 0,
     }
     expected = {"flops_per_token": flops_per_token(base, config), "planned": planned(base, config)}
     try:
@@ -493,10 +472,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run that would end after this time")
     parser.add_argument("--repetitions", type=int, default=3, help="of ours and kafka (default: 3)")
-    parser.add_argument("--only", metavar="PATTERN", help="runs whose name matches, with * and ?; see --list")
-    parser.add_argument("--again", action="store_true", help="measure again what is in the report")
+    parser.add_argument(
+        "--only", metavar="PATTERN", default="*", help="runs whose name matches, with * and ?; see --list"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the runs, and what became of them")
-    parser.add_argument("--profile", metavar="PATTERN", help=f"profile {PROFILED_STEPS} steps of these runs instead")
     parser.add_argument("--seconds", type=float, default=15, help="how long each run is timed (default: 15)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before that (default: 4)")
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a run has failed (default: 300)")
@@ -528,7 +507,9 @@ def main() -> None:
     ours, kafka = load_chain(ROOT / "recipes"), load_chain(ROOT / "bench/kafka")
     kafka = [stage for stage in kafka if not stage.adapter_from]  # a continued adapter costs what a new one does
     everything = schedule(ours, kafka, load_ablations(args.ablations, ours), args.repetitions)
-    chosen = choose(everything, args.only, args.profile)
+    chosen = [item for item in everything if fnmatch.fnmatchcase(item.id, args.only)]
+    if not chosen:
+        raise BadInput(f"no run matches {args.only!r}; --list prints every run")
     base = TINY if args.tiny else planner.load_config(args.base)
     report = load(args.out)
     if args.list:
@@ -549,9 +530,9 @@ def main() -> None:
     if differing:  # such figures cannot be compared
         raise BadInput(f"{args.out} was made with another {', '.join(differing)}; name another file with --out")
     done = {name: result["fingerprint"] for name, result in report["runs"].items()}
-    todo = [item for item in chosen if args.again or done.get(item.id) != fingerprint(item, base, args.tiny)]
+    todo = [item for item in chosen if done.get(item.id) != fingerprint(item, base, args.tiny)]
     if not todo:
-        print(f"all {len(chosen)} runs are in {args.out}; --again measures them again")
+        print(f"all {len(chosen)} runs are in {args.out}")
         return None
     make_inputs(args.work, base, ours, args.tokens)
     said = subprocess.run([sys.executable, __file__, "--peak"], capture_output=True, text=True)

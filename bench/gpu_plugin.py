@@ -23,7 +23,6 @@ class ProbeArgs(BaseModel):
     probe_record: str  # file for the record
     probe_warmup: int  # steps that do not count: kernels are compiled, memory is claimed
     probe_seconds: float  # how long steps are timed after that
-    probe_profile: int = 0  # steps to profile instead of timing
 
 
 class Probe(BasePlugin):
@@ -31,7 +30,7 @@ class Probe(BasePlugin):
         return "bench.gpu_plugin.ProbeArgs"
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        stopwatch = Stopwatch(ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields if cfg[key] is not None}))
+        stopwatch = Stopwatch(ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields}))
         trainer.compute_loss = stopwatch.counting(trainer.compute_loss)
         return [stopwatch]
 
@@ -49,8 +48,6 @@ class Stopwatch(TrainerCallback):
         self.seconds: list[float] = []
         self.step_tokens: list[int] = []
         self.memory: dict[str, int] = {}
-        kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if GPU else [])]
-        self.profiler = torch.profiler.profile(activities=kinds)
 
     def counting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         """The trainer's method, counting tokens; torch_compile would compile a hook of the model with it."""
@@ -88,19 +85,9 @@ class Stopwatch(TrainerCallback):
         self.step_tokens.append(self.tokens)
         self.last, self.tokens = now, 0
         timed = self.seconds[self.settings.probe_warmup :]
-        if not self.settings.probe_profile:
-            control.should_training_stop = sum(timed) >= self.settings.probe_seconds and bool(timed)
-        elif len(self.seconds) == self.settings.probe_warmup:
-            self.profiler.start()
-        elif len(timed) == self.settings.probe_profile:
-            control.should_training_stop = True
+        control.should_training_stop = bool(timed) and sum(timed) >= self.settings.probe_seconds
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        profile = None
-        if self.settings.probe_profile and len(self.seconds) >= self.settings.probe_warmup:
-            self.profiler.stop()
-            order = "self_cuda_time_total" if GPU else "self_cpu_time_total"
-            profile = self.profiler.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60)
         if GPU:
             self.memory |= {
                 "peak_allocated": torch.cuda.max_memory_allocated(),
@@ -113,6 +100,5 @@ class Stopwatch(TrainerCallback):
             "warmup": self.settings.probe_warmup,
             "losses": [loss.item() for loss in self.losses],
             "memory": self.memory,
-            "profile": profile,
         }
         Path(self.settings.probe_record).write_text(json.dumps(record))

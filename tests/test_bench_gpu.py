@@ -147,7 +147,7 @@ def test_a_frozen_base_costs_no_gradient_of_its_weights() -> None:
 def test_a_record_is_judged() -> None:
     """Warm-up and a shorter last step do not count; a training that learns nothing has no speed."""
     record: dict[str, Any] = {"step_seconds": [9.0, 2.0, 1.0, 3.0, 0.5], "step_tokens": [64, 64, 64, 64, 16]}
-    record |= {"warmup": 1, "memory": {}, "losses": [7.0, 6.9], "profile": None}
+    record |= {"warmup": 1, "memory": {}, "losses": [7.0, 6.9]}
     found = gpu.figures(record)
     assert found["status"] == "ok" and found["steps"] == 3 and found["tokens_per_step"] == 64
     assert found["tokens_per_s"] == pytest.approx(64 * 3 / 6.0) and found["step_s"] == 2.0
@@ -190,7 +190,6 @@ REPORT: dict[str, Any] = {
         "2a, kafka, 11 GiB, 1": measured(10_000), "2a, no packing, 11 GiB, 1": measured(6_000),
         "2b, kafka, 11 GiB, 1": measured(1) | {"status": "out of memory", "reason": "CUDA out of memory"},
         "2a, ours, whole card, 1": measured(30_000),
-        "2a, ours (profile), whole card, 1": measured(1) | {"profile": "aten::mm"},
     },
 }  # fmt: skip
 
@@ -208,7 +207,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rows[2][1] == "no packing" and rows[2][5:7] == ["0.50", "0.60"] and rows[4][4:7] == ["30,000", "–", "–"]
     assert rows[3][:5] == ["2b", "kafka", "11 GiB", "0 of 1", "**out of memory**: CUDA out of memory"]
-    assert len(rows) == 5 and "aten::mm" in page
+    assert len(rows) == 5
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def test_without_a_gpu_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     said = bench("--work", tmp_path / "work", "--out", tmp_path / "gpu.json", cwd=tmp_path, status=1)
     assert "no NVIDIA GPU" in said and "--tiny" in said and "Traceback" not in said
     assert not list(tmp_path.iterdir())
-    with pytest.raises(BadInput, match="11 GiB of the card must be free"), gpu.only(11.0):
+    with pytest.raises(BadInput, match="holding the rest failed"), gpu.only(11.0):
         pytest.fail("a training would have started")
 
 
@@ -229,7 +228,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None
 
 
 def test_bad_arguments_and_reports_are_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadInput, match=r"no run matches '9z,\*'; recipes are 2a, 2b, 2c"):
+    with pytest.raises(BadInput, match=r"no run matches '9z,\*'; --list"):
         in_this_process(monkeypatch, "--tiny", "--only", "9z,*", "--work", tmp_path)
     with pytest.raises(BadInput, match="--warmup"):
         in_this_process(monkeypatch, "--warmup", 0)
@@ -255,7 +254,7 @@ def test_the_list_says_what_became_of_each_run(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Continues an adapter, survives a run that fails, continues where it stopped, profiles; then has nothing to do."""
+    """Continues an adapter, survives a run that fails, continues where it stopped; then has nothing to do."""
     entry = {"recipe": "2c", "name": "cannot be", "changes": {"attn_implementation": "flash_attention_2"}}
     (tmp_path / "ablations.yml").write_text(yaml.safe_dump([entry]))
     arguments: list[object] = ["--tiny", "--ablations", tmp_path / "ablations.yml", "--work", tmp_path / "work"]
@@ -278,18 +277,16 @@ def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     bench(*arguments, cwd=tmp_path)
     in_this_process(monkeypatch, *arguments)
     assert "all 2 runs are in" in capsys.readouterr().out
-    bench(*arguments, "--profile", "2c, ours, 11 GiB, 1", cwd=tmp_path)
 
     report = gpu.load(tmp_path / "r/gpu.json")
     assert report and report["peak_flops"] > 1e6
-    trained, failed, profiled = report["runs"].values()
+    trained, failed = report["runs"].values()
     assert failed["status"] == "failed" and "flash" in failed["reason"].lower()
     assert trained["status"] == "ok" and trained["tokens_per_step"] == 2048  # 1 x 1 x 2048, as in the smoke test
     assert all(6 < loss < 8 for loss in trained["losses"])  # random tokens of 1,000: ln 1000 = 6.9
     assert trained["tokens_per_s"] > 0 and trained["steps"] >= 1 and trained["planned"] == {}
-    assert "Self CPU" in profiled["profile"]
     page = (tmp_path / "r/gpu.md").read_text()
-    assert "no measurement of the recipes" in page and "**failed**" in page and "Self CPU" in page
+    assert "no measurement of the recipes" in page and "**failed**" in page
 
     written = load_recipe(tmp_path / "work/runs/2c-ours-11-GiB-1/config.yml")
     assert written["lora_model_dir"] == "outputs/2b" and written["plugins"][-1] == "bench.gpu_plugin.Probe"
