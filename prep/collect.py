@@ -4,7 +4,7 @@
     python prep/collect.py base --source some/model.gguf         the same from a local file or folder
     python prep/collect.py gallica --files 12                    12 files of French-PD-Books   -> data/raw/gallica
     python prep/collect.py gallica --dataset biglam/gallica_literary_fictions --files 3        Gallica's fiction, as tables
-    python prep/collect.py book --source https://.../novel.pdf   a PDF or a text               -> data/raw/book/book.pdf
+    python prep/collect.py book --source https://.../novel.pdf   a PDF, EPUB, text ...         -> data/raw/book/book.pdf
 
 Each collection ends with a `source.json` that says where it came from, with the sha256 of each file. It is written
 last: with it, the same command again returns at once; without it, the command goes on where it was interrupted, in a
@@ -28,6 +28,7 @@ import pyarrow.parquet
 
 from prep.common import BadInput, atomic_write, run, sha256
 from prep.download import Record, hub_fetch, hub_plan, need_room, reason, url_fetch, zenodo_fetch, zenodo_plan
+from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
 from prep.readers import SUFFIXES
 
 BASE_REPO, BASE_REVISION = "TinyLlama/TinyLlama_v1.1", "ff3c701f2424c7625fdefb9dd470f45ef18b02d6"
@@ -167,8 +168,10 @@ def choose(names: list[str], count: int, seed: int) -> list[str]:
     return sorted(order[:count])
 
 
-def check_parquet(path: Path) -> None:
-    """Raise BadInput where a file that says so is not a parquet of books."""
+def check_books(path: Path) -> None:
+    """Raise BadInput where a file is not the parquet, or not the book, that its name says."""
+    if path.name.endswith(BOOK_SUFFIXES):
+        kind_of(path.read_bytes(), str(path))
     if path.suffix != ".parquet":
         return
     try:
@@ -222,14 +225,14 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
         if not place.exists():
             print(f"file {number} of {len(chosen)}: {name}", flush=True)
             if source:
-                check_parquet(file)
+                check_books(file)
                 link_or_copy(file, place)
             else:
                 if arguments.repo == FICTION_REPO:
                     fetched = zenodo_fetch(downloads, file)
                 else:
                     fetched = hub_fetch(downloads, arguments.repo, "dataset", commit, file)
-                check_parquet(fetched)
+                check_books(fetched)
                 fetched.replace(place)
     held = listing(out, list(chosen))
     for entry in held:
@@ -259,27 +262,23 @@ def link_or_copy(source: Path, place: Path) -> None:
 
 
 def book_suffix(path: Path, source: str) -> str:
-    """`.pdf` or `.txt`, from the first bytes of a file. Raises BadInput for anything else."""
-    with open(path, "rb") as handle:
-        start = handle.read(4096)
-    if not start.strip():
-        raise BadInput(f"{source} is empty")
-    if b"%PDF-" in start[:1024]:  # the specification allows that much before it
-        return ".pdf"
-    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise BadInput(f"{source} is a web page, not a book: give the address of the PDF or text file itself")
-    if b"\0" in start:
-        raise BadInput(f"{source} is neither a PDF nor a text")
-    return ".txt"
+    """`.pdf`, `.epub`, `.txt` ..., by the content of a file. Raises BadInput where it holds no book."""
+    data = path.read_bytes()
+    kind = kind_of(data, source)
+    if kind != "pdf":  # reading one takes seconds; castle.py does
+        read_bytes(data, source)
+    return f".{kind}"
 
 
 def collect_book(arguments: argparse.Namespace) -> None:
-    """data/raw/book/book.pdf or book.txt."""
+    """data/raw/book/book.pdf, book.epub, book.txt ... (the formats of prep/formats.py)."""
     out, source = arguments.out, arguments.source
     remote = "://" in source
     expected = (arguments.sha256 or "").lower()
     if not remote and not Path(source).is_file():
-        raise BadInput(f"{source} is not a file; --source takes a PDF, a text, or an http(s) address")
+        raise BadInput(
+            f"{source} is not a file; --source takes a book (PDF, EPUB, DOCX, text ...) or an http(s) address"
+        )
     wanted = {"source": source, "sha256": None if remote else sha256(source)}
     if already(out, wanted):
         [held] = json.loads((out / "source.json").read_text(encoding="utf-8"))["files"]
@@ -346,7 +345,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     gallica.set_defaults(collect=collect_gallica)
 
     book = commands.add_parser("book", help="the novel of the last stage", description=collect_book.__doc__)
-    book.add_argument("--source", required=True, help="http(s) address or local file: a PDF with text, or a text")
+    book.add_argument(
+        "--source",
+        required=True,
+        help="http(s) address or local file: PDF with text, EPUB, DOCX, ODT, HTML, RTF or text",
+    )
     book.add_argument("--sha256", help="stop unless the file has this checksum")
     book.add_argument("--out", type=Path, default=Path("data/raw/book"), help="folder (default %(default)s)")
     book.set_defaults(collect=collect_book)

@@ -117,7 +117,7 @@ _NO_BOOK = [  # how a file begins, what it is, what to do
     (rb"\x89PNG|\xff\xd8\xff|GIF8|BM.{4}\0\0\0\0|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp(avif|hei|mif)", "a picture", _OCR),
     (rb"AT&TFORM", "a DjVu scan", "convert it to a PDF with a text layer, or give its text"),
     (rb"ID3|OggS|fLaC|\xff[\xfb\xf3\xf2]|RIFF|.{4}ftyp|\x1aE\xdf\xa3|MThd", "sound or film", "give the book's text"),
-    (rb"\x7fELF|MZ|[\xcf\xce]\xfa\xed\xfe|\xca\xfe\xba\xbe|#!", "a program", "give the book's text"),
+    (rb"\x7fELF|MZ.{0,60}\0|[\xcf\xce]\xfa\xed\xfe|\xca\xfe\xba\xbe|#!", "a program", "give the book's text"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", "unpack it first"),
     (rb"PAR1|SQLite format 3|GGUF|\x89HDF", "a data file", "give the book's text"),
     (rb"ITSF|ITOLITLS", "a Microsoft help file or reader book", "convert it to EPUB"),
@@ -135,7 +135,7 @@ def kind_of(data: bytes, name: str) -> str:
         raise BadInput(f"{name} is empty")
     if b"%PDF-" in data[:1024]:  # the specification allows that much before it
         return "pdf"
-    if data.startswith(b"PK"):
+    if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_kind(data, name)
     if data.lstrip().startswith(b"{\\rtf"):
         return "rtf"
@@ -218,9 +218,9 @@ _BLOCKS = _words(
     "address article aside blockquote body caption center dd div dl dt fieldset figcaption figure footer h h1 h2 h3 h4 h5"
     " h6 header hr li main ol p pre section table tr ul"
 )
-_BREAKS = {"br", "cr", "line-break"}
+_SIGNS = dict.fromkeys(("br", "cr", "line-break"), "\v") | dict.fromkeys(("td", "th", "tab", "img"), " ")
+_SIGNS["noBreakHyphen"] = "-"
 _SPACES = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}s"
-_SPACED = {"td", "th", "tab", "img"}
 _UNSEEN = _words(
     "head title script style nav button select noscript template svg rt rp del moveFrom Fallback"  # HTML, DOCX
     " note annotation tracked-changes table-of-content forms sequence-decls"  # ODT
@@ -264,26 +264,23 @@ def _left_out(roots: list[Any]) -> dict[Any, str]:
             label = re.fullmatch(r"[\[(]?(\d{1,3}|\*{1,3}|[a-z])[\])]?", text)
             if not label or "#" not in (link.get("href") or ""):
                 continue
-            parent = link.getparent()
-            raised = link.find(".//{*}sup") is not None or (parent is not None and _name(parent) == "sup")
-            target = targets.get(link.get("href").rpartition("#")[2])
-            note = (
-                next((e for e in [target, *target.iterancestors()] if _name(e) in _NOTE_BLOCKS), None)
-                if target is not None
-                else None
-            )
-            inside = note is not None and (note is link or link in list(note.iter("{*}a")))
-            if (
-                note is not None
-                and not inside
-                and (_name(note) == "li" or "".join(note.itertext()).lstrip(" [(\n\t").startswith(label[1]))
-                and _text_before(link)
-            ):
+            outer = link.getparent() if _name(link.getparent()) == "sup" else link
+            note = _note(targets.get(link.get("href").rpartition("#")[2]), link, label[1])
+            if note is not None:
                 found[note] = "notes"
-                raised = True
-            if raised or text[0] in "[(":
-                found[parent if parent is not None and _name(parent) == "sup" else link] = "note_calls"
+            if note is not None or outer is not link or link.find(".//{*}sup") is not None or text[0] in "[(":
+                found[outer] = "note_calls"
     return found
+
+
+def _note(target: Any, link: Any, label: str) -> Any:
+    """The paragraph that a call links to, if it begins with the call's figure or is numbered as an item of a list."""
+    while target is not None and _name(target) not in _NOTE_BLOCKS:
+        target = target.getparent()
+    if target is None or any(ancestor is target for ancestor in link.iterancestors()) or not _text_before(link):
+        return None
+    begins = "".join(target.itertext()).lstrip(" [(\n\t").startswith(label)
+    return target if begins or _name(target) == "li" else None
 
 
 def _text_before(link: Any) -> bool:
@@ -310,15 +307,7 @@ def _pieces(root: Any, counts: Counter[str], left_out: dict[Any, str], only: str
                 counts.update([left_out[element]] if element in left_out else [])
                 walker.skip_subtree()
                 continue
-            yield (
-                "\v"
-                if name in _BREAKS
-                else " "
-                if name in _SPACED or element.tag == _SPACES
-                else "-"
-                if name == "noBreakHyphen"
-                else ""
-            )
+            yield " " if element.tag == _SPACES else _SIGNS.get(name, "")
             preformatted += name == "pre"
             if only in ("", name):
                 text = element.text or ""
@@ -375,9 +364,8 @@ def _parse_html(data: bytes, name: str) -> Any:
         text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
     except (UnicodeDecodeError, LookupError):
         text = decode_text(data, name)
-    return lxml.html.document_fromstring(
-        re.sub(r"^\s*<\?xml[^>]*>", "", text), parser=lxml.html.HTMLParser(huge_tree=True)
-    )
+    text = re.sub(r"^\s*<\?xml[^>]*>", "", text)
+    return lxml.html.document_fromstring(text + "<p></p>", parser=lxml.html.HTMLParser(huge_tree=True))  # never empty
 
 
 def _read_rtf(data: bytes, name: str) -> BookText:

@@ -1,4 +1,4 @@
-"""Reads books from a folder of parquet, page tables, JSONL or plain text.
+"""Reads books from a folder of parquet, page tables, JSONL or single books in any format of prep/formats.py.
 
     for document in read_books(Path("data/raw/gallica/gallica_mono_1.parquet")): ...
 
@@ -7,7 +7,7 @@
 | `*.parquet` | a row | the columns of PleIAs/French-PD-Books: `file_id`, `complete_text`; `title`, `author`, `date` where there are any |
 | `*.tsv`, alone, in `.gz`, or any number in a `.zip` or `.tar[.gz]` | the pages of one `main_id` | biglam/gallica_literary_fictions: `main_id`, `titre`, `nom_auteur`, `prenom_auteur`, `date`, `page`, `texte` (`_p_` ends a paragraph) |
 | `*.jsonl`, `*.jsonl.gz` | a line | `id` (or `file_id`), `text` (or `complete_text`), `title`, `author`, `date` |
-| `*.txt` | the file | its name is identifier and title |
+| `*.txt`, `.epub`, `.docx`, `.odt`, `.html`, `.rtf`, `.pdf` | the file, or each in a `.zip` without tables | its name is identifier and title |
 
 datatrove's own readers skip damaged lines, rows without text and what follows a bad byte, and hold up to 1,000 books at once.
 These hold a few books, raise BadInput for a damaged file (half a corpus would be a wrong one), and leave an odd field empty.
@@ -22,7 +22,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,9 +32,10 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from prep.common import BadInput
+from prep.formats import BOOK_SUFFIXES, BookText, read_book, read_members
 
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
-SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", ".txt")
+SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", *BOOK_SUFFIXES)
 _DAMAGED = (pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError)
 
 
@@ -48,6 +49,9 @@ def source_paths(folder: Path) -> list[Path]:
     for path in files:
         if path.suffix == ".parquet":
             _check_columns(path)
+    others = [p.name for p in folder.glob("[!.]*") if p.is_file() and p not in files and p.name != "source.json"]
+    if others:
+        print(f"{folder}: not read, since they are not books: {', '.join(sorted(others))}", file=sys.stderr)
     return files
 
 
@@ -59,8 +63,8 @@ def read_books(path: Path) -> Iterator[Document]:
             yield from _from_parquet(path)
         elif name.endswith((".jsonl", ".jsonl.gz")):
             yield from _from_jsonl(path)
-        elif name.endswith(".txt"):
-            yield _book(path.stem, path.read_text(encoding="utf-8", errors="replace"), path.stem)
+        elif name.endswith(BOOK_SUFFIXES) or (name.endswith(".zip") and not _has_tables(path)):
+            yield from _from_formats(path)
         else:
             for table in _page_tables(path):
                 yield from _from_pages(table, name)
@@ -157,6 +161,26 @@ def _from_jsonl(path: Path) -> Iterator[Document]:
                 for a, b in (("id", "file_id"), ("text", "complete_text"))
             )
             yield _book(source, text, row.get("title"), row.get("author"), row.get("date"))
+
+
+def _has_tables(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return not archive.namelist() or any(name.endswith(".tsv") for name in archive.namelist())
+
+
+def _from_formats(path: Path) -> Iterator[Document]:
+    """A file that is one book, or a zip of them; paragraphs have blank lines between them, so that no page rule applies."""
+    found: Iterable[tuple[str, BookText | BadInput]] = (
+        [(path.name, read_book(path))] if path.suffix != ".zip" else (read_members(path.read_bytes(), str(path)))
+    )
+    for name, book in found:
+        if isinstance(book, BadInput):
+            print(f"not read: {book}", file=sys.stderr)
+            continue
+        for warning in book.warnings:
+            print(warning, file=sys.stderr)
+        stem = Path(name).stem
+        yield _book(stem, book.text if book.paragraphs is None else "\n\n".join(book.paragraphs), stem)
 
 
 def _page_tables(path: Path) -> Iterator[IO[bytes]]:

@@ -477,7 +477,7 @@ def test_a_book_with_another_sha256_is_not_kept(hub, collect, tmp_path):
         (b" \r\n\t", "is empty"),
         (b"\xef\xbb\xbf\n<!DOCTYPE html><html><body>Cliquez ici</body></html>", "is a web page"),
         (b"<HTML><HEAD>", "is a web page"),
-        (b"PK\x03\x04\x00\x00 an epub", "neither a PDF nor a text"),
+        (b"PK\x03\x04\x00\x00 an epub", "damaged zip, EPUB or DOCX"),
     ],
 )
 def test_what_is_no_book(data, words, tmp_path):

@@ -10,8 +10,10 @@ from reportlab.lib.pagesizes import A5
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
+from prep.castle import clean_book
 from prep.common import BadInput
 from prep.formats import BookText, read_book, read_bytes
+from prep.readers import read_books, source_paths
 
 PROSE = [
     "CHAPITRE PREMIER",
@@ -189,6 +191,26 @@ def test_texts_that_begin_like_something_else_are_books():
         "MMe B...",
     ):
         assert read_bytes(text.encode(), "livre") == BookText(text, None, {}, [])
+
+
+def test_a_folder_of_books_in_any_format_is_a_corpus(tmp_path, capsys):
+    (tmp_path / "ancien.txt").write_bytes("\n\n".join(LONG).encode("cp1252"))
+    (tmp_path / "livre.epub").write_bytes(epub({"a": tagged(LONG)}, ["a"]))
+    (tmp_path / "lot.zip").write_bytes(packed({"a.docx": docx(LONG), "b.jpg": b"\xff\xd8\xff"}))
+    (tmp_path / "notes.doc").write_bytes(b"\xd0\xcf\x11\xe0")
+    books = [book for path in source_paths(tmp_path) for book in read_books(path)]
+    assert [book.id for book in books] == ["ancien", "livre", "a"]
+    assert {book.text for book in books} == {"\n\n".join(LONG)}
+    told = capsys.readouterr().err
+    assert "notes.doc" in told and "b.jpg is a picture" in told
+    (tmp_path / "faux.txt").write_bytes(b"\x89PNG")
+    with pytest.raises(BadInput, match=r"faux.txt is a picture"):
+        list(read_books(tmp_path / "faux.txt"))
+
+
+def test_castle_keeps_the_words_of_known_paragraphs():
+    paragraphs = ["12", "CHAPITRE I", "« Oui. »", "Le com-", "Jamais !", "« Oui. »", "et il s'en alla", "13"] * 5
+    assert clean_book(BookText("", paragraphs, {}, [])).paragraphs == paragraphs
 
 
 # --- PDFs ------------------------------------------------------------------------------------------------------------
