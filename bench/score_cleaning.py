@@ -1,37 +1,32 @@
-"""Score cleaned text against clean truth: character error rate, paragraphs found, what was left in.
-
-Both sides are brought to the project's typographic convention first, so that only the cleaning is scored.
+"""Scores cleaned text against clean truth: character errors, paragraphs found, page numbers and headers left.
 
     python bench/score_cleaning.py --text data/2c.txt --truth truth.txt
     python bench/score_cleaning.py --parquet data/raw/gallica --truth truth/ --show 20
+    python bench/score_cleaning.py --scan scans/ --truth truth/ --show 20
 
-    python bench/score_cleaning.py --scan scan.txt --truth truth.txt --show 20
+--parquet cleans and scores every document that has a truth/<file_id>.txt. A truth has one paragraph a block, between
+blank lines. Both sides are brought to the typographic convention. A boundary is found if it is before the same word of
+the truth (words aligned by the fewest edits).
 
-With --parquet every document of the files whose truth/<file_id>.txt exists is cleaned by `prep/page_layout.py` and scored.
-A truth file holds one paragraph a block, blocks separated by blank lines. The character error rate is the Levenshtein
-distance over the truth's characters, paragraph ends counted as spaces; a paragraph boundary is found when it stands
-before the same word of the truth (words aligned by the fewest edits).
-
-With --scan (a file, pages separated by form feeds, or a folder of *.txt, and --truth a folder of the same names) recognition
-errors are not counted, since cleaning cannot mend them: only hyphenated line ends wrongly joined or kept (of those
-whose word the truth has; real compounds apart), page numbers and headers left between the first and the last words
-of the work, and words left before and after it.
+--scan cleans and scores real scans (a *.txt or a folder of them, form feeds between pages) against another edition's text
+of the same name. Recognition errors do not count: only cut words wrongly joined or kept (of those that the truth has;
+compounds apart), page numbers and headers left within the work, and words left before and after it.
 """
 
 import argparse
 import itertools
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+import pyarrow.parquet as pq
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
-from tqdm import tqdm
 
 from prep.common import BadInput, run
+from prep.front_matter import letters_of
 from prep.page_layout import clean_pages
 from prep.typography import to_convention
 
@@ -40,16 +35,16 @@ class Score(NamedTuple):
     """Sums, so that the scores of several books add up."""
 
     characters: int = 0  # of the truth
-    errors: int = 0  # character edits
+    errors: int = 0  # character edits; paragraph ends count as spaces
     truth_boundaries: int = 0
     found_boundaries: int = 0
     right_boundaries: int = 0
-    hyphen_errors: int = 0  # words that differ in hyphens (or a space in their place) alone
-    numbers_left: int = 0  # places where words with a digit stand that the truth has not
-    headers_left: int = 0  # places where capitals stand that the truth has not
+    hyphen_errors: int = 0  # words that differ only in hyphens (or a space instead)
+    numbers_left: int = 0  # places with more words with a digit than the truth has
+    headers_left: int = 0  # places with more words in capitals than the truth has
 
-    def __add__(self, other: "Score") -> "Score":  # type: ignore[override]
-        return Score(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: Self) -> Self:  # type: ignore[override]
+        return type(self)(*map(sum, zip(self, other, strict=True)))
 
     @property
     def error_rate(self) -> float:
@@ -74,62 +69,22 @@ class Score(NamedTuple):
         )
 
 
-def paragraphs_of(text: str) -> list[str]:
-    """Paragraphs of a text whose paragraphs are blocks, in the convention; a block's own line ends become spaces."""
-    blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")))
-    return [line for line in to_convention("\n".join(filter(None, blocks))).split("\n") if line]
-
-
-def score(found: list[str], truth: list[str], differences: list[str] | None = None) -> Score:
-    """Compare two lists of paragraphs; descriptions of what differs go to `differences`."""
-    show = differences.append if differences is not None else lambda _: None
-    text, clean = " ".join(found), " ".join(truth)
-    errors = Levenshtein.distance(text, clean, score_hint=len(clean) // 100)
-    words, clean_words = text.split(), clean.split()
-    starts, clean_starts = _starts(found), _starts(truth)
-    aligned = [0] * (len(words) + 1)  # found word -> truth word
-    hyphens = numbers = headers = 0
-    for op in Levenshtein.opcodes(words, clean_words):
-        for j in range(op.src_start, op.src_end):
-            aligned[j] = min(op.dest_start + j - op.src_start, max(op.dest_start, op.dest_end - 1))
-        if op.tag != "equal":
-            extra, wanted = words[op.src_start : op.src_end], clean_words[op.dest_start : op.dest_end]
-            alike = bool(wanted) and "".join(extra).replace("-", "") == "".join(wanted).replace("-", "")
-            hyphens += alike
-            number = not alike and sum(map(_has_digit, extra)) > sum(map(_has_digit, wanted))
-            header = not alike and sum(map(_capitals, extra)) > sum(map(_capitals, wanted))
-            numbers += number
-            headers += header
-            context = " ".join(clean_words[max(0, op.dest_start - 4) : op.dest_start])
-            kind = "hyphen" if alike else "number" if number else "header" if header else "text"
-            show(f"{kind}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
-    right = set()
-    for j in starts:
-        if (i := aligned[j]) in clean_starts and i not in right:
-            right.add(i)
-        else:
-            show(f"boundary too many: {' '.join(words[max(0, j - 8) : j])} ¶ {' '.join(words[j : j + 8])}")
-    for i in sorted(clean_starts - right):
-        show(f"boundary missing: {' '.join(clean_words[max(0, i - 8) : i])} ¶ {' '.join(clean_words[i : i + 8])}")
-    return Score(len(clean), errors, len(clean_starts), len(starts), len(right), hyphens, numbers, headers)
-
-
 class ScanScore(NamedTuple):
-    """Sums over scans: what cleaning can mend, whatever was misread."""
+    """Sums over scans: what cleaning can repair, whatever was misread."""
 
     pages: int = 0  # with any text
-    cuts: int = 0  # words cut at a line's end that the truth has, read rightly
-    cuts_wrong: int = 0  # of these, words that the truth writes without a hyphen and the cleaned text not so
+    cuts: int = 0  # cut words, read rightly, that the truth writes without a hyphen
+    cuts_wrong: int = 0
     compounds: int = 0  # cut words that the truth writes with a hyphen
     compounds_wrong: int = 0
-    numbers_left: int = 0  # places where figures of a page number stand that the truth has not
+    numbers_left: int = 0
     headers_left: int = 0
     words_before: int = 0  # before the first words of the truth
     words_after: int = 0
-    notice_left: int = 0  # words "gallica" left: there are some wherever a legal page is
+    notice_left: int = 0  # words "gallica"
 
-    def __add__(self, other: "ScanScore") -> "ScanScore":  # type: ignore[override]
-        return ScanScore(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: Self) -> Self:  # type: ignore[override]
+        return type(self)(*map(sum, zip(self, other, strict=True)))
 
     def __str__(self) -> str:
         return (
@@ -141,92 +96,153 @@ class ScanScore(NamedTuple):
         )
 
 
-_LETTERS = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+def paragraphs_of(text: str) -> list[str]:
+    """The paragraphs of a text whose paragraphs are blocks, in the convention."""
+    blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")))
+    return [line for line in to_convention("\n".join(filter(None, blocks))).split("\n") if line]
+
+
+def score(found: list[str], truth: list[str], differences: list[str] | None = None) -> Score:
+    """Compares two lists of paragraphs; descriptions of what differs are appended to `differences`."""
+    differences = [] if differences is None else differences
+    text, clean = " ".join(found), " ".join(truth)
+    words, clean_words = text.split(), clean.split()
+    starts, clean_starts = (
+        {*itertools.accumulate(len(p.split()) for p in paragraphs)} - {len(all_words)}
+        for paragraphs, all_words in ((found, words), (truth, clean_words))
+    )
+    aligned = [0] * (len(words) + 1)  # found word -> truth word
+    kinds: Counter[str] = Counter()
+    for op in Levenshtein.opcodes(words, clean_words):
+        for j in range(op.src_start, op.src_end):
+            aligned[j] = min(op.dest_start + j - op.src_start, max(op.dest_start, op.dest_end - 1))
+        if op.tag != "equal":
+            extra, wanted = words[op.src_start : op.src_end], clean_words[op.dest_start : op.dest_end]
+            alike = bool(wanted) and "".join(extra).replace("-", "") == "".join(wanted).replace("-", "")
+            number = not alike and _with_digits(extra) > _with_digits(wanted)
+            header = not alike and _in_capitals(extra) > _in_capitals(wanted)
+            found_kinds = [k for k, yes in (("hyphen", alike), ("number", number), ("header", header)) if yes]
+            kinds.update(found_kinds)
+            context = " ".join(clean_words[max(0, op.dest_start - 4) : op.dest_start])
+            differences.append(f"{(found_kinds or ['text'])[0]}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
+    right = set()
+    for j in sorted(starts):
+        if (i := aligned[j]) in clean_starts - right:
+            right.add(i)
+        else:
+            differences.append(f"boundary too many: {_around(words, j)}")
+    differences += [f"boundary missing: {_around(clean_words, i)}" for i in sorted(clean_starts - right)]
+    return Score(
+        len(clean),
+        Levenshtein.distance(text, clean, score_hint=len(clean) // 100),
+        len(clean_starts),
+        len(starts),
+        len(right),
+        kinds["hyphen"],
+        kinds["number"],
+        kinds["header"],
+    )
+
+
+def _with_digits(words: list[str]) -> int:
+    return sum(any(map(str.isdigit, word)) for word in words)
+
+
+def _in_capitals(words: list[str]) -> int:
+    return sum(len(word) >= 3 and word.isupper() for word in words)
+
+
+def _around(words: list[str], at: int) -> str:
+    return f"{' '.join(words[max(0, at - 8) : at])} ¶ {' '.join(words[at : at + 8])}"
+
+
+# --- real scans -------------------------------------------------------------------------------------------------------
+
+_WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 _CUT = re.compile(r"([^\W\d_]+)-\s*\n(?:.{0,45}\n){0,4}?\s*([^\W\d_]+)")
 
 
 def score_scan(raw: str, found: list[str], truth: list[str], differences: list[str] | None = None) -> ScanScore:
-    """Compare the cleaned text of a scan with the truth of another edition; `raw` is the scan, for its cut words."""
-    show = differences.append if differences is not None else lambda _: None
+    """Compares a cleaned scan with another edition's text; `raw` is the scan, for its cut words and page edges."""
+    differences = [] if differences is None else differences
     words, clean = " ".join(found).split(), " ".join(truth).split()
-    forms: dict[str, set[bool]] = {}  # letters of the truth's words -> whether written with a hyphen
-    for word in clean:
-        for part in _LETTERS.findall(word):
-            forms.setdefault(part.replace("-", "").lower(), set()).add("-" in part)
-    halves = {(head.lower(), tail.lower()) for head, tail in _CUT.findall(raw)}
-    cuts = Counter(f"{head}{tail}".lower() for head, tail in _CUT.findall(raw))
-    midline = set(_LETTERS.findall(raw.lower()))
-    runs: list[list[int]] = []  # of differing words: from, to in the found; from, to in the truth
-    same = []
-    for op in Levenshtein.opcodes(words, clean):
-        if op.tag == "equal":
-            same.append(op)
-        elif runs and runs[-1][1] == op.src_start and runs[-1][3] == op.dest_start:
-            runs[-1][1], runs[-1][3] = op.src_end, op.dest_end
-        else:
-            runs.append([op.src_start, op.src_end, op.dest_start, op.dest_end])
-    sure = [op for op in same if op.src_end - op.src_start >= 5]
-    if not sure:
+    opcodes = Levenshtein.opcodes(words, clean)
+    same = [op for op in opcodes if op.tag == "equal" and op.src_end - op.src_start >= 5]
+    if not same:
         raise BadInput("the scan and the truth have nothing in common: give the truth of this work")
-    begins, ends = sure[0].src_start, sure[-1].src_end
-    numbers = headers = wrong = compounds_wrong = 0
+    begins, ends = same[0].src_start, same[-1].src_end
+    forms: dict[str, set[bool]] = {}  # letters of the truth's words -> whether written with a hyphen
+    for part in _WORD.findall(" ".join(clean)):
+        forms.setdefault(part.replace("-", "").lower(), set()).add("-" in part)
+    halves = [(head.lower(), tail.lower()) for head, tail in _CUT.findall(raw)]
+    cuts = Counter(head + tail for head, tail in halves)
+    midline = set(_WORD.findall(raw.lower()))
     titles, figures, pages = _page_edges(raw)
-    for a, b, c, d in runs:
-        if a < begins or b > ends:
+
+    def hyphen_wrong(extra: list[str], joined: str, right: str) -> bool:
+        """Whether a cut word was joined or kept wrongly; what the scan has in mid-line is the edition's own."""
+        parts = _WORD.findall(joined)
+        if {f"{a} {b}" for a, b in halves} & {f"{a} {b}" for a, b in itertools.pairwise(parts)}:
+            return True
+        letters = [letters_of(word) for word in extra]
+        own = all(word in midline or word in right.split() for word in parts)
+        cut = cuts.keys() & {*letters, *(a + b for a, b in itertools.pairwise(letters))}
+        return joined.count("-") != right.count("-") and not own and bool(cut)
+
+    def number_left(a: int, b: int, extra: list[str], wanted: list[str]) -> bool:
+        """Whether a figure of a page's edge is left near the words of that page; six words more are a picture."""
+        around = {word for word in words[max(0, a - 8) : a] + words[b : b + 8] if len(word) > 5}
+        return len(extra) <= len(wanted) + 6 and any(
+            abs(a / len(words) - place) < 0.03 and (not around or around & on_page)
+            for word in extra
+            if word not in wanted
+            for place, on_page in figures.get(_figure(word), [])
+        )
+
+    def header_left(extra: list[str], wanted: list[str]) -> bool:
+        more, less = letters_of("".join(extra)), letters_of("".join(wanted))
+        return (
+            len(extra) <= len(wanted) + 12
+            and any(fuzz.partial_ratio(key, more) >= 85 for key in titles if len(key) <= len(more))
+            and not any(fuzz.partial_ratio(key, less) >= 85 for key in titles if len(key) <= len(less))
+        )
+
+    kinds: Counter[str] = Counter()
+    for equal, run_ in itertools.groupby(opcodes, key=lambda op: op.tag == "equal"):
+        ops = list(run_)
+        a, b, c, d = ops[0].src_start, ops[-1].src_end, ops[0].dest_start, ops[-1].dest_end
+        if equal or a < begins or b > ends:
             continue
         extra, wanted = words[a:b], clean[c:d]
-        kind = ""
         joined, right = " ".join(extra).lower(), " ".join(wanted).lower()
-        if joined.replace("-", "").replace(" ", "") == right.replace("-", "").replace(" ", ""):
-            # Case differs between editions, and so do some hyphens: what the scan itself has in mid-line is its own.
-            own = all(word in midline or word in right.split() for word in _LETTERS.findall(joined))
-            pairs = {f"{x} {y}" for x, y in itertools.pairwise(_LETTERS.findall(joined))}
-            split = any(f"{head} {tail}" in pairs for head, tail in halves)
-            if split or (joined.count("-") != right.count("-") and not own and _parts(extra) & cuts.keys()):
-                compounds_wrong += "-" in right
-                wrong += "-" not in right
-                kind = "compound" if "-" in right else "cut"
+        here = []
+        if re.sub("[- ]", "", joined) == re.sub("[- ]", "", right):
+            if hyphen_wrong(extra, joined, right):
+                here = ["compound" if "-" in right else "cut"]
         elif len(extra) > len(wanted):
-            page = a / len(words)
-            around = {word for word in [*words[a - 8 : a], *words[b : b + 8]] if len(word) > 5}
-            left = [
-                w
-                for w in extra
-                if w not in wanted
-                and any(
-                    abs(page - p) < 0.03 and (not around or around & on_page)
-                    for p, on_page in figures.get(_figure(w), [])
-                )
-            ]
-            left = left if len(extra) <= len(wanted) + 6 else []  # more is a picture, read as letters
-            numbers += bool(left)
-            title = _key(extra)
-            header = (
-                len(extra) <= len(wanted) + 12
-                and any(fuzz.partial_ratio(key, title) >= 85 for key in titles if len(key) <= len(title))
-                and not any(
-                    fuzz.partial_ratio(key, _key(wanted)) >= 85 for key in titles if len(key) <= len(_key(wanted))
-                )
-            )
-            headers += header
-            kind = " ".join(["number"] * bool(left) + ["header"] * header)
-        if kind:
-            show(f"{kind}: {' '.join(clean[max(0, c - 4) : c])} [{' '.join(extra)} -> {' '.join(wanted)}]")
-    show(f"before: {' '.join(words[:begins])}")
-    show(f"after: {' '.join(words[ends:])}")
-    solid = sum(n for key, n in cuts.items() if forms.get(key) == {False})
-    compounds = sum(n for key, n in cuts.items() if forms.get(key) == {True})
-    legal = sum("gallica" in word.lower() for word in words)
+            here = ["number"] * number_left(a, b, extra, wanted) + ["header"] * header_left(extra, wanted)
+        kinds.update(here)
+        if here:
+            context = " ".join(clean[max(0, c - 4) : c])
+            differences.append(f"{' '.join(here)}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
+    differences += [f"before: {' '.join(words[:begins])}", f"after: {' '.join(words[ends:])}"]
     return ScanScore(
-        pages, solid, wrong, compounds, compounds_wrong, numbers, headers, begins, len(words) - ends, legal
+        pages,
+        sum(n for key, n in cuts.items() if forms.get(key) == {False}),
+        kinds["cut"],
+        sum(n for key, n in cuts.items() if forms.get(key) == {True}),
+        kinds["compound"],
+        kinds["number"],
+        kinds["header"],
+        begins,
+        len(words) - ends,
+        sum("gallica" in word.lower() for word in words),
     )
 
 
 def _page_edges(raw: str) -> tuple[list[str], dict[int, list[tuple[float, set[str]]]], int]:
-    """Running titles (their letters), figures with the place (0 to 1) and the words of each page they stand on, pages.
-
-    Both from the first two and last two lines of pages. A lone digit is mostly a blot or a sheet's signature: figures
-    from 10 on, and those of the first pages.
+    """Of the first and last two lines of pages: titles that recur, and figures, each with the place (0 to 1) and the
+    words of its pages; and the number of pages. A lone digit is mostly a blot or a sheet's number, but for the first pages.
     """
     pages = [page for page in raw.split("\f") if any(map(str.isalpha, page))]
     titles: Counter[str] = Counter()
@@ -235,7 +251,7 @@ def _page_edges(raw: str) -> tuple[list[str], dict[int, list[tuple[float, set[st
         lines = [line.strip() for line in page.split("\n") if line.strip()]
         for line in {*lines[:2], *lines[-2:]}:
             if len(line) <= 60:
-                titles[_key([line])] += 1
+                titles[letters_of(line)] += 1
                 for word in line.split():
                     if (value := _figure(word)) >= 10 or 0 < value <= n <= 20:
                         figures.setdefault(value, []).append((n / len(pages), {*to_convention(page).split()}))
@@ -248,72 +264,26 @@ def _figure(word: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _key(words: list[str]) -> str:
-    return "".join(filter(str.isalpha, "".join(words))).upper()
-
-
-def _parts(words: list[str]) -> set[str]:
-    """Letters that a cut word may have among these: each alone, and each with the next."""
-    letters = ["".join(filter(str.isalpha, word)).lower() for word in words]
-    return {*letters, *(a + b for a, b in itertools.pairwise(letters))}
-
-
-def _starts(paragraphs: list[str]) -> set[int]:
-    """Word indices at which a paragraph starts, but for the first."""
-    starts, at = set(), 0
-    for paragraph in paragraphs:
-        starts.add(at)
-        at += len(paragraph.split())
-    return starts - {0}
-
-
-def _has_digit(word: str) -> bool:
-    return any(map(str.isdigit, word))
-
-
-def _capitals(word: str) -> bool:
-    return len(word) >= 3 and word.isupper()
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def documents(folder: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
     """(file_id, complete_text, truth) of every document in a folder of parquet files that has a truth."""
-    import pyarrow.parquet as parquet
-
-    files = sorted(folder.glob("*.parquet"))
-    if not files:
-        raise BadInput(f"no .parquet file in {folder}: give the folder of the raw Gallica files")
-    for file in files:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=16, columns=["file_id", "complete_text"]):
+    for file in sorted(folder.glob("*.parquet")):
+        for batch in pq.ParquetFile(file).iter_batches(16, columns=["file_id", "complete_text"]):
             for row in batch.to_pylist():
-                path = truth / f"{row['file_id']}.txt"
-                if path.is_file():
+                if (path := truth / f"{row['file_id']}.txt").is_file():
                     yield row["file_id"], row["complete_text"], path.read_text(encoding="utf-8")
 
 
-def score_scans(scan: Path, truth: Path, shown: int) -> ScanScore:
-    """Clean and score one scan or a folder of them, a line each."""
-    scans = sorted(scan.glob("*.txt")) if scan.is_dir() else [scan]
-    total = ScanScore()
-    for path in tqdm(scans, unit=" scans", disable=None):
-        clean = truth / path.name if scan.is_dir() else truth
-        for file in (path, clean):
-            if not file.is_file():
-                raise BadInput(f"no such file: {file}")
-        raw = path.read_text(encoding="utf-8")
-        differences: list[str] = []
-        try:
-            result = score_scan(
-                raw, clean_pages(raw).paragraphs, paragraphs_of(clean.read_text(encoding="utf-8")), differences
-            )
-        except BadInput as error:
-            raise BadInput(f"{path}: {error}") from error
-        tqdm.write(f"{path.stem}  {result}")
-        for line in differences[:shown]:
-            tqdm.write(f"    {line}")
-        total += result
-    if not scans:
-        raise BadInput(f"no *.txt in {scan}")
-    return total
+def texts(path: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
+    """(name, text, truth) of a file, or of every *.txt of a folder."""
+    for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
+        clean = truth / file.name if path.is_dir() else truth
+        for needed in (file, clean):
+            if not needed.is_file():
+                raise BadInput(f"no such file: {needed}")
+        yield file.stem, file.read_text(encoding="utf-8"), clean.read_text(encoding="utf-8")
 
 
 def main() -> None:
@@ -322,41 +292,26 @@ def main() -> None:
     source.add_argument("--text", type=Path, help="a prepared text, paragraphs separated by blank lines")
     source.add_argument("--scan", type=Path, help="a real scan's text, or a folder of them, to clean and score")
     source.add_argument("--parquet", type=Path, help="a folder of raw parquet files to clean and score")
-    parser.add_argument(
-        "--truth", type=Path, required=True, help="the truth: a file, or with --parquet a folder of them"
-    )
+    parser.add_argument("--truth", type=Path, required=True, help="a file, or a folder of them")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N differences of each text")
     args = parser.parse_args()
-    if args.scan:
-        print(f"all  {score_scans(args.scan, args.truth, args.show)}")
-        return
-    total = Score()
-    seconds = read = 0.0
-    if args.text:
-        for path in (args.text, args.truth):
-            if not path.is_file():
-                raise BadInput(f"no such file: {path}")
+    given = documents(args.parquet, args.truth) if args.parquet else texts(args.scan or args.text, args.truth)
+    total: Score | ScanScore = ScanScore() if args.scan else Score()
+    for name, raw, truth in given:
         differences: list[str] = []
-        text, truth = (path.read_text(encoding="utf-8") for path in (args.text, args.truth))
-        total = score(paragraphs_of(text), paragraphs_of(truth), differences)
-        print(*differences[: args.show], sep="\n", end="\n" if args.show else "")
-    else:
-        scored = 0
-        for file_id, raw, truth in tqdm(documents(args.parquet, args.truth), unit=" books", disable=None):
-            began = time.process_time()
-            found = clean_pages(raw).paragraphs
-            seconds += time.process_time() - began
-            read += len(raw.encode())
-            differences = []
-            result = score(found, paragraphs_of(truth), differences)
-            tqdm.write(f"{file_id}  {result}")
-            for line in differences[: args.show]:
-                tqdm.write(f"    {line}")
-            total += result
-            scored += 1
-        if not scored:
-            raise BadInput(f"no document of {args.parquet} has a truth <file_id>.txt in {args.truth}")
-        print(f"{scored} books, cleaned at {read / seconds / 1e6:.1f} MB a second of processor time")
+        found = paragraphs_of(raw) if args.text else clean_pages(raw).paragraphs
+        try:
+            result = (
+                score_scan(raw, found, paragraphs_of(truth), differences)
+                if args.scan
+                else score(found, paragraphs_of(truth), differences)
+            )
+        except BadInput as error:
+            raise BadInput(f"{name}: {error}") from error
+        print(f"{name}  {result}", *(f"    {line}" for line in differences[: args.show]), sep="\n", flush=True)
+        total += result  # type: ignore[operator]
+    if total == type(total)():
+        raise BadInput(f"no text of {args.parquet or args.scan} has a truth in {args.truth}")
     print(f"all  {total}")
 
 
