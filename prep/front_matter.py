@@ -20,9 +20,8 @@ from prep.paragraphs import PAGE_END, full_width
 
 
 def drop_front_matter(lines: list[str], counts: Counter[str]) -> list[str]:
-    """The lines without what library and publisher added; page ends stay. Counts the lines dropped, by kind."""
+    """The lines without title pages, stamps, contents and catalogues; page ends stay. Counts the lines dropped, by kind."""
     width = full_width(lines)
-    lines = _drop_source(_drop_notice(lines, counts), counts)
     for kind, sign in ("catalogue", _catalogue_sign), ("table_of_contents", _contents_sign):
         for backwards in True, False:  # the back, then the front, each from its outer end
             lines = _drop_list(lines[::-1], width, kind, sign, counts, backwards)
@@ -62,7 +61,8 @@ _SOURCE = re.compile(
 )
 
 
-def _drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
+def drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
+    """The lines without Gallica's legal pages and without its name on other pages."""
     full = [i for i, line in enumerate(lines) if _is_text(line)]
     for at_back, among in ((True, full[-_NOTICE_LINES:]), (False, full[:_NOTICE_LINES])):
         if not any(_HINT.search(lines[i]) for i in among):
@@ -85,7 +85,7 @@ def _drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
         full = [i for i, line in enumerate(lines) if _is_text(line)]
         if at_back and len(full) < _NOTICE_LINES:
             break  # both ends were the same lines
-    return lines
+    return _drop_source(lines, counts)
 
 
 def _drop_source(lines: list[str], counts: Counter[str]) -> list[str]:

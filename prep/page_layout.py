@@ -3,17 +3,18 @@
     clean_pages(text)     the paragraphs of a scan, a PDF's text layer or a plain text
 
 No list of titles or words is needed: page numbers are numbers that grow by one per page, running headers are lines that
-recur at page edges. The rest of the cleaning is in front_matter.py, paragraphs.py and typography.py.
+recur at page edges. Without form feeds or such numbers nothing shows that a text has pages: then no line of it is dropped. The rest of the cleaning is in front_matter.py, paragraphs.py and typography.py.
 """
 
+import itertools
 import re
 from collections import Counter
 from typing import NamedTuple
 
 from rapidfuzz import fuzz
 
-from prep.front_matter import drop_front_matter, letters_of
-from prep.paragraphs import BLANK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
+from prep.front_matter import drop_front_matter, drop_notice, letters_of
+from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
 from prep.typography import clean_characters, to_convention
 
 
@@ -33,7 +34,12 @@ def clean_pages(text: str) -> Cleaned:
     counts: Counter[str] = Counter()
     text = clean_characters(text).replace("\f", f"\n{PAGE_END}\n")
     lines = [line.strip() for line in text.split("\n")]
-    lines, gaps = drop_headers_and_footers(drop_front_matter(lines, counts), counts)
+    lines = drop_notice(lines, counts)
+    if PAGE_END in lines or _chain(lines):
+        lines, gaps = drop_headers_and_footers(drop_front_matter(lines, counts), counts)
+    else:
+        lines, gaps = _nonblank(lines, set(), counts)
+        gaps = _certain(lines, gaps)
     paragraphs = join_lines(lines, gaps, counts)
     return Cleaned(
         to_convention("\n".join(paragraphs)).split("\n") if paragraphs else [], dict(sorted((+counts).items()))
@@ -50,6 +56,9 @@ _DASHED = re.compile(
 )
 _FIGURE = re.compile(r"(?<!\w)\d{1,4}(?!\w)")
 _ROMAN = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
+
+
+PAGE_SIZE = (200, 12_000)  # characters
 
 
 class _Number(NamedTuple):
@@ -93,7 +102,7 @@ def _recurring(times: dict[str, int]) -> set[str]:
 def _chain(lines: list[str]) -> dict[int, int]:
     """Page numbers by line: numbers that grow by one for about as many lines as the book has to a page.
 
-    Chapter numbers grow steadily too, but never stand within a sentence.
+    The numbers of chapters, letters and stanzas grow too, but hardly ever within a sentence, or by a page's length.
     """
     numbers = _numbers(lines)
     paces = sorted(
@@ -105,6 +114,8 @@ def _chain(lines: list[str]) -> dict[int, int]:
     if not paces:
         return {}
     pace = paces[len(paces) // 2]
+    places = list(itertools.accumulate(map(len, lines)))
+    full = 0.6 * full_width(lines)
     best = [1] * len(numbers)  # the length of the longest chain that ends here
     link: list[int | None] = [None] * len(numbers)
     for j, b in enumerate(numbers):
@@ -123,9 +134,13 @@ def _chain(lines: list[str]) -> dict[int, int]:
             step = link[step]
         if len(path) < 3:
             continue
-        inside = sum(_within_sentence(lines, numbers[j].line) for j in path)
+        inside = sum(_within_sentence(lines, numbers[j].line, full) for j in path)
         low, high = path[-1], path[0]
-        if inside < max(2, 0.15 * len(path)) or any(taken[low : high + 1]):  # taken: numbers inside another's pages
+        first, last = numbers[low], numbers[high]
+        page = (places[last.line] - places[first.line]) / (last.value - first.value)
+        if inside < max(2, 0.15 * len(path)) or not PAGE_SIZE[0] <= page <= PAGE_SIZE[1]:
+            continue
+        if any(taken[low : high + 1]):  # numbers inside the pages of another chain
             continue
         taken[low : high + 1] = [True] * (high + 1 - low)
         kept += [numbers[j] for j in path]
@@ -142,12 +157,13 @@ def _next(lines: list[str], index: int, step: int, skipped: str = "") -> int | N
     return None
 
 
-def _within_sentence(lines: list[str], index: int) -> bool:
-    """Whether no paragraph can end at this line, or it is at a page's edge."""
+def _within_sentence(lines: list[str], index: int, full: float) -> bool:
+    """Whether a sentence continues across this line (the line before, of `full` width, breaks off), or a page ends at it."""
     before, after = _next(lines, index, -1), _next(lines, index, 1)
     if before is None or after is None:
         return False
-    return PAGE_END in (lines[before], lines[after]) or breaks_off(lines[before]) or lines[after][0].islower()
+    continued = breaks_off(lines[before]) and len(lines[before]) >= full
+    return PAGE_END in (lines[before], lines[after]) or continued or lines[after][0].islower()
 
 
 def _neighbours(lines: list[str], index: int) -> list[int]:
@@ -210,9 +226,13 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
     counts["page_numbers"] += len(expected)
     counts["page_marks"] += len(marks)
     edges = {i for i in (0, len(lines) - 1) if lines[i]} | chain.keys()
-    for i in [*chain, *(i for i, line in enumerate(lines) if line in ("", PAGE_END))]:
+    for i in [*chain, *(i for i, line in enumerate(lines) if line == PAGE_END)]:
         edges.update(_neighbours(lines, i))
-    headers = _headers([lines[i] for i in sorted(edges)], lines)
+    certain = Counter(letters_of(lines[i]) for i in edges)
+    for i, line in enumerate(lines):
+        if not line:  # a page may end here, or a paragraph
+            edges.update(_neighbours(lines, i))
+    headers = _headers([lines[i] for i in sorted(edges)], lines, certain)
     for i in edges:
         line = lines[i]
         if i in chain:
@@ -235,6 +255,11 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
         # Before the first numbered page: the title that recurs as a header, and a few lines in capitals.
         counts["title_page"] += len(title)
         drop.update(title)
+    return _nonblank(lines, drop, counts)
+
+
+def _nonblank(lines: list[str], drop: set[int], counts: Counter[str]) -> tuple[list[str], list[int]]:
+    """The lines that are neither blank nor in `drop`, without marks of missing text, and what was before each."""
     kept: list[str] = []
     gaps: list[int] = []
     gap = 0
@@ -255,6 +280,13 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
     return kept, gaps
 
 
+def _certain(lines: list[str], gaps: list[int]) -> list[int]:
+    """Blank lines as breaks between paragraphs, unless they are between the lines of sentences too."""
+    blank = [i for i, gap in enumerate(gaps) if gap == BLANK and i]
+    within = sum(breaks_off(lines[i - 1]) and lines[i][0].islower() for i in blank)
+    return gaps if within > 0.1 * len(blank) else [BREAK if gap == BLANK else gap for gap in gaps]
+
+
 def _page_marks(lines: list[str], chain: dict[int, int]) -> set[int]:
     """Sheet numbers and blots at the foot of pages: before a form feed or a page number."""
     found = set()
@@ -267,8 +299,11 @@ def _page_marks(lines: list[str], chain: dict[int, int]) -> set[int]:
     return found
 
 
-def _headers(edges: list[str], lines: list[str]) -> set[str]:
-    """Lines that recur at page edges and hardly anywhere else."""
+def _headers(edges: list[str], lines: list[str], certain: Counter[str]) -> set[str]:
+    """Lines that recur at page edges and hardly anywhere else.
+
+    `edges` may be blank lines between paragraphs; `certain` counts the letters of lines at edges that are no others.
+    """
     groups: dict[str, list[str]] = {}
     for line in edges:
         reply = line[:1] in DASHES and line[-1] not in DASHES and not (line.isupper() and _FIGURE.search(line))
@@ -278,6 +313,10 @@ def _headers(edges: list[str], lines: list[str]) -> set[str]:
     known = {
         key: len(group)
         for key, group in groups.items()
-        if len(group) < 3 or sum(everywhere[line] for line in set(group)) <= 1.3 * len(group)
+        if len(group) < 3
+        or (
+            certain[key] >= max(3, 0.5 * len(group))
+            and sum(everywhere[line] for line in set(group)) <= 1.3 * len(group)
+        )
     }
     return {line for key in _recurring(known) for line in groups[key]}

@@ -12,7 +12,9 @@ from collections import Counter
 from typing import NamedTuple
 
 PAGE_END = "\x00"  # a form feed between lines; typography.clean_characters leaves no such character
-PAGE, BLANK = 1, 2  # what stood between a line and the one before it; 0: nothing
+# What was between a line and the one before it (0: nothing): the end of a page; a blank line, which may be a page's end
+# too; a blank line in a text without pages, which always ends a paragraph.
+PAGE, BLANK, BREAK = 1, 2, 3
 DASHES = "—–-"
 
 _FULL = 0.06  # paragraphs whose last line happens to look full, for each whose does not: measured on forty novels
@@ -44,7 +46,7 @@ def breaks_off(line: str) -> bool:
 
 
 def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[str]:
-    """Paragraphs of lines; `gaps` says what stood before each line. Counts `page_breaks_joined` and hyphens.
+    """Paragraphs of lines; `gaps` says what was before each line. Counts `page_breaks_joined` and hyphens.
 
     Widths differ between books and sometimes between paragraphs, so they are measured where the paragraph is certain:
     at a line that ends within a word or before a small letter. What the width leaves open is decided by how often lines
@@ -53,9 +55,8 @@ def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[
     if not lines:
         return []
     refused = _refused(lines, gaps)
-    divided = [False] * len(lines)
-    if gaps.count(BLANK) * 20 > len(lines):  # blank lines stand between paragraphs, not between pages
-        divided = [gap == BLANK for gap in gaps]
+    between = gaps.count(BLANK) * 20 > len(lines)  # blank lines are between paragraphs, not only between pages
+    divided = [gap if gap == BREAK or (gap == BLANK and between) else 0 for gap in gaps]
     units = _units(lines, refused, divided, _UNKNOWN)
     longest = max(map(len, lines))
     if len(units) > 0.95 * len(lines) and longest > 120:  # wider than a page: every line is a paragraph
@@ -67,7 +68,7 @@ def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[
         """Whether a blank line or the width alone shows that `u` ends a paragraph."""
         least = max(u.longest, v.longest) - tolerance
         most = min(u.refused, v.refused, refused[u.last]) - 1
-        return divided[v.first] or wider[max(0, least)] > most
+        return divided[v.first] > 0 or wider[max(0, least)] > most
 
     clear: Counter[tuple[str, str]] = Counter()
     unclear: Counter[tuple[str, str]] = Counter()
@@ -104,7 +105,7 @@ def _refused(lines: list[str], gaps: list[int]) -> list[int]:
     return refused
 
 
-def _units(lines: list[str], refused: list[int], divided: list[bool], narrowest: int) -> list[_Unit]:
+def _units(lines: list[str], refused: list[int], divided: list[int], narrowest: int) -> list[_Unit]:
     """Join what certainly belongs together: before a small letter, or after a full line that breaks off.
 
     A line that ends within a word is not measured, since some printers let it hang over.
@@ -114,11 +115,16 @@ def _units(lines: list[str], refused: list[int], divided: list[bool], narrowest:
     first, longest, shortest = 0, 0, _UNKNOWN
     cut = False
     for i, line in enumerate(lines):
-        if i and not (
-            (cut and line[0].isalpha())
-            or (divided[i] and line[0].islower() and breaks_off(lines[i - 1]))
-            or (not divided[i] and (line[0].islower() or line[0] in _CONTINUING))
-            or (refused[i - 1] > narrowest and not divided[i] and line[0] not in DASHES and breaks_off(lines[i - 1]))
+        if i and (
+            divided[i] == BREAK
+            or not (
+                (cut and line[0].isalpha())
+                or (divided[i] and line[0].islower() and breaks_off(lines[i - 1]))
+                or (not divided[i] and (line[0].islower() or line[0] in _CONTINUING))
+                or (
+                    refused[i - 1] > narrowest and not divided[i] and line[0] not in DASHES and breaks_off(lines[i - 1])
+                )
+            )
         ):
             units.append(_Unit(first, i - 1, longest, shortest))
             first, longest, shortest = i, 0, _UNKNOWN

@@ -45,7 +45,7 @@ def misread(title: str, number: int) -> str:
     return title if number % 2 else title[:at] + draw.choice("BRO0.") + title[at + 1 :]
 
 
-FURNITURE: dict[str, Callable[[int], list[str]]] = {
+EDGES: dict[str, Callable[[int], list[str]]] = {
     "en dashes": lambda n: [f"– {n} –"],
     "hyphens": lambda n: [f"- {n} -"],
     "em dashes": lambda n: [f"— {n} —"],
@@ -62,18 +62,18 @@ FURNITURE: dict[str, Callable[[int], list[str]]] = {
 
 
 @pytest.mark.parametrize("between", ["", "\n", "\f"], ids=["no gap", "blank lines", "form feeds"])
-@pytest.mark.parametrize("kind", FURNITURE)
+@pytest.mark.parametrize("kind", EDGES)
 def test_page_numbers_and_running_headers_go_and_nothing_else(novel, kind, between):
-    if kind == "two headers, no number" and not between:
-        pytest.skip("nothing says where a page ends: no number, no gap")
+    if kind == "two headers, no number" and between != "\f":
+        pytest.skip("nothing shows that this text has pages")
     sheets = list(pages(novel))
     text = "".join(
-        "\n".join([*FURNITURE[kind](number), *lines]) + f"\n{between}" for number, lines in enumerate(sheets, 5)
+        "\n".join([*EDGES[kind](number), *lines]) + f"\n{between}" for number, lines in enumerate(sheets, 5)
     )
     found = clean_pages(text)
     assert " ".join(found.paragraphs) == " ".join(novel)
     numbers = sum(
-        any(map(str.isdigit, "".join(FURNITURE[kind](n)))) or kind == "roman" for n in range(5, len(sheets) + 5)
+        any(map(str.isdigit, "".join(EDGES[kind](n)))) or kind == "roman" for n in range(5, len(sheets) + 5)
     )
     assert found.counts.get("page_numbers", 0) == numbers
     assert score(found.paragraphs, novel).f1 > 0.96
@@ -148,7 +148,7 @@ def test_hyphens_at_line_and_page_ends(novel):
         "Aubin était loin et que les hors-",
         "d'œuvre attendaient.",
     ]
-    text = "\n".join([*lines, "", "– 12 –", *rest])
+    text = "\n".join([*lines, "\f– 12 –", *rest])
     found = clean_pages(text)
     assert found.paragraphs == [
         "Le vieux passeur s'assit sur le banc avec son compagnon de toujours et lui dit qu'il viendrait lui-même ouvrir "
@@ -207,6 +207,55 @@ Le passeur posa sa rame contre le mur, il regarda le ciel
     ]
 
 
+def short_lines(novel: list[str]) -> list[str]:
+    return [line for p in novel for line in (p, draw_line(len(p)))]
+
+
+def draw_line(n: int) -> str:
+    return ("« Oui. »", "Adieu, mon ami.", "— Jamais !", "Le marquis de ***")[n % 4]
+
+
+def verses(paragraph: str) -> list[str]:
+    return [line[0].upper() + line[1:] for line in textwrap.wrap(paragraph, 38, break_on_hyphens=False)[:8]]
+
+
+WITHOUT_PAGES: dict[str, Callable[[list[str]], list[str]]] = {
+    "short lines that recur": short_lines,
+    "chapters": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"Chapitre {n}", p)],
+    "chapters in figures": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"{n}", p, p)],
+    "letters": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"LETTRE {n}", p, "Ton amie C")],
+    "a play": lambda novel: [
+        line for n, p in enumerate(novel) for line in (["ORGON", "DORINE"][n % 2], " ".join(p.split()[:9]))
+    ],
+    "verse": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"{n}", *verses(p))],
+    "a table of contents": lambda novel: [*novel, *CONTENTS.split("\n")],
+    "a catalogue": lambda novel: [*CATALOGUE.split("\n"), *novel],
+}
+
+
+@pytest.mark.parametrize("form", ["blank lines", "blank lines, wrapped", "lines", "lines, wrapped"])
+@pytest.mark.parametrize("kind", WITHOUT_PAGES)
+def test_of_a_text_without_pages_every_word_stays_in_its_order(novel, kind, form):
+    paragraphs = [to_convention(line) for line in WITHOUT_PAGES[kind](novel)]
+    lines = [textwrap.fill(p, 66, break_on_hyphens=False) for p in paragraphs] if "wrapped" in form else paragraphs
+    found = clean_pages(("\r\n\r\n" if "blank" in form else "\n").join(lines)).paragraphs
+    assert " ".join(found).split() == " ".join(paragraphs).split()
+    if form == "blank lines":
+        assert found == paragraphs
+    again = clean_pages("\n\n".join(found) + "\n").paragraphs
+    assert again == found
+
+
+def test_replies_between_blank_lines_stay_where_pages_are_numbered(novel):
+    """Only lines that recur at the edges of pages are headers, not every line beside a blank line."""
+    lines = [line for p in short_lines(novel) for line in [*textwrap.wrap(p, 60, break_on_hyphens=False), ""]]
+    sheets = [lines[start : start + 40] for start in range(0, len(lines), 40)]
+    text = "\n".join("\n".join([f"{n} {TITLE}", *sheet]) for n, sheet in enumerate(sheets, 5))
+    found = clean_pages(text)
+    assert " ".join(found.paragraphs).split() == " ".join(map(to_convention, short_lines(novel))).split()
+    assert found.counts["running_headers"] == len(sheets)
+
+
 def test_blank_lines_divide_a_plain_text(novel):
     text = "\r\n\r\n".join(textwrap.fill(p, 70, break_on_hyphens=False).replace("\n", "\r\n") for p in novel)
     assert clean_pages(text).paragraphs == novel
@@ -252,7 +301,7 @@ CATALOGUE = "\n".join(f"La Grille rouge, {n}e édition. 1 vol. in-18 ... 3 fr. 5
     ids=["notice", "stamps", "contents behind", "contents before", "catalogue behind", "catalogue before"],
 )
 def test_what_stands_before_and_after_the_work_goes(novel, front, back, kind):
-    body = "\n".join(line for sheet in pages(novel) for line in sheet)
+    body = "\f".join("\n".join(sheet) for sheet in pages(novel))
     found = clean_pages("\n\n".join([front, body, back]))
     text = " ".join(found.paragraphs)
     assert text.replace("Seine ", "") == " ".join(novel)
