@@ -67,14 +67,10 @@ def test_page_numbers_and_running_headers_go_and_nothing_else(novel, kind, betwe
     if kind == "two headers, no number" and between != "\f":
         pytest.skip("nothing shows that this text has pages")
     sheets = list(pages(novel))
-    text = "".join(
-        "\n".join([*EDGES[kind](number), *lines]) + f"\n{between}" for number, lines in enumerate(sheets, 5)
-    )
+    text = "".join("\n".join([*EDGES[kind](number), *lines]) + f"\n{between}" for number, lines in enumerate(sheets, 5))
     found = clean_pages(text)
     assert " ".join(found.paragraphs) == " ".join(novel)
-    numbers = sum(
-        any(map(str.isdigit, "".join(EDGES[kind](n)))) or kind == "roman" for n in range(5, len(sheets) + 5)
-    )
+    numbers = sum(any(map(str.isdigit, "".join(EDGES[kind](n)))) or kind == "roman" for n in range(5, len(sheets) + 5))
     assert found.counts.get("page_numbers", 0) == numbers
     assert score(found.paragraphs, novel).f1 > 0.96
 
