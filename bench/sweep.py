@@ -40,7 +40,7 @@ from filelock import FileLock, Timeout
 
 from bench import sweep_report
 from bench.sweep_report import BASE
-from eval import curves, intervals, memory, scoring, weights
+from eval import intervals, logs, memory, scoring, weights
 from eval.evaluation import digest, environment
 from eval.tasks.texts import read_rows
 from prep.common import ROOT, BadInput, atomic_write, run, sha256
@@ -233,7 +233,7 @@ def train(this: Run, stage: Stage, plan: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_step": config["sequence_len"] * config["micro_batch_size"] * config["gradient_accumulation_steps"],
         "moved": moved,
         "log": [
-            [point["step"], point["loss"], point["eval_loss"]] for point in curves.training_log(stage.output_dir) or []
+            [point["step"], point["loss"], point["eval_loss"]] for point in logs.training_log(stage.output_dir) or []
         ],
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from eval import intervals, pictures
+from eval import intervals, plots
 from eval.tables import changed, number
 from prep.common import BadInput, atomic_write, commit, run
 
@@ -203,20 +203,20 @@ class Sweep:
         scale = facts["tokens"] / facts["bytes"] / math.log(2)  # nats per token -> bits per byte
         return [(step * runs[0]["tokens_per_step"], statistics.fmean(v) * scale) for step, v in sorted(by_step.items())]
 
-    def draw(self) -> pictures.Figure:
+    def draw(self) -> plots.Figure:
         """Held-out bits per byte over tokens seen: one panel per stage, and one per variant with `curve: apart`."""
         panels: dict[str, list[str]] = {}
         for stage in self.report["plan"]["batch_divisor"]:
             drawn = [name for name in self.names(stage) if self.variants[name].get("curve") and self.curve(name)]
             apart = [name for name in drawn if self.variants[name]["curve"] == "apart"]
             panels |= {stage: [name for name in drawn if name not in apart]} | {name: [name] for name in apart}
-        picture = pictures.figure(3.6 * len(panels), 4.4)
+        picture = plots.figure(3.6 * len(panels), 4.4)
         for axis, (title, names) in zip(
             picture.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
         ):
-            for name, colour, mark in zip(names, pictures.COLOURS, pictures.MARKS, strict=False):
+            for name, colour, mark in zip(names, plots.COLOURS, plots.MARKS, strict=False):
                 axis.plot(*zip(*self.curve(name), strict=True), label=name, color=colour, marker=mark, markersize=4)
-            pictures.plain(axis, tokens=True)
+            plots.plain(axis, tokens=True)
             axis.set_title(f"{title}: {'the novel' if title.startswith('2c') else 'Gallica'}, held out", fontsize=10)
             axis.set_xlabel("tokens seen")
             axis.grid(alpha=0.3)
@@ -240,7 +240,7 @@ def load(path: Path) -> Sweep:
 def write(path: Path) -> None:
     """train.md and train.svg beside train.json."""
     sweep = load(path)
-    for suffix, text in ((".md", sweep.page(path.stem)), (".svg", pictures.svg(sweep.draw(), path.stem))):
+    for suffix, text in ((".md", sweep.page(path.stem)), (".svg", plots.svg(sweep.draw(), path.stem))):
         with atomic_write(path.with_suffix(suffix)) as file:
             file.write(text)
 

@@ -6,7 +6,7 @@ eval/prompts.yml with one seed and one decoding. Adapters stand on their base as
 with which they were trained; full models are scored in the precision of --dtype. Two rows more are scored only: the
 model under an adapter, rounded as the adapter's recipe rounds it, and the last adapter merged into its unrounded base.
 
-Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its pictures from it.
+Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its plots from it.
 A stage whose weights, texts and settings are those of the report already there is not measured again.
 Paths are relative to the working directory, as in the recipes.
 
@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import curves, intervals, memory, position, prose, report, samples, scoring, style, weights
+from eval import intervals, logs, memory, position, prose, report, samples, scoring, style, weights
 from eval.tasks.texts import read_rows
 from prep.common import BadInput, atomic_write, cpu_name, git_state, run, sha256
 from train.gate import hashed
@@ -336,7 +336,7 @@ def main() -> None:
                     "adapter": str(row.adapter) if row.adapter else None,
                     "weights": hashes[row.name],
                     "gate": gate(row, hashes[row.name]) if trained else None,
-                    "training": curves.training_log(trained.output_dir) if trained else None,
+                    "training": logs.training_log(trained.output_dir) if trained else None,
                 }
         result = {
             "format": 1,

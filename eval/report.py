@@ -1,8 +1,8 @@
-"""Turn the evidence of a run into pages: verdicts, tables, loss curves, bits per byte by stage, samples.
+"""Make the pages of a run from its JSON: verdicts, tables, loss curves, bits per byte by stage, samples.
 
-Everything on them comes from the one JSON file; the same file gives the same bytes, pictures included.
+The same JSON gives the same bytes, plots included.
 
-    python eval/report.py eval/reports/demo.json       # writes demo.md, its pictures, and demo.html beside it
+    python eval/report.py eval/reports/demo.json       # writes demo.md, its plots, and demo.html beside it
 """
 
 import argparse
@@ -15,7 +15,7 @@ import jinja2
 import jsonschema
 from markupsafe import Markup
 
-from eval import pictures, tables, verdict
+from eval import plots, tables, verdict
 from eval.tables import Table, measured
 from prep.common import BadInput, atomic_write, commit, run
 
@@ -25,11 +25,11 @@ SCHEMA = HERE / "report.schema.json"
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: a title, what to make of it, and what it shows."""
+    """A part of the page."""
 
     title: str
     text: str = ""
-    picture: str | None = None  # its kind: bpb, loss, position, memory
+    plot: str | None = None  # its kind: bpb, loss, position, memory
     table: Table | None = None
 
 
@@ -60,7 +60,7 @@ def about(report: dict[str, Any]) -> str:
     missing = [name for name, stage in report["stages"].items() if stage is None]
     return (
         f"{report['date'][:10]}, {commit(where['git'])}, {where['cpu']}, device {where['device']}, {where['dtype']}. "
-        "Generated from the JSON of the same name; what the figures mean stands in eval/README.md."
+        "Generated from the JSON of the same name; eval/README.md defines the figures."
         + (f" Not measured: {', '.join(missing)}." if missing else "")
     )
 
@@ -72,79 +72,64 @@ def decoding(report: dict[str, Any]) -> str:
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
-    """What the page shows between the verdicts and the samples; what was not measured is left out."""
+    """The page between the verdicts and the samples; the writers leave out what has neither table nor plot."""
     units = {
         task: f"{score['interval']['units']} {score['interval']['unit']}s of {task}"
         for stage in measured(report).values()
         for task, score in stage["scores"].items()
         if score
     }
-    parts = [
+    return [
         Section(
             "Bits per byte",
-            f"Lower is better. In brackets the 95 % bootstrap interval, over {', '.join(units.values())}. Adapters stand on "
-            "their base as their recipes quantise it.",
+            f"Lower is better. In brackets the 95 % bootstrap interval, over {', '.join(units.values())}. Adapters are scored "
+            "on their base as their recipes quantise it.",
             "bpb",
             tables.overview(report),
         ),
-    ]
-    if report["differences"]:
-        parts.append(
-            Section(
-                "What each stage changed",
-                "The difference on the same text, in bits per byte, with its paired 95 % interval; a star where that leaves "
-                "out zero.",
-                table=tables.changes(report),
-            )
-        )
-    parts.append(Section("Loss", "As the trainer logged it.", "loss"))
-    parts.append(
+        Section(
+            "What each stage changed",
+            "The difference on the same text, in bits per byte, with its paired 95 % interval; a star where that excludes zero.",
+            table=tables.changes(report) if report["differences"] else None,
+        ),
+        Section("Loss", "As the trainer logged it.", "loss"),
         Section(
             "By position in the context",
-            "The same pieces of text in bits per byte, with so many tokens before them: lower on the right means that far "
+            "The same chunks of text in bits per byte, with this many tokens before them: lower on the right means that far "
             "context is used. The last column is the paired difference, with its 95 % interval.",
             "position",
             tables.far_context(report),
-        )
-    )
-    parts.append(
+        ),
         Section(
-            "Recited or written?",
-            "The typical probability of a true token, and the share of 50-token passages that one draw in a thousand would give "
-            "word by word: for pages the last stage was trained on, and for pages held out. Then the longest run of words in "
-            "each sample that stands in the training text, beside what the author's held-out pages share with the rest.",
+            "Memorisation",
+            "The typical probability of a true token, and the share of 50-token chunks that one draw in a thousand would give "
+            "word for word: for pages that the last stage was trained on, and for held-out pages. Then the longest sequence of "
+            "words in each sample that is in the training text, beside what the author's held-out pages share with the rest.",
             "memory",
-            tables.recited(report),
-        )
-    )
-    parts.append(
+            tables.memorisation(report),
+        ),
         Section(
-            "Spoiled?",
-            "Repeated 4-grams within a sample, different 2-grams over all, samples that loop, that stop by themselves, words "
+            "Degeneration",
+            "Repeated 4-grams within a sample, distinct 2-grams over all, samples that loop, that stop by themselves, words "
             "that are not French (proper names count), lines like page numbers or running headers. The novel's own held-out "
-            "pages, cut to a sample's length, say what is normal.",
-            table=tables.spoiled(report),
-        )
-    )
-    parts.append(
+            "pages, cut to a sample's length, show what is normal.",
+            table=tables.degeneration(report),
+        ),
         Section(
-            "Whose manner?",
-            "Burrows's Delta, on the 100 most frequent words: lower is nearer; below 900 words it is noise, and left out. The novel's own "
-            "held-out pages, cut to the size of the samples, say how near so few words can come. Then the share of words in dialogue, the words of a sentence "
-            "(median, and the middle 80 %), and the novel's names in a thousand words.",
-            table=tables.manner(report),
-        )
-    )
-    parts.append(
+            "Style",
+            "Burrows's Delta, on the 100 most frequent words: lower is nearer; below 900 words it is noise, and left out. The "
+            "novel's own held-out pages, cut to the size of the samples, show how near so few words can come. Then the share of "
+            "words in dialogue, the words per sentence (median, and the middle 80 %), and the novel's names per thousand words.",
+            table=tables.style(report),
+        ),
         Section(
             "Perplexity",
-            "Of a token, a word, a byte. Token perplexity compares only models that share a tokenizer.",
+            "Token perplexity compares only models that share a tokenizer.",
             table=tables.perplexities(report),
-        )
-    )
-    parts.append(Section("Texts", table=tables.texts(report)))
-    parts.append(Section("Weights", table=tables.files(report)))
-    return parts
+        ),
+        Section("Texts", table=tables.texts(report)),
+        Section("Weights", table=tables.files(report)),
+    ]
 
 
 def versions(report: dict[str, Any]) -> str:
@@ -154,31 +139,15 @@ def versions(report: dict[str, Any]) -> str:
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def markdown_table(table: Table) -> str:
-    """A Markdown table whose columns also line up in a terminal; the first is text, the others are figures."""
-    head, rows = table
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-
-    def line(cells: list[str]) -> str:
-        padded = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(("-" * (width + 2)) if i == 0 else ("-" * (width + 1) + ":") for i, width in enumerate(widths))
-    return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
-
-
 def quoted(text: str) -> str:
-    """A text as a Markdown quotation, its own signs kept from being read as Markdown."""
+    """A text as a Markdown quotation, with its own Markdown signs escaped."""
     for sign in "\\`*_<>#[]|":
         text = text.replace(sign, "\\" + sign)
     return "\n".join(f"> {line}".rstrip() for line in text.strip("\n").split("\n"))
 
 
 def sample_pages(report: dict[str, Any]) -> list[str]:
-    """For each prompt, what every stage wrote after it, one under the other."""
+    """For each prompt, the samples of every stage."""
     parts = []
     for prompt in report["prompts"]:
         parts += [f"### {prompt['name']}", "The prompt:", quoted(prompt["text"])]
@@ -194,15 +163,15 @@ def sample_pages(report: dict[str, Any]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
-    """The Markdown page; `drawn` has the file names of the pictures there are."""
+    """The Markdown page; `drawn` has the file names of the plots."""
     parts = [f"# Evaluation: {report['run']}", about(report)]
     parts.append("\n".join(f"- **{name}**: {line}" for name, line in verdict.lines(report).items()))
     for section in sections(report):
-        picture = drawn.get(section.picture or "")
-        if picture or section.table:
+        plot = drawn.get(section.plot or "")
+        if plot or section.table:
             parts += [f"## {section.title}", section.text]
-            parts += [markdown_table(section.table)] if section.table else []
-            parts += [f"![{section.title}]({picture})"] if picture else []
+            parts += [tables.markdown(section.table)] if section.table else []
+            parts += [f"![{section.title}]({plot})"] if plot else []
     parts += ["## Samples", decoding(report), *sample_pages(report), versions(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -211,34 +180,38 @@ def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
 
 
 def marked(stage: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample as the template wants it, cut where its copied passage begins and ends."""
+    """A sample as the template needs it, split where its copied words begin and end."""
     text, copied = sample["text"], sample["copied"] or {"start": 0, "end": 0}
     start, end = copied["start"], copied["end"]
     return {**sample, "stage": stage, "before": text[:start], "shared": text[start:end], "after": text[end:]}
 
 
-def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
-    """The page as one file that needs no other; `drawn` has the pictures as SVG."""
+def render(**content: Any) -> str:
+    """page.html.jinja filled in: one file that needs no other. `plots` has SVG texts by kind."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    return environment.get_template("report.html.jinja").render(
-        report=report,
-        about=about(report),
-        verdicts=verdict.lines(report),
-        thresholds=verdict.EXPLAINED,
-        sections=[s for s in sections(report) if s.table or s.picture in drawn],
-        pictures={kind: Markup(text[text.index("<svg") :]) for kind, text in drawn.items()},
+    drawn = {kind: Markup(text[text.index("<svg") :]) for kind, text in content.pop("plots").items()}
+    shown = [section for section in content.pop("sections") if section.table or section.plot in drawn]
+    template = environment.get_template("page.html.jinja")
+    return template.render(thresholds=verdict.EXPLAINED, plots=drawn, sections=shown, **content)
+
+
+def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
+    """The HTML page; `drawn` has the plots as SVG."""
+    samples = [marked(name, sample) for name, stage in measured(report).items() for sample in stage["samples"]]
+    return render(
+        title=f"Evaluation: {report['run']}",
+        about=[("", about(report))],
+        verdicts=verdict.lines(report).items(),
+        warning="",
+        sections=sections(report),
+        plots=drawn,
         decoding=decoding(report),
-        samples={
-            prompt["name"]: [
-                marked(name, sample)
-                for name, stage in measured(report).items()
-                for sample in stage["samples"]
-                if sample["prompt"] == prompt["name"]
-            ]
+        prompts=[
+            (prompt, [sample for sample in samples if sample["prompt"] == prompt["name"]])
             for prompt in report["prompts"]
-        },
+        ],
         versions=versions(report),
     )
 
@@ -246,25 +219,25 @@ def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def draw(report: dict[str, Any]) -> dict[str, str]:
-    """The pictures that there is something to draw for, as SVG, by their kind."""
-    figures = {
-        "bpb": pictures.draw_bits(report),
-        "loss": pictures.draw_losses(report),
-        "position": pictures.draw_positions(report),
-        "memory": pictures.draw_memory(report),
-    }
-    return {kind: pictures.svg(figure, picture_name(report, kind)) for kind, figure in figures.items() if figure}
-
-
-def picture_name(report: dict[str, Any], kind: str) -> str:
+def plot_name(report: dict[str, Any], kind: str) -> str:
     return f"{report['run']}.{kind}.svg"
 
 
+def draw(report: dict[str, Any]) -> dict[str, str]:
+    """The plots that the report has figures for, as SVG, by their kind."""
+    figures = {
+        "bpb": plots.draw_bits(report),
+        "loss": plots.draw_losses(report),
+        "position": plots.draw_positions(report),
+        "memory": plots.draw_memory(report),
+    }
+    return {kind: plots.svg(figure, plot_name(report, kind)) for kind, figure in figures.items() if figure}
+
+
 def write(report: dict[str, Any], folder: Path) -> Path:
-    """Write the pages and their pictures into `folder`; returns the Markdown page's path."""
+    """Write the pages and their plots into `folder`; returns the Markdown page's path."""
     drawn = draw(report)
-    names = {kind: picture_name(report, kind) for kind in drawn}
+    names = {kind: plot_name(report, kind) for kind in drawn}
     target = folder / f"{report['run']}.md"
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
     contents |= {target: markdown(report, names), target.with_suffix(".html"): html(report, drawn)}
@@ -275,9 +248,9 @@ def write(report: dict[str, Any], folder: Path) -> Path:
 
 
 def terminal(report: dict[str, Any]) -> str:
-    """What is printed at the end: the table of bits per byte, and a line a stage."""
+    """The table of bits per byte, and a line for each stage."""
     lines = [f"{name}: {line}" for name, line in verdict.lines(report).items()]
-    return "\n".join([markdown_table(tables.overview(report)), "", *lines])
+    return "\n".join([tables.markdown(tables.overview(report)), "", *lines])
 
 
 def main() -> None:

@@ -1,10 +1,22 @@
-"""The tables of a report: a head and rows of cells, the first of each row a name, the others figures."""
+"""The tables of a report: a head, and rows whose first cell is a name and whose others are figures.
+
+print(tables.markdown(tables.overview(report)))
+"""
 
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from tabulate import tabulate
+
 Table = tuple[list[str], list[list[str]]]
+
+
+def markdown(table: Table) -> str:
+    """A Markdown table whose columns also line up in a terminal."""
+    head, rows = table
+    aligned = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(rows, head, tablefmt="pipe", disable_numparse=True, colalign=aligned)
 
 
 def measured(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -34,7 +46,7 @@ def changed(difference: dict[str, Any] | None) -> str:
 
 
 def passed(stage: dict[str, Any] | None) -> str:
-    """What the gate says of a stage's training."""
+    """The gate's result for the weights that were measured."""
     if stage is None or stage["recipe"] is None:
         return "–"
     if stage["gate"] is None:
@@ -62,7 +74,7 @@ def changes(report: dict[str, Any]) -> Table:
     rows = []
     for name, difference in report["differences"].items():
         cells = [changed(difference["scores"].get(task)) for task in tasks]
-        rows.append([f"{name} less {difference['against']}", *cells])
+        rows.append([f"{name} - {difference['against']}", *cells])
     return ["change", *tasks], rows
 
 
@@ -79,11 +91,11 @@ def perplexities(report: dict[str, Any]) -> Table:
                         *(f"{score[key]:,}" for key in ("tokens", "words", "bytes")),
                     ]
                 )
-    return ["stage, text", "a token", "a word", "a byte", "tokens", "words", "bytes"], rows
+    return ["stage, text", "per token", "per word", "per byte", "tokens", "words", "bytes"], rows
 
 
 def far_context(report: dict[str, Any]) -> Table | None:
-    """Bits per byte of the same pieces by position, a row a stage and text; None when it was not measured."""
+    """Bits per byte of the same chunks by position, a row a stage and text; None when it was not measured."""
     rows = []
     ranges: list[str] = []
     for name, stage in measured(report).items():
@@ -94,7 +106,7 @@ def far_context(report: dict[str, Any]) -> Table | None:
                 change = result["change"]
                 gain = bracket(change["bits_per_byte"], change["interval"], "+") if change else "–"
                 rows.append([f"{name}, {task}", *cells, gain])
-    return (["stage, text", *ranges, "last less second"], rows) if rows else None
+    return (["stage, text", *ranges, "last - second"], rows) if rows else None
 
 
 def percent(value: float | None, digits: int = 0) -> str:
@@ -102,29 +114,26 @@ def percent(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}%}"
 
 
-def spoiled(report: dict[str, Any]) -> Table:
-    """Repetition, loops, early ends, foreign words and page noise in each stage's samples, and in the author's pages."""
+def degeneration(report: dict[str, Any]) -> Table:
+    """Repetition, loops, early ends, words that are not French and debris, in samples and in the author's own pages."""
     sides = {name: stage["degeneration"] for name, stage in measured(report).items() if stage["degeneration"]}
     if report["reference"]:
-        sides["the novel itself"] = report["reference"]["degeneration"]
+        sides["the novel itself"] = report["reference"]["degeneration"] | {"ended_early": None}
     rows = [
         [
             name,
             percent(side["rep_4"], 1),
             number(side["distinct_2"], 2),
-            percent(side["looping"]),
-            percent(side["ended_early"]) if name in report["stages"] else "–",
-            percent(side["not_french"]),
+            *(percent(side[key]) for key in ("looping", "ended_early", "not_french")),
             number(side["artefacts"], 2),
         ]
         for name, side in sides.items()
     ]
-    head = ["samples of", "rep-4", "distinct-2", "loop", "ended early", "not French", "page noise a sample"]
-    return head, rows
+    return ["samples of", "rep-4", "distinct-2", "loop", "ended early", "not French", "debris per sample"], rows
 
 
-def manner(report: dict[str, Any]) -> Table | None:
-    """Whose manner: Delta, dialogue, sentences and names of samples and books; None in reports that have no style."""
+def style(report: dict[str, Any]) -> Table | None:
+    """Delta, dialogue, sentences and names of samples and books; None when it was not measured."""
     rows = []
     for name, side in (report.get("style") or {}).items():
         delta = side["delta"] or {}
@@ -139,44 +148,45 @@ def manner(report: dict[str, Any]) -> Table | None:
                 number(side["names"], 1),
             ]
         )
-    head = ["text", "words", "Delta to the novel", "to Gallica", "to the base", "dialogue", "words a sentence", "names"]
+    head = [
+        "text",
+        "words",
+        "Delta to the novel",
+        "to Gallica",
+        "to the base",
+        "dialogue",
+        "words per sentence",
+        "names",
+    ]
     return (head, rows) if rows else None
 
 
-def recited(report: dict[str, Any]) -> Table | None:
-    """Probability of the novel's true text, trained and held out, and the longest copies in samples; None if unmeasured."""
+def memorisation(report: dict[str, Any]) -> Table | None:
+    """Probability of the novel's trained and held-out text, and the longest copies in samples; None if unmeasured."""
+
+    def copied(words: list[int]) -> list[str]:
+        return [number(statistics.median(words) if words else None, 1), number(max(words, default=None), 0)]
+
     rows = []
     for name, stage in measured(report).items():
-        if stage["form"]:
-            continue
         copies = [sample["copied"]["words"] for sample in stage["samples"] if sample["copied"]]
         memory = stage["memorisation"]
-        if memory or copies:
-            sides = [memory[side] if memory else None for side in ("train", "heldout")]
+        if not stage["form"] and (memory or copies):
+            sides = [memory[side] if memory else {} for side in ("train", "heldout")]
             rows.append(
                 [
                     name,
-                    *(number(side["token_probability"] if side else None) for side in sides),
-                    *(percent(side["extractable"] if side else None, 1) for side in sides),
-                    number(statistics.median(copies) if copies else None, 1),
-                    number(max(copies, default=None), 0),
+                    *(number(side.get("token_probability")) for side in sides),
+                    *(percent(side.get("extractable"), 1) for side in sides),
+                    *copied(copies),
                 ]
             )
-    if not rows:
-        return None
-    if report["reference"] and report["reference"]["copied"]:
-        copies = report["reference"]["copied"]
-        rows.append(["the novel itself", *["–"] * 4, number(statistics.median(copies), 1), number(max(copies), 0)])
+    if rows and report["reference"] and report["reference"]["copied"]:
+        rows.append(["the novel itself", *["–"] * 4, *copied(report["reference"]["copied"])])
     head = [
-        "stage",
-        "p token, trained",
-        "held out",
-        "extractable, trained",
-        "held out",
-        "copied words, median",
-        "longest",
-    ]
-    return head, rows
+        "stage", "p(token), trained", "held out", "extractable, trained", "held out", "copied words, median", "longest"
+    ]  # fmt: skip
+    return (head, rows) if rows else None
 
 
 def texts(report: dict[str, Any]) -> Table:

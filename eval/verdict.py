@@ -1,24 +1,28 @@
-"""One line a stage: did it learn, did it memorise, did it degenerate? Thresholds here, their reasons beside them."""
+"""One line for each stage: did it learn, memorise, degenerate? The thresholds, with their reasons.
+
+for stage, line in verdict.lines(report).items(): ...
+"""
 
 from typing import Any
 
 HELDOUT = ("gallica_heldout", "novel_heldout")
-EXTRACTABLE = 0.05  # share of trained passages; one in twenty is no accident of stock phrases
-# The five below are calibrated on novels by people, which they should let pass: eval/README.md has the false alarms.
-COPY_WORDS = 15  # of 49 novels 46 repeat no run of words so long; two novels of one author shared 9 words at most
-COPY_TIMES = 2  # and this many times the longest run that the author's own held-out pages share
-LOOPING = 0.1  # share of samples above the author's own
-REPEATED = 0.05  # rep-4 above the author's own, speech and litany are in that already; people reach 0.03
-NOT_FRENCH = 0.1  # share of words above the author's own, whose proper names are in that already; people reach 0.08
-ARTEFACTS = 0.5  # lines like a page number or a running header, a sample
+EXTRACTABLE = 0.05  # share of the trained chunks of 50 tokens; stock phrases do not explain one in twenty
+# The six below are calibrated on novels by people (bench/calibrate_verdicts.py, false alarms in eval/README.md).
+COPY_WORDS = 15  # 46 of 49 novels repeat no sequence of so many words; two novels of one author share at most 9
+COPY_TIMES = 2  # and this many times the longest sequence that the author's held-out pages share with the rest
+# The four below are compared with the author's own pages, which contain refrains, names and headings too.
+LOOPING = 0.1  # share of samples
+REPEATED = 0.05  # rep-4; people reach 0.03
+NOT_FRENCH = 0.1  # share of words; people reach 0.08
+ARTEFACTS = 0.5  # lines like a page number or a running header, per sample
 
 EXPLAINED = (
-    "Learned: on a held-out text the 95 % interval of the paired difference to the stage below lies under zero. "
-    f"Memorised: {EXTRACTABLE:.0%} or more of the trained passages of 50 tokens would come out word by word once in a "
-    "thousand draws, and at least twice as many as of held-out ones; or a sample copies "
-    f"{COPY_WORDS} words or more, and {COPY_TIMES} times the longest run that the author's own held-out pages share with the "
+    "Learned: on a held-out text the 95 % interval of the paired difference to the stage before is below zero. "
+    f"Memorised: {EXTRACTABLE:.0%} or more of the trained chunks of 50 tokens are extractable (drawn word for word once in a "
+    "thousand draws), and at least twice as many as of the held-out ones; or a sample copies "
+    f"{COPY_WORDS} words or more, and {COPY_TIMES} times the longest sequence that the author's held-out pages share with the "
     f"rest. Degenerated: above the author's own pages by more than {LOOPING:.0%} of samples that loop, {REPEATED:.0%} of "
-    f"4-grams repeated, {NOT_FRENCH:.0%} of words that are not French, or {ARTEFACTS} lines of page noise a sample."
+    f"4-grams repeated, {NOT_FRENCH:.0%} of words that are not French, or {ARTEFACTS} lines of OCR debris per sample."
 )
 
 
@@ -32,7 +36,7 @@ def learned(name: str, report: dict[str, Any]) -> str | None:
         change = difference["scores"].get(task)
         if change and change["interval"]:
             low, high = change["interval"]
-            text = f"{task} {change['bits_per_byte']:+.3f} bits a byte"
+            text = f"{task} {change['bits_per_byte']:+.3f} bits per byte"
             if high < 0:
                 better.append(text)
             elif low > 0:
@@ -43,21 +47,21 @@ def learned(name: str, report: dict[str, Any]) -> str | None:
 
 
 def price(name: str, report: dict[str, Any]) -> str:
-    """What another form of the same weights costs on held-out text; less than nothing when it gains."""
+    """What another form of the same weights costs on held-out text; negative when it gains."""
     difference = report["differences"].get(name)
     if not difference:
         return "not compared"
     changes = [(task, difference["scores"].get(task)) for task in HELDOUT]
-    figures = [f"{task} {change['bits_per_byte']:+.3f} bits a byte" for task, change in changes if change]
+    figures = [f"{task} {change['bits_per_byte']:+.3f} bits per byte" for task, change in changes if change]
     return f"the weights of {difference['against']} in another form: {', '.join(figures) or 'not compared'}"
 
 
 def memorised(stage: dict[str, Any], report: dict[str, Any]) -> str | None:
-    """From the probability of trained passages, and from copies in samples; None when neither was measured."""
+    """From the probability of trained chunks, and from copies in samples; None when neither was measured."""
     reasons = []
     memory = stage["memorisation"]
     if memory and memory["train"]["extractable"] >= max(EXTRACTABLE, 2 * memory["heldout"]["extractable"]):
-        reasons.append(f"{memory['train']['extractable']:.0%} of trained passages extractable")
+        reasons.append(f"{memory['train']['extractable']:.0%} of trained chunks extractable")
     copies = [sample["copied"]["words"] for sample in stage["samples"] if sample["copied"]]
     usual = max(report["reference"]["copied"], default=0) if report["reference"] else 0
     if copies and max(copies) >= max(COPY_WORDS, COPY_TIMES * usual):
@@ -70,25 +74,22 @@ def memorised(stage: dict[str, Any], report: dict[str, Any]) -> str | None:
 def degenerated(stage: dict[str, Any], report: dict[str, Any]) -> str:
     """From the samples, against the author's own pages."""
     usual = report["reference"]["degeneration"] if report["reference"] else {}
-
-    def above(key: str, threshold: float) -> bool:
-        return (stage["degeneration"][key] or 0) > threshold + (usual.get(key) or 0)
-
-    found = stage["degeneration"]
-    reasons = []
-    if above("looping", LOOPING):
-        reasons.append(f"{found['looping']:.0%} of samples loop")
-    if above("rep_4", REPEATED):
-        reasons.append(f"{found['rep_4']:.0%} of 4-grams are repeated")
-    if above("not_french", NOT_FRENCH):
-        reasons.append(f"{found['not_french']:.0%} of words are not French")
-    if above("artefacts", ARTEFACTS):
-        reasons.append(f"{found['artefacts']:.1f} lines of page noise a sample")
+    found = {key: value or 0 for key, value in stage["degeneration"].items()}
+    reasons = [
+        text.format(found[key])
+        for key, threshold, text in (
+            ("looping", LOOPING, "{:.0%} of samples loop"),
+            ("rep_4", REPEATED, "{:.0%} of 4-grams are repeated"),
+            ("not_french", NOT_FRENCH, "{:.0%} of words are not French"),
+            ("artefacts", ARTEFACTS, "{:.1f} lines of OCR debris per sample"),
+        )
+        if found[key] > threshold + (usual.get(key) or 0)
+    ]
     return f"degenerated ({', '.join(reasons)})" if reasons else "did not degenerate"
 
 
 def lines(report: dict[str, Any]) -> dict[str, str]:
-    """Stage -> its verdict, in the chain's order."""
+    """{stage: its verdict}, in the chain's order."""
     result = {}
     for name, stage in report["stages"].items():
         if stage is None:
@@ -99,6 +100,6 @@ def lines(report: dict[str, Any]) -> dict[str, str]:
             continue
         parts = [learned(name, report), memorised(stage, report), degenerated(stage, report)]
         if stage["gate"] and not stage["gate"]["passed"]:
-            parts.insert(0, "these are not the weights that its training vouches for")
+            parts.insert(0, "not the weights that its training recorded")
         result[name] = "; ".join(part for part in parts if part) + "."
     return result

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from eval import logs
 from prep.common import BadInput
 from train.stages import load_chain
 
@@ -52,6 +53,13 @@ def newest_first(paths: Iterable[Path]) -> dict[Path, float]:
 def latest(outputs: Path) -> float:
     """When anything under `outputs` was last logged; 0 when nothing was."""
     return max(newest_first(outputs.glob("*/runs/**/events.out.tfevents.*")).values(), default=0.0)
+
+
+def table(runs: list[logs.Run]) -> str:
+    """The state of each run that has logged anything, as an HTML table."""
+    known = epochs()
+    found = [logs.status(run, float(known.get(run.folder.name, 1))) for run in runs]
+    return logs.table([one for one in found if one])
 
 
 def epochs() -> dict[str, Any]:

@@ -22,11 +22,11 @@ from tiny_curriculum import save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import (
-    curves,
     evaluation,
     intervals,
+    logs,
     memory,
-    pictures,
+    plots,
     position,
     prose,
     report,
@@ -688,20 +688,20 @@ def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(
             json.dumps({"global_step": step, "log_history": log})
         )
-    assert curves.training_log(tmp_path) == [
+    assert logs.training_log(tmp_path) == [
         {"step": 1, "epoch": 0.1, "tokens": 512, "loss": 3.5, "eval_loss": None},
         {"step": 10, "epoch": 1.0, "tokens": 5120, "loss": 3.0, "eval_loss": 3.25},
     ]
 
 
 def test_a_run_without_state_has_no_curve(tmp_path):
-    assert curves.training_log(tmp_path) is None
+    assert logs.training_log(tmp_path) is None
 
 
 def test_losses_are_drawn(tmp_path):
     log = [{"step": 1, "epoch": 1, "tokens": None, "loss": 3.0, "eval_loss": None}]
     log.append({"step": 2, "epoch": 2, "tokens": None, "loss": None, "eval_loss": 2.5})
-    picture = pictures.draw_losses({"stages": {"base": {"training": None}, "2a": {"training": log}}})
+    picture = plots.draw_losses({"stages": {"base": {"training": None}, "2a": {"training": log}}})
     assert picture is not None
     [axis] = picture.axes
     drawn = {line.get_label(): [tuple(point) for point in np.asarray(line.get_xydata())] for line in axis.lines}
@@ -716,7 +716,7 @@ def test_the_memorisation_picture_holds_every_span_and_copy():
         "2c": {"form": None, "scores": scores, "samples": samples},
         "2c merged": {"form": "merged", "scores": scores, "samples": []},
     }
-    picture = pictures.draw_memory({"stages": stages, "reference": {"copied": [4]}})
+    picture = plots.draw_memory({"stages": stages, "reference": {"copied": [4]}})
     assert picture is not None
     left, right = picture.axes
     points = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in left.lines}
@@ -726,7 +726,7 @@ def test_the_memorisation_picture_holds_every_span_and_copy():
     assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[3, 21], [4]]
     assert [tick.get_text() for tick in right.get_xticklabels()] == ["2c", "author"]
     empty: Any = {"2c": {"form": None, "scores": {}, "samples": []}}
-    assert pictures.draw_memory({"stages": empty, "reference": None}) is None
+    assert plots.draw_memory({"stages": empty, "reference": None}) is None
 
 
 # --- whole runs that went wrong ---------------------------------------------------------------------------------------

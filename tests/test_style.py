@@ -52,8 +52,8 @@ def test_a_text_is_nearest_to_its_own_kind():
     assert longer["base"]["delta"]["gallica"] == pytest.approx(
         longer["2a"]["delta"]["novel"] / 2 + longer["base"]["delta"]["novel"] / 2, rel=0.1
     )
-    table = tables.manner({"style": result})
-    assert table and [row[0] for row in table[1]][:2] == ["base", "2a"] and tables.manner({}) is None
+    table = tables.style({"style": result})
+    assert table and [row[0] for row in table[1]][:2] == ["base", "2a"] and tables.style({}) is None
 
 
 def test_too_few_words_have_no_delta():

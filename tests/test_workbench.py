@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer
 
 from docker import health
-from eval import live, workbench
+from eval import logs as live, workbench
 from prep.common import BadInput
 from train.stages import load_chain
 

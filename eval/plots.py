@@ -1,7 +1,12 @@
-"""The pictures of a report."""
+"""The plots of the reports, the comparison and the workbench.
+
+figure = plots.draw_bits(report)
+text = plots.svg(figure, "demo.bpb.svg")
+"""
 
 import io
 import math
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -9,9 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from eval import logs
 from eval.memory import EXTRACTABLE
 from eval.tables import measured
 
+Point = tuple[float, float | None, float | None]  # tokens or step, training loss, validation loss
+LOSS = "loss, nats per token"
 # Okabe & Ito's colours, told apart by every kind of eye; enough for as many tasks as there are.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
@@ -37,33 +45,68 @@ def svg(picture: Figure, name: str) -> str:
     return text.getvalue()
 
 
+def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens", legend: str = "best") -> None:
+    """Loss curves on one axis, a colour a name: training solid, validation dashed with marks.
+
+    A NaN breaks a line. A single series may have the name "", which leaves its name out of the legend.
+    """
+    points = [point for each in series.values() for point in each]
+    both = all(any(point[column] is not None for point in points) for column in (1, 2))
+    for (name, each), colour, mark in zip(series.items(), cycle(COLOURS), cycle(MARKS), strict=False):
+        for column, kind in ((1, "training"), (2, "validation")):
+            line = [(point[0], point[column]) for point in each if point[column] is not None]
+            label = ", ".join(part for part in (name, kind if both or not name else "") if part)
+            dashed = both and column == 2
+            if line:
+                axis.plot(
+                    *zip(*line, strict=True),
+                    label=label,
+                    color=colour,
+                    linewidth=1.4,
+                    linestyle="--" if dashed else "-",
+                    marker=mark if column == 2 else None,
+                    markersize=4,
+                )
+    plain(axis, unit == "tokens")
+    axis.set_xlabel(unit)
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        aside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if legend == "aside" else {}
+        axis.legend(frameon=False, **aside)
+
+
 def draw_losses(report: dict[str, Any]) -> Figure | None:
     """Training and validation loss of every stage that left a log, side by side; None when none did."""
-    logs = {name: stage["training"] for name, stage in measured(report).items() if stage["training"]}
-    if not logs:
+    trained = {name: stage["training"] for name, stage in measured(report).items() if stage["training"]}
+    if not trained:
         return None
-    picture = figure(3.6 * len(logs) + 0.6, 3.2)
-    axes = picture.subplots(1, len(logs), squeeze=False, sharey=True)[0]
-    for axis, (name, log) in zip(axes, logs.items(), strict=True):
-        unit = "tokens" if all(point["tokens"] is not None for point in log if point["loss"] is not None) else "step"
-        seen = 0.0
-        positions = []  # validation is logged without a token count: it stands where training stood
-        for point in log:
-            seen = point[unit] if point[unit] is not None else seen
-            positions.append(seen)
-        for key, label, colour, mark in (
-            ("loss", "training", COLOURS[0], None),
-            ("eval_loss", "validation", COLOURS[1], "o"),
-        ):
-            line = [(x, point[key]) for x, point in zip(positions, log, strict=True) if point[key] is not None]
-            if line:
-                axis.plot(*zip(*line, strict=True), label=label, color=colour, marker=mark, markersize=4, linewidth=1.4)
-        plain(axis, unit == "tokens")
+    picture = figure(3.6 * len(trained) + 0.6, 3.2)
+    axes = picture.subplots(1, len(trained), squeeze=False, sharey=True)[0]
+    for axis, (name, log) in zip(axes, trained.items(), strict=True):
+        unit = logs.unit(log)
+        plot_losses(axis, {"": logs.curve(log, unit)}, unit)
         axis.set_title(name)
-        axis.set_xlabel(unit)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    axes[0].set_ylabel("loss, nats a token")
+    axes[0].set_ylabel(LOSS)
+    return picture
+
+
+def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure | None:
+    """Trainings while they run, {name: log}: their losses on one axis, their learning rates below; None without any."""
+    runs = {name: log for name, log in runs.items() if any(point["loss"] is not None for point in log)}
+    if not runs:
+        return None
+    unit = "tokens" if all(logs.unit(log) == "tokens" for log in runs.values()) else "step"
+    picture = figure(9.2, 4.6)
+    upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    plot_losses(upper, {name: logs.curve(log, unit) for name, log in runs.items()}, unit, legend="aside")
+    for log, colour in zip(runs.values(), cycle(COLOURS), strict=False):
+        rates = [(point[unit], point["learning_rate"]) for point in log if point["learning_rate"] is not None]
+        lower.plot(*zip(*rates, strict=True), color=colour, linewidth=1.4)
+    plain(lower, unit == "tokens")
+    upper.set(xlabel="", ylabel=LOSS)
+    lower.set(xlabel=unit, ylabel="learning rate")
+    lower.set_ylim(bottom=0)
+    lower.grid(alpha=0.3)
     return picture
 
 

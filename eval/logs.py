@@ -1,0 +1,213 @@
+"""What a training logged: from the trainer's state when it is evaluated, from its TensorBoard files while it runs.
+
+A log is a list of points in the order of their steps. A point has `step`, `epoch`, `tokens` (seen so far), `loss` and
+`eval_loss` (nats per token), and None for what was not logged at that step.
+
+    log = logs.training_log(Path("outputs/2a"))
+    points = logs.curve(log, logs.unit(log))
+"""
+
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from prep.common import BadInput
+
+# Our names, and the trainer's in trainer_state.json.
+LOGGED = {
+    "epoch": ("epoch",),
+    "tokens": ("tokens/total", "tokens/trainable"),
+    "loss": ("loss",),
+    "eval_loss": ("eval_loss",),
+}
+# The trainer's names in its TensorBoard files, and ours.
+SCALARS = {
+    "train/loss": "loss",
+    "eval/loss": "eval_loss",
+    "train/learning_rate": "learning_rate",
+    "train/epoch": "epoch",
+    "train/tokens/total": "tokens",
+    "train/tokens/train_per_sec_per_gpu": "tokens_per_second",
+    "train/memory/device_reserved (GiB)": "memory",
+}
+SILENT = 15 * 60  # seconds without an update after which a run counts as stopped: longer than a validation takes
+
+Log = list[dict[str, Any]]
+
+
+def training_log(output_dir: Path) -> Log | None:
+    """The log of a stage's last checkpoint; None when no state is left. Raises BadInput on a damaged file."""
+    states = []
+    for path in [output_dir / "trainer_state.json", *sorted(output_dir.glob("checkpoint-*/trainer_state.json"))]:
+        if path.is_file():
+            try:
+                state = json.loads(path.read_text(encoding="utf-8"))
+                states.append((state["global_step"], state["log_history"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadInput(f"{path} is damaged ({error!r}); remove it, or train the stage again") from error
+    if not states:
+        return None
+    points: dict[int, dict[str, Any]] = {}
+    for entry in max(states, key=lambda state: state[0])[1]:
+        point = points.setdefault(entry["step"], {"step": entry["step"], **dict.fromkeys(LOGGED)})
+        for key, names in LOGGED.items():
+            values = [entry[name] for name in names if entry.get(name) is not None]
+            if values and math.isfinite(values[0]):
+                point[key] = values[0]
+    return [point for _, point in sorted(points.items()) if point["loss"] is not None or point["eval_loss"] is not None]
+
+
+def unit(log: Log) -> str:
+    """`tokens`, or `step` where the trainer did not count tokens at every training loss."""
+    return "step" if any(point["tokens"] is None for point in log if point["loss"] is not None) else "tokens"
+
+
+def curve(log: Log, unit: str) -> list[tuple[float, float | None, float | None]]:
+    """(tokens or step, training loss, validation loss) of each point.
+
+    Validation is logged without a token count: it gets the count of the training loss before it.
+    """
+    points, seen = [], 0.0
+    for point in log:
+        seen = point[unit] if point[unit] is not None else seen
+        points.append((seen, point["loss"], point["eval_loss"]))
+    return points
+
+
+@dataclass
+class Run:
+    """One stage's training while it runs. `points` has, by step, what was logged, and `time` in seconds since 1970."""
+
+    folder: Path  # outputs/2b
+    points: dict[int, dict[str, Any]] = field(default_factory=dict)
+    loaders: dict[Path, Any] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Read what was added since the last call; from the start when a file that was read is gone."""
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+        from tensorboard.util.tensor_util import make_ndarray
+
+        files = sorted(self.folder.glob("runs/**/events.out.tfevents.*"), key=lambda path: path.name)
+        if any(path not in files for path in self.loaders):
+            self.points, self.loaders = {}, {}
+        for path in files:
+            loader = self.loaders.setdefault(path, EventFileLoader(str(path)))
+            for event in loader.Load():  # up to the last whole record
+                for value in event.summary.value:
+                    name = SCALARS.get(value.tag)
+                    if name == "loss" and self.points and event.step <= next(reversed(self.points)):
+                        # A resumed run repeats the steps after its checkpoint; what was logged for them before is dropped.
+                        self.points = {step: point for step, point in self.points.items() if step < event.step}
+                    if name:
+                        point = self.points.setdefault(
+                            event.step, {"step": event.step, **dict.fromkeys(SCALARS.values())}
+                        )
+                        point[name] = float(make_ndarray(value.tensor))
+                        point["time"] = event.wall_time
+
+    @property
+    def log(self) -> Log:
+        return [point for _, point in sorted(self.points.items())]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of `name`."""
+        return next((point[name] for point in reversed(self.log) if point[name] is not None), None)
+
+
+def find(outputs: Path, known: dict[Path, Run]) -> list[Run]:
+    """Every run under `outputs`, by name, read up to now; `known` runs continue from what they have read."""
+    folders = sorted({path.parent for path in outputs.glob("*/runs")})
+    runs = [known.get(folder) or Run(folder) for folder in folders]
+    for run in runs:
+        run.refresh()
+    return runs
+
+
+def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -> int | None:
+    """How many steps the run will have: from its last whole checkpoint, its --max_steps, or the epochs done so far.
+
+    None before anything tells.
+    """
+    checkpoints = folder.glob("checkpoint-*/trainer_state.json")
+    for state in sorted(checkpoints, key=lambda path: int(path.parent.name.partition("-")[2] or 0), reverse=True):
+        try:
+            return int(json.loads(state.read_text())["max_steps"])
+        except (OSError, ValueError, KeyError, TypeError):  # being written, or removed since it was listed
+            continue
+    try:
+        overrides = json.loads((folder / "started.json").read_text())["overrides"]
+        return int(next(text for text in overrides if text.startswith("--max_steps=")).partition("=")[2])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return round(step * epochs / epoch) if epoch else None
+
+
+@dataclass(frozen=True)
+class Status:
+    """The state of a run now. Figures are None where nothing was logged, as GPU memory on a CPU."""
+
+    name: str
+    state: str  # running, trained, stopped
+    step: int
+    planned: int | None
+    seconds_left: float | None
+    silent: float  # seconds since the last update
+    figures: dict[str, float | None]
+
+
+def status(run: Run, epochs: float, now: float | None = None) -> Status | None:
+    """The state of a run; None when it has logged nothing yet."""
+    if not run.points:
+        return None
+    now = time.time() if now is None else now
+    losses = [point for point in run.log if point["loss"] is not None]
+    step = (losses or run.log)[-1]["step"]
+    silent = now - max(point["time"] for point in run.log)
+    planned = planned_steps(run.folder, step, run.last("epoch"), epochs)
+    finished = (run.folder / "trained.json").is_file()
+    state = "trained" if finished else "running" if silent < SILENT else "stopped"
+    left = None
+    if state == "running" and planned and len(losses) > 1:
+        # The median: a validation between two steps does not count as the pace.
+        paces = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairwise(losses[-30:])]
+        left = max(0.0, (planned - step) * statistics.median(paces))
+    figures = {name: run.last(name) for name in SCALARS.values()}
+    figures["memory"] = figures["memory"] or None
+    return Status(run.folder.name, state, step, planned, left, silent, figures)
+
+
+def duration(seconds: float | None) -> str:
+    """3725 -> 1 h 02 min."""
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def table(statuses: list[Status]) -> str:
+    """The runs as an HTML table, a row a run."""
+    formats = {
+        "loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e", "tokens": ",.0f", "tokens_per_second": ",.0f",
+        "memory": ".1f",
+    }  # fmt: skip
+    rows = []
+    for one in statuses:
+        state = {
+            "running": f"running, last update {duration(one.silent)} ago",
+            "trained": "trained, gate passed",
+            "stopped": f"stopped: no update for {duration(one.silent)}, no verdict",
+        }[one.state]
+        of = f" of {one.planned:,} ({one.step / one.planned:.0%})" if one.planned else ""
+        figures = [(one.figures[name], form) for name, form in formats.items()]
+        cells = ["" if value is None else format(value, form) for value, form in figures]
+        rows.append([one.name, state, f"{one.step:,}{of}", duration(one.seconds_left), *cells])
+    head = ["run", "state", "step", "time left", "loss", "validation", "learning rate", "tokens", "tokens/s", "GPU GiB"]
+    return tabulate(rows, head, tablefmt="html", disable_numparse=True)
