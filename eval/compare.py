@@ -37,7 +37,7 @@ def curve(stages: dict[str, dict[str, Any]]) -> tuple[list[Point], list[str]]:
             continue
         if points:
             points.append((before, math.nan, None))
-        points += [(before + seen, *losses) for seen, *losses in logs.curve(stage["training"], "tokens")]
+        points += [(before + seen, loss, check) for seen, loss, check in logs.curve(stage["training"], "tokens")]
         before = points[-1][0]
     return points, uncounted
 

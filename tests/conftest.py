@@ -38,3 +38,19 @@ def axolotl_validates() -> Callable[[dict[str, Any]], dict[str, Any]]:
         return validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
 
     return validate
+
+
+def log_step(
+    writer: Any, step: int, loss: float, at: float | None = None, memory: float = 0.0, steps: int = 40
+) -> None:
+    """Write to TensorBoard what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
+    for name, value in (
+        ("train/loss", loss),
+        ("train/learning_rate", 1e-4),
+        ("train/epoch", step / steps),
+        ("train/tokens/total", step * 2048),
+        ("train/tokens/train_per_sec_per_gpu", 150.0),
+        ("train/memory/device_reserved (GiB)", memory),
+    ):
+        writer.add_scalar(name, value, step, walltime=at)
+    writer.flush()

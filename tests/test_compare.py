@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -83,17 +84,17 @@ def reports() -> list[dict[str, Any]]:
     return [small_report("small", first), small_report("large", second)]
 
 
-def test_losses_stand_over_all_tokens_of_the_chain(reports):
-    assert compare.curve(tables.measured(reports[0])) == ([[(100, 4.0), (200, 3.0)]], [(200, 3.5)], [])
-    lines, checks, _ = compare.curve(tables.measured(reports[1]))
-    assert lines == [[(1000, 3.9)], [(1500, 2.0)]]  # 2b goes on where 2a ended
-    assert checks == [(1500, 2.5)]
+def test_losses_are_over_all_tokens_of_the_chain(reports):
+    assert compare.curve(tables.measured(reports[0])) == ([(100, 4.0, None), (200, 3.0, 3.5)], [])
+    points, _ = compare.curve(tables.measured(reports[1]))
+    assert points[0] == (1000, 3.9, None) and points[-1] == (1500, 2.0, 2.5)  # 2b continues where 2a ended
+    assert len(points) == 3 and math.isnan(points[1][1] or 0)  # no line between the stages
 
 
 def test_a_stage_without_token_counts_is_left_out_and_named(reports):
     reports[0]["stages"]["2a"]["training"][0]["tokens"] = None
-    assert compare.curve(tables.measured(reports[0])) == ([], [], ["2a"])
-    assert "did not count tokens: small 2a" in compare.sections(reports, True)[0].text
+    assert compare.curve(tables.measured(reports[0])) == ([], ["2a"])
+    assert "did not count tokens: small 2a" in compare.html(reports)
 
 
 def test_one_axis_holds_every_run(reports):
@@ -101,7 +102,7 @@ def test_one_axis_holds_every_run(reports):
     assert picture
     (axis,) = picture.axes
     drawn = {line.get_label(): np.asarray(line.get_xdata()).tolist() for line in axis.lines}
-    assert drawn["small, training"] == [100, 200] and drawn["large, training"] == [1000]
+    assert drawn["small, training"] == [100, 200] and drawn["large, training"] == [1000, 1000, 1500]
     assert drawn["small, validation"] == [200] and drawn["large, validation"] == [1500]
     assert axis.get_xscale() == "linear"
     colours = {
@@ -144,9 +145,8 @@ def test_other_texts_are_warned_of(reports):
 
 
 def test_what_no_run_has_is_left_out(reports):
-    titles = [part.title for part in compare.sections(reports, False)]
-    assert titles == ["Bits per byte", "Spoiled?", "Perplexity"]
-    assert compare.sections(reports, True)[0].title == "Loss over tokens"
+    titles = re.findall(r"<h2>(.*?)</h2>", compare.html(reports))
+    assert titles == ["Loss over tokens", "Bits per byte", "Degeneration", "Perplexity"]
 
 
 def test_a_run_without_a_stage_has_no_verdict_on_it(reports):
@@ -180,9 +180,7 @@ def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, cap
     assert "<b>renamed</b>" in other and "<b>small</b>" not in other  # a run goes by its file
 
 
-@pytest.mark.parametrize(
-    ("runs", "message"), [(["small", "small"], "compares with nothing"), (["small", "none"], "no report")]
-)
+@pytest.mark.parametrize(("runs", "message"), [(["small", "small"], "only one run"), (["small", "none"], "no report")])
 def test_bad_input_is_one_message(tmp_path, reports, monkeypatch, runs, message):
     write(tmp_path, reports)
     monkeypatch.setattr(sys, "argv", ["compare.py", *runs, "--reports", str(tmp_path)])

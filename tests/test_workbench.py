@@ -15,23 +15,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import log_step
 from nbclient import NotebookClient
 from tiny_curriculum import save_adapter, save_base
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer
 
 from docker import health
-from eval import logs as live, workbench
+from eval import workbench
 from prep.common import BadInput
 from train.stages import load_chain
 
@@ -39,227 +38,6 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "eval/workbench.ipynb"
 SCREENSHOTS = ROOT / "tests/screenshots"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-
-
-def log(
-    writer: SummaryWriter, step: int, loss: float, at: float | None = None, memory: float = 0.0, steps: int = 40
-) -> None:
-    """What the trainer logs at a step, under the names it uses (tests/test_smoke.py holds them to the real one)."""
-    for name, value in (
-        ("train/loss", loss),
-        ("train/learning_rate", 1e-4),
-        ("train/epoch", step / steps),
-        ("train/tokens/total", step * 2048),
-        ("train/tokens/train_per_sec_per_gpu", 150.0),
-        ("train/memory/device_reserved (GiB)", memory),
-    ):
-        writer.add_scalar(name, value, step, walltime=at)
-    writer.flush()
-
-
-# --- live logs --------------------------------------------------------------------------------------------------------
-
-
-def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
-    run = live.Run(tmp_path / "outputs/2a")
-    run.refresh()
-    assert live.status(run, 1) is None
-    with SummaryWriter(str(run.folder / "runs/x")) as writer:
-        log(writer, 1, 4.0)
-        run.refresh()
-        assert run.series("loss") == ([2048], [4.0])
-        log(writer, 2, 3.5)
-        writer.add_scalar("eval/loss", 3.7, 2)
-        writer.flush()
-        writer.add_scalar("eval/loss", 3.6, 3)  # counted no tokens: it stands where training stood
-        writer.add_text("args", "{}")
-        writer.flush()
-        run.refresh()
-    assert run.series("loss") == ([2048, 4096], [4.0, 3.5])
-    assert run.series("eval_loss") == ([4096, 4096], [pytest.approx(3.7), pytest.approx(3.6)])
-
-
-def test_a_record_that_is_being_written_waits(tmp_path: Path) -> None:
-    with SummaryWriter(str(tmp_path / "whole/runs/x")) as writer:
-        log(writer, 1, 4.0)
-        log(writer, 2, 3.5)
-    source = next(tmp_path.glob("whole/runs/x/events*"))
-    content = source.read_bytes()
-    target = tmp_path / "2a/runs/x" / source.name
-    target.parent.mkdir(parents=True)
-    run = live.Run(tmp_path / "2a")
-    seen = []
-    for end in range(0, len(content) + 40, 40):
-        target.write_bytes(content[:end]) if end == 0 else target.open("ab").write(content[end - 40 : end])
-        run.refresh()
-        seen.append(len(run.series("loss")[1]))
-    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 2
-
-
-def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
-    folder = tmp_path / "2a"
-    with SummaryWriter(str(folder / "runs/a")) as writer:
-        for step in range(1, 8):
-            log(writer, step, 4.0, at=1000.0 + step)
-        writer.add_scalar("eval/loss", 9.0, 5, walltime=1005.5)
-    os.rename(next(folder.glob("runs/a/*")), folder / "runs/a/events.out.tfevents.1.host")
-    with SummaryWriter(str(folder / "runs/b")) as writer:
-        for step in range(5, 7):
-            log(writer, step, 3.0, at=2000.0 + step)
-        writer.add_scalar("eval/loss", 8.0, 6, walltime=2006.5)
-    os.rename(next(folder.glob("runs/b/*")), folder / "runs/b/events.out.tfevents.2.host")
-    run = live.Run(folder)
-    run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0] and run.series("eval_loss")[1] == [8.0]
-    with SummaryWriter(str(folder / "runs/c")) as writer:
-        for step in range(6, 10):
-            log(writer, step, 2.0, at=3000.0 + step)
-    os.rename(next(folder.glob("runs/c/*")), folder / "runs/c/events.out.tfevents.3.host")
-    run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0, 2.0, 2.0, 2.0] and not run.series("eval_loss")[1]
-    loaders = dict(run.loaders)
-    run.refresh()
-    assert len(loaders) == 3 and run.loaders == loaders  # it went on where the last look ended
-    shutil.rmtree(folder / "runs/c")
-    run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 3.0]
-    shutil.rmtree(folder / "runs")
-    run.refresh()
-    assert not run.points
-
-
-def test_a_resumed_run_is_watched_from_its_first_second(tmp_path: Path) -> None:
-    """Its file is there, and has been looked at, a minute before its first loss is."""
-    run = live.Run(tmp_path / "2a")
-    with SummaryWriter(str(run.folder / "runs/a"), filename_suffix=".1") as writer:
-        for step in range(1, 8):
-            log(writer, step, 4.0, at=1000.0 + step)
-    run.refresh()
-    time.sleep(1.1)  # the second is in the file's name, by which they are read in order
-    with SummaryWriter(str(run.folder / "runs/b")) as writer:
-        writer.add_scalar("eval/loss", 3.9, 4, walltime=2000.0)
-        writer.flush()
-        run.refresh()
-        assert len(run.series("loss")[1]) == 7
-        log(writer, 5, 3.0, at=2005.0)
-        run.refresh()
-        assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0]
-        assert run.series("eval_loss") == ([4 * 2048], [pytest.approx(3.9)])
-        log(writer, 6, 2.0, at=2006.0)
-        run.refresh()
-    assert run.series("loss")[1] == [4.0, 4.0, 4.0, 4.0, 3.0, 2.0]
-
-
-def test_planned_steps_are_those_of_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    assert live.planned_steps(tmp_path, 5, None, 1) is None
-    for step, planned in ((9, "20"), (10, "30"), (100, '40, "torn')):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(f'{{"max_steps": {planned}}}')
-    (tmp_path / "checkpoint-200").mkdir()  # just begun
-    (tmp_path / "checkpoint-150").mkdir()
-    (tmp_path / "checkpoint-150/trainer_state.json").write_text("{}")
-    assert live.planned_steps(tmp_path, 5, 0.5, 1) == 30
-    assert live.planned_steps(tmp_path / "other", 5, 0.5, 2) == 20
-
-
-def test_time_left_whatever_was_logged(tmp_path: Path) -> None:
-    def status(times: dict[int, float], planned: int | None = 100) -> live.Status:
-        points = {step: {"loss": 1.0, "time": at} for step, at in times.items()}
-        run = live.Run(
-            tmp_path, points | {max(times, default=0) + 5: {"eval_loss": 1.0, "time": max(times.values(), default=0.0)}}
-        )
-        (tmp_path / "started.json").write_text(json.dumps({"overrides": [f"--max_steps={planned}"] if planned else []}))
-        found = live.status(run, 1, now=max(times.values(), default=0.0) + 1)
-        assert found and found.state == "running"
-        return found
-
-    assert status({}).step == 5 and status({}).seconds_left is None  # a validation before the first step
-    assert status({1: 10.0}).step == 1 and status({1: 10.0}).seconds_left is None
-    assert status({1: 10.0, 2: 20.0}).seconds_left == pytest.approx(980)
-    assert status({1: 10.0, 2: 20.0}, planned=None).seconds_left is None
-    assert status({10: 100.0, 20: 200.0}).seconds_left == pytest.approx(800)  # logged at every tenth step
-    assert status({1: 10.0, 2: 20.0}, planned=1).seconds_left == 0
-    slow = {step: 100.0 * step for step in range(1, 41)}
-    assert status(slow | {40 + step: 4000.0 + 10 * step for step in range(1, 31)}).seconds_left == pytest.approx(300)
-
-
-def test_tables_and_curves_of_several_runs(tmp_path: Path) -> None:
-    runs = []
-    for name, gib in (("2a", 0.0), ("2b", 7.5)):
-        with SummaryWriter(str(tmp_path / f"{name}/runs/x")) as writer:
-            for step in (1, 2, 3):
-                log(writer, step, 4.0 - step, at=1000.0 + (10 if step < 3 else 100) * step, memory=gib)
-            writer.add_scalar("eval/loss", 3.25, 2, walltime=1020.0)
-    (tmp_path / "2c").mkdir()  # prepared, not begun
-    known = live.find(tmp_path, {})
-    runs = live.find(tmp_path, {known[0].folder: known[0]})
-    assert [run.folder.name for run in runs] == ["2a", "2b"] and runs[0] is known[0] and runs[1] is not known[1]
-    assert live.find(tmp_path / "none", {}) == [] and live.draw(runs) is None and live.summary(runs, {}) == []
-    for run in runs:
-        run.refresh()
-    (tmp_path / "2a/trained.json").write_text("{}")
-    first, second = (live.status(run, epochs, now=1360.0) for run, epochs in zip(runs, (1, 2), strict=True))
-    assert first and first.seconds_left is None and first.silent == 60
-    assert second and second.planned == 80 and second.step == 3
-    assert second.seconds_left == pytest.approx(77 * (10 + 280) / 2)  # the middle of the paces
-    assert second.figures["memory"] == 7.5 and second.figures["eval_loss"] == 3.25
-    late = live.status(runs[1], 2, now=1300.0 + live.SILENT + 1)
-    assert late and late.state == "stopped" and late.seconds_left is None
-    assert [one.planned for one in live.summary(runs, {"2b": 3})] == [40, 120]
-    page = re.sub(r"<[^>]*>", "|", live.table([first, second, late]))
-    for words in ("trained, past its gate", "heard of 60 s ago", "silent for 15 min, no verdict", "3 of 80", "1.000",
-                  "3.250", "1.00e-04", "6,144", "150", "7.5", "3 h 06 min"):  # fmt: skip
-        assert words in page, words
-    begun = replace(second, name="<2b>", planned=None)
-    assert "<b>&lt;2b&gt;</b>" in live.table([begun]) and "<td>3</td>" in live.table([begun])
-    assert [live.duration(seconds) for seconds in (None, 5, 89.4, 90, 3599, 3725)] == [
-        "", "5 s", "89 s", "2 min", "1 h 00 min", "1 h 02 min"
-    ]  # fmt: skip
-    picture = live.draw(runs)
-    assert picture
-    upper, lower = picture.axes
-    assert [line.get_label() for line in upper.lines] == [
-        "2a, training",
-        "2a, validation",
-        "2b, training",
-        "2b, validation",
-    ]
-    assert np.asarray(upper.lines[2].get_xdata()).tolist() == [2048, 4096, 6144] and np.asarray(
-        upper.lines[3].get_ydata()
-    ).tolist() == [3.25]
-    assert upper.lines[0].get_color() == upper.lines[1].get_color() != upper.lines[2].get_color()
-    assert [np.asarray(line.get_ydata()).tolist() for line in lower.lines] == [[pytest.approx(1e-4)] * 3] * 2
-    assert lower.get_xlabel() == "tokens of the run"
-    for point in runs[0].points.values():  # one that was trained without counting
-        point.pop("tokens")
-    mixed = live.draw(runs)
-    assert mixed and mixed.axes[1].get_xlabel() == "steps of the run"
-    assert np.asarray(mixed.axes[0].lines[2].get_xdata()).tolist() == [1, 2, 3]
-
-
-def test_progress_and_time_left(tmp_path: Path) -> None:
-    folder = tmp_path / "2a"
-    with SummaryWriter(str(folder / "runs/a")) as writer:
-        for step in (1, 2, 3, 4):
-            log(writer, step, 4.0, at=1000.0 + 10 * step)
-    run = live.Run(folder)
-    run.refresh()
-    one = live.status(run, 1, now=1041.0)
-    assert one and one.state == "running" and one.step == 4
-    assert one.planned == 40  # by the share of the epoch
-    assert one.seconds_left == pytest.approx(36 * 10)
-    assert one.figures["memory"] is None
-    (folder / "started.json").write_text(json.dumps({"overrides": ["--bf16=False"]}))
-    assert (whole := live.status(run, 1, now=1041.0)) and whole.planned == 40
-    (folder / "started.json").write_text(json.dumps({"overrides": ["--bf16=False", "--max_steps=20"]}))
-    assert (two := live.status(run, 1, now=1041.0)) and two.planned == 20
-    (folder / "checkpoint-4").mkdir()
-    (folder / "checkpoint-4/trainer_state.json").write_text('{"max_steps": 30, "torn')
-    assert (three := live.status(run, 1, now=1041.0)) and three.planned == 20
-    (folder / "checkpoint-4/trainer_state.json").write_text('{"max_steps": 30}')
-    assert (four := live.status(run, 1, now=1041.0 + 3600)) and (four.planned, four.state) == (30, "stopped")
-    (folder / "trained.json").write_text("{}")
-    assert (five := live.status(run, 1, now=1041.0)) and five.state == "trained"
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
@@ -276,7 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("2a", "2b"):
         with SummaryWriter(str(cwd / f"outputs/{name}/runs/x")) as writer:
             for step in range(1, 11):
-                log(writer, step, 4 - step / 10)
+                log_step(writer, step, 4 - step / 10)
     (cwd / "outputs/2a/trained.json").write_text("{}")
     return cwd
 
@@ -708,7 +486,7 @@ def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_pat
         assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 1] 0" in text
         assert "No report yet" in text or list((ROOT / "eval/reports").glob("*.json"))
     else:
-        assert "trained, past its gate" in text and "[3, 4]" in text
+        assert "trained, gate passed" in text and "[3, 4]" in text
         assert "No stage" not in text
 
 
@@ -789,7 +567,7 @@ def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, contin
                 step = 0
                 while not writing.wait(0.3):
                     step += 1
-                    log(writer, step, 2 + 2 * math.exp(-step / 100), steps=1000)
+                    log_step(writer, step, 2 + 2 * math.exp(-step / 100), steps=1000)
 
         threading.Thread(target=train, daemon=True).start()
         steps = "return [...document.querySelectorAll('table.runs tr')].map(r => r.innerText).filter(t => t.startsWith('2c')).map(t => parseInt(t.split('\\t')[2]))[0] || 0"
