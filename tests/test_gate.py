@@ -55,7 +55,8 @@ def write_checkpoint(name: str, reached: int = 20, planned: int = 20) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in [*output.glob("*.safetensors"), *output.glob("adapter_config.json")]:
         (folder / path.name).write_bytes(path.read_bytes())
-    torch.save({"state": {}}, folder / "optimizer.pt")
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": {}}, folder / file)
     history = [{"step": reached, "loss": 1.0, "tokens/total": 4096}]
     state = {"global_step": reached, "max_steps": planned, "epoch": 1.0, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
@@ -240,22 +241,14 @@ def test_half_trained_weights_under_the_final_name() -> None:
         judge("2a")
 
 
-def damage(path: str, text: str | bytes | None) -> Callable[[], None]:
-    def change() -> None:
-        if text is None:
-            Path(path).unlink()
-        elif isinstance(text, bytes):
-            Path(path).write_bytes(text)
-        else:
-            Path(path).write_text(text)
-
-    return change
+def damage(path: str, text: str | None) -> Callable[[], Any]:
+    return lambda: Path(path).unlink() if text is None else Path(path).write_text(text)
 
 
 DAMAGED = [
     (damage("outputs/2a/checkpoint-20/trainer_state.json", '{"global_step": 20'), "trainer_state.json is damaged"),
     (damage("outputs/2a/model.safetensors", None), "holds no weights"),
-    (damage("outputs/2a/model.safetensors", b"half"), "is not what checkpoint-20 saved"),
+    (damage("outputs/2a/model.safetensors", "half"), "is not what checkpoint-20 saved"),
     (damage("outputs/2a/started.json", None), "started.json is missing; remove outputs/2a"),
     (damage("outputs/2a/started.json", '{"data": {}}'), "started.json is damaged"),
     (lambda: write_rows("2a", "Il pleuvait."), "data of stage 2a changed since .*started.json was written"),
@@ -265,7 +258,7 @@ DAMAGED = [
     (damage("data/2a.manifest.json", None), "2a.manifest.json is missing; `make prep-a`"),
     (damage("data/2a.manifest.json", "{"), "2a.manifest.json is damaged; `make prep-a`"),
     (damage("models/base/source.json", '{"files": ['), "source.json is damaged; `make data`"),
-    (damage("models/base/model.safetensors", b"another"), "model.safetensors is not the file that .*source.json"),
+    (damage("models/base/model.safetensors", "another"), "model.safetensors is not the file that .*source.json"),
 ]
 
 
@@ -358,7 +351,9 @@ def test_a_missing_compiler_is_said_before_the_training(monkeypatch: pytest.Monk
         check_compiler()
 
 
-@pytest.mark.parametrize("damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
 def test_torn_checkpoints_are_found(damaged: str) -> None:
     train_2a(nudge)
     checkpoint = Path("outputs/2a/checkpoint-20")
@@ -371,11 +366,8 @@ def test_torn_checkpoints_are_found(damaged: str) -> None:
 # --- the plugin, called as Axolotl calls it --------------------------------------------------------------------------
 
 
-def launch(name: str, **overrides: Any) -> str:
-    """The calls of `accelerate launch -m axolotl.cli.train recipes/NAME.yml` before the rows are loaded; why it stopped.
-
-    Empty when the training would start.
-    """
+def registered(name: str, **overrides: Any) -> tuple[Any, Any]:
+    """The plugin, and the settings it leaves, after Axolotl's first call."""
     from axolotl.utils.dict import DictDefault
 
     from train.plugins import Gate
@@ -383,6 +375,12 @@ def launch(name: str, **overrides: Any) -> str:
     plugin = Gate()
     cfg = DictDefault(CHAIN[name].config | overrides | {"axolotl_config_path": str(CHAIN[name].recipe)})
     plugin.register(cfg)
+    return plugin, cfg
+
+
+def launch(name: str, **overrides: Any) -> str:
+    """What `accelerate launch -m axolotl.cli.train recipes/NAME.yml` stops with before the rows are loaded; or empty."""
+    plugin, cfg = registered(name, **overrides)
     try:
         plugin.load_datasets(cfg)
     except SystemExit as stop:
@@ -447,15 +445,12 @@ def test_a_trained_stage_is_not_trained_again(plugin: None, trained: None, capsy
     assert "data of stage 2c changed" in launch("2c")
 
 
-def test_two_trainings_in_one_folder(plugin: None) -> None:
-    code = "import sys; from pathlib import Path; from train.resume import lock; held = lock(Path('outputs/2a')); print(flush=True); sys.stdin.read()"
-    root = RECIPES.parent
-    other = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )
+HOLD = "import sys, pathlib, train.resume as r; held = r.lock(pathlib.Path('outputs/2a')); print(flush=True); sys.stdin.read()"
+
+
+def test_two_trainings_in_one_folder(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
+    other = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout and other.stdout.readline()
     assert f"process {other.pid} is training in outputs/2a" in launch("2a")
     other.kill()
@@ -463,27 +458,16 @@ def test_two_trainings_in_one_folder(plugin: None) -> None:
     assert launch("2a") == ""
 
 
-def test_new_rows_get_a_new_cache(plugin: None) -> None:
-    from axolotl.utils.dict import DictDefault
-
-    from train.plugins import Gate
-
+def test_new_rows_get_a_new_cache() -> None:
     paths = []
     for text in ("Il neigeait.", "Il pleuvait.", "Il neigeait."):
         write_rows("2a", text)
-        cfg = DictDefault(CHAIN["2a"].config)
-        Gate().register(cfg)
-        paths.append(cfg["dataset_prepared_path"])
+        paths.append(registered("2a")[1]["dataset_prepared_path"])
     assert paths[0] == paths[2] != paths[1] and all(path.startswith("data/prepared/2a-") for path in paths)
 
 
-def test_rows_without_a_held_out_part(plugin: None) -> None:
+def test_rows_without_a_held_out_part() -> None:
     """What `--holdout 0` prepares for the last run, on the whole book."""
-    from axolotl.utils.dict import DictDefault
-
-    from train.plugins import Gate
-
     Path("data/2c.heldout.jsonl").write_text("")
-    cfg = DictDefault(CHAIN["2c"].config)
-    Gate().register(cfg)
+    cfg = registered("2c")[1]
     assert cfg["test_datasets"] is None and cfg["eval_steps"] is None

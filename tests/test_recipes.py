@@ -87,7 +87,7 @@ def test_steps_in_comments_are_true() -> None:
         length, sizes = stage.config["sequence_len"], ("micro_batch_size", "gradient_accumulation_steps")
         step = stage.config[sizes[0]] * stage.config[sizes[1]] * length
         text = stage.recipe.read_text()
-        assert f"= {step:,} tokens a step" in text and f"{windows:,} windows x {length}" in text
+        assert f"= {step:,} tokens per step" in text and f"{windows:,} windows x {length}" in text
         assert f"= {windows * length // step:,} steps" in text
 
 

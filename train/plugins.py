@@ -53,7 +53,9 @@ class Gate(BasePlugin):
         self.recipe = Path(cfg.get("axolotl_config_path") or "")
         self.settings = json.loads(json.dumps(cfg, default=str))
         # Axolotl reuses its cache of tokenised rows when the rows have changed: a folder for each version of them.
-        manifests = sorted({manifest_of(path) for path in [*(Path(row["path"]) for row in cfg["datasets"]), *heldout]})
+        manifests = sorted(
+            {manifest_of(path) for path in [*(Path(rows["path"]) for rows in cfg.get("datasets") or []), *heldout]}
+        )
         if cfg.get("dataset_prepared_path") and all(path.exists() for path in manifests):
             digest = hashlib.sha256(b"".join(path.read_bytes() for path in manifests)).hexdigest()
             cfg["dataset_prepared_path"] += f"-{digest[:12]}"

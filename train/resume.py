@@ -33,12 +33,17 @@ def lock(folder: Path) -> IO[str]:
 def is_whole(checkpoint: Path) -> bool:
     """Was this checkpoint written to its end? The Trainer writes it in place, its state last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
         weights = list(checkpoint.glob("*.safetensors"))
         for path in weights:
             with safe_open(path, framework="pt") as handle:  # compares the header with the length of the file
                 handle.keys()
-        return bool(weights) and zipfile.is_zipfile(checkpoint / "optimizer.pt")
+        saved_by_torch = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+        return (
+            {"global_step", "max_steps"} <= set(state)
+            and bool(weights)
+            and all(map(zipfile.is_zipfile, saved_by_torch))
+        )
     except Exception:
         return False
 
@@ -47,8 +52,10 @@ def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
     """Ready the output folder to start the run that `plan` describes, or to resume it. Raises BadInput if it is another's."""
     for checkpoint in checkpoints(stage.output_dir):
         if not is_whole(checkpoint):
-            print(f"{checkpoint} is incomplete: removed", flush=True)
-            shutil.rmtree(checkpoint)
+            aside = checkpoint.with_name(f"incomplete-{checkpoint.name}")
+            print(f"{checkpoint} is incomplete: it is now {aside}", flush=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
     started = stage.output_dir / "started.json"
     if checkpoints(stage.output_dir):
         remedy = f"remove {stage.output_dir} to train the stage again"

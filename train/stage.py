@@ -33,7 +33,6 @@ from train.stages import Stage, line_of, load_chain
 
 OVERRIDES = Path(__file__).with_name("overrides.yml")
 PROGRESS = "progress.json"  # in the output folder: the plugin's Progress writes it
-GATE = "train.plugins.Gate"
 
 
 def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[str], dict[str, Any]]:
@@ -141,10 +140,8 @@ def main() -> int:
     chain = load_chain(args.recipes)
     stage = line_of(args.stage, chain)[-1]
     launch, overrides = load_profile(args.profile, stage.name)
-    if GATE not in overrides.get("plugins", stage.config.get("plugins") or []):
-        raise BadInput(
-            f"{stage.recipe} or profile {args.profile} must list {GATE} under plugins: it judges the training"
-        )
+    if "train.plugins.Gate" not in overrides.get("plugins", stage.config.get("plugins") or []):
+        raise BadInput(f"{stage.recipe} must list train.plugins.Gate under plugins: it judges the training")
     check_ready(stage, chain)
     if stage.verdict.exists():
         print(f"{describe(recall(stage, chain))}. Remove {stage.output_dir} to train it again.")
