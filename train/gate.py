@@ -1,15 +1,15 @@
 """Did a stage train as planned? Writes outputs/2X/trained.json if it did, and says why if it did not.
 
-A failed training often looks like a good one: an adapter that was loaded frozen, updates lost to bf16 rounding, a run
-stopped by Ctrl-C whose half-trained weights have the final name, a cache of older rows. A stage counts as trained when:
+A failed training often looks like a good one: an adapter that was loaded frozen, updates lost to bf16 rounding, weights
+saved half-trained by Ctrl-C, a cache of older rows. A stage counts as trained when:
 
   steps      the last checkpoint is at the last planned step, and the final weights are that checkpoint's
   data       the rows are those of their manifest, and those the training started with
-  inputs     the model (and adapter) it builds on are, byte for byte, what was collected or trained before
-  movement   full weights moved as far as FULL_WEIGHTS asks; in every module of a new adapter B is no longer zero;
-             every module of a continued adapter differs from before, with the same rank and targets
+  inputs     the model (and adapter) it builds on is, byte for byte, what was collected or trained before
+  movement   full weights moved as far as FULL_WEIGHTS asks, a new adapter's B away from zero, a continued adapter away
+             from where it was: in every module
 
-train/plugins.py judges at the end of every training. This command judges, or repeats, what is on disk:
+train/plugins.py calls it at the end of every training. The command checks what is on disk:
 
   python train/gate.py            every stage that has an output (make check)
   python train/gate.py 2b         one, and what it builds on
