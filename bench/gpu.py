@@ -288,7 +288,9 @@ def machine(gpu: bool) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise BadInput("found no NVIDIA GPU; `--tiny` tests this script on a CPU, with a tiny model") from error
     if not torch.backends.cuda.is_built():
-        raise BadInput(f"torch {torch.__version__} is a build without CUDA; `make setup TORCH=cuda` installs the other")
+        raise BadInput(
+            f"torch {torch.__version__} is a build without CUDA; `make setup TORCH=cuda` installs one with it"
+        )
     name, memory, driver, power = (value.strip() for value in said.split(","))
     return found | {"gpu": name, "memory": memory, "driver": driver, "power_limit": power, "cuda": torch.version.cuda}
 
