@@ -125,7 +125,7 @@ def score(found: list[str], truth: list[str], differences: list[str] | None = No
             kinds.update(found_kinds)
             context = " ".join(clean_words[max(0, op.dest_start - 4) : op.dest_start])
             differences.append(f"{(found_kinds or ['text'])[0]}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
-    right = set()
+    right: set[int] = set()
     for j in sorted(starts):
         if (i := aligned[j]) in clean_starts - right:
             right.add(i)

@@ -30,6 +30,7 @@ from lxml import etree
 from striprtf.striprtf import rtf_to_text
 
 from prep.common import BadInput
+from prep.encodings import decode
 from prep.pdf import read_pdf
 
 BOOK_SUFFIXES = (".pdf", ".epub", ".docx", ".odt", ".html", ".htm", ".xhtml", ".rtf", ".txt")
@@ -55,7 +56,7 @@ def read_bytes(data: bytes, name: str) -> BookText:
     """As `read_book`, of a file's bytes; `name` is for messages."""
     kind = kind_of(data, name)
     if kind == "txt":
-        return BookText(decode_text(data, name), None, {}, [])
+        return BookText(decode(data, name), None, {}, [])
     if kind == "zip":
         return _one_book(read_members(data, name), name)
     readers: dict[str, Callable[[bytes, str], BookText]] = {
@@ -142,7 +143,7 @@ def kind_of(data: bytes, name: str) -> str:
     for start, what, advice in _NO_BOOK:
         if re.match(start, data[:300], re.S):
             raise BadInput(f"{name} is {what}, not a book: {advice}")
-    text = decode_text(data, name)
+    text = decode(data, name)
     if _HTML.match(text[:5000]) or len(re.findall(r"</?(?:p|div|br|h[1-6])\b[^>]{0,200}>", text, re.I)) > 5:
         return "html"
     if found := _text_kind(text):
@@ -193,18 +194,6 @@ def _text_kind(text: str) -> str | None:
     if sum(map(str.isalpha, text)) < 0.5 * sum(not c.isspace() for c in text):
         return "mostly figures and signs"
     return None
-
-
-def decode_text(data: bytes, name: str) -> str:
-    """The text of bytes in UTF-8, UTF-16 with its mark, or CP1252."""
-    for encoding in ["utf-16"] if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ["utf-8-sig", "cp1252"]:
-        try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-        if sum(text.count(chr(code)) for code in (*range(9), *range(14, 32))) <= len(text) // 1000:
-            return text
-    raise BadInput(f"{name} is neither a PDF nor a text in UTF-8 or CP1252; convert it to one of these")
 
 
 # --- formats that know their paragraphs -------------------------------------------------------------------------------
@@ -363,7 +352,7 @@ def _parse_html(data: bytes, name: str) -> Any:
     try:
         text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
     except (UnicodeDecodeError, LookupError):
-        text = decode_text(data, name)
+        text = decode(data, name)
     text = re.sub(r"^\s*<\?xml[^>]*>", "", text)
     return lxml.html.document_fromstring(text + "<p></p>", parser=lxml.html.HTMLParser(huge_tree=True))  # never empty
 

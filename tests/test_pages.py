@@ -61,6 +61,21 @@ EDGES: dict[str, Callable[[int], list[str]]] = {
 }
 
 
+NOTICE = """\
+Source gallica.bnf.fr / Bibliothèque nationale de France
+1/ Les contenvs accessibles sur le site Gallica sont pour la plupart
+des reproductions numériqnes d'oeuvres tombées dans le domaine public.
+- La réutilisation non commercia1e de ces contenus est libre
+2/ Les contenus de Gallica sont 1a propriété de la BnF au sens de l'article
+6/ L'utilisatcur s'engage à respecter les présentes conditions d'utilisation
+7/ Pour obtenir un docunent de Gallica en haute définition, contacter
+utilisation.commerciale@ bnf.fr."""
+CONTENTS = "\n".join(
+    ["TABLE DES MATIÈRES", *(f"{roman(n).upper()}. — Le bac et la grille. . . . . {7 * n}" for n in range(1, 15))]
+)
+CATALOGUE = "\n".join(f"La Grille rouge, {n}e édition. 1 vol. in-18 ... 3 fr. 50" for n in range(1, 12))
+
+
 @pytest.mark.parametrize("between", ["", "\n", "\f"], ids=["no gap", "blank lines", "form feeds"])
 @pytest.mark.parametrize("kind", EDGES)
 def test_page_numbers_and_running_headers_go_and_nothing_else(novel, kind, between):
@@ -267,21 +282,6 @@ def test_title_page_goes_with_the_header_that_repeats_it(novel):
     found = clean_pages(title + body)
     assert " ".join(found.paragraphs) == " ".join(novel)
     assert found.counts["title_page"] == 2 and found.counts["library_stamps"] == 1
-
-
-NOTICE = """\
-Source gallica.bnf.fr / Bibliothèque nationale de France
-1/ Les contenvs accessibles sur le site Gallica sont pour la plupart
-des reproductions numériqnes d'oeuvres tombées dans le domaine public.
-- La réutilisation non commercia1e de ces contenus est libre
-2/ Les contenus de Gallica sont 1a propriété de la BnF au sens de l'article
-6/ L'utilisatcur s'engage à respecter les présentes conditions d'utilisation
-7/ Pour obtenir un docunent de Gallica en haute définition, contacter
-utilisation.commerciale@ bnf.fr."""
-CONTENTS = "\n".join(
-    ["TABLE DES MATIÈRES", *(f"{roman(n).upper()}. — Le bac et la grille. . . . . {7 * n}" for n in range(1, 15))]
-)
-CATALOGUE = "\n".join(f"La Grille rouge, {n}e édition. 1 vol. in-18 ... 3 fr. 50" for n in range(1, 12))
 
 
 @pytest.mark.parametrize(
