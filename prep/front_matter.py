@@ -28,6 +28,35 @@ def drop_front_matter(lines: list[str], counts: Counter[str]) -> list[str]:
     return _drop_title_pages(_drop_stamps(lines, width, counts), counts)
 
 
+# --- Project Gutenberg's header and licence -------------------------------------------------------------------------
+
+_START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|\*END[ *]*THE SMALL PRINT", re.I)
+_END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|End of (?:the |this )?Project Gutenberg", re.I)
+_CREDITS = re.compile(r"(?:Produced|Credits|Transcribed|E-?text (?:prepared|produced)).{0,12}\b(?:by|:)", re.I)
+
+
+def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
+    """The lines between Project Gutenberg's START and END markers, without its credits; all lines where it has none."""
+    starts = [i for i, line in enumerate(lines) if _START.match(line)]
+    if not starts:
+        return lines
+    first = _after_block(lines, starts[-1])
+    last = next((i for i in range(first, len(lines)) if _END.match(lines[i])), len(lines))
+    for _ in range(3):  # blocks that may be credits
+        while first < last and not lines[first]:
+            first += 1
+        if first < last and _CREDITS.match(lines[first]):
+            first = _after_block(lines, first)
+    counts["edition_notes"] += sum(map(_is_text, lines[:first] + lines[last:]))
+    return lines[first:last]
+
+
+def _after_block(lines: list[str], index: int) -> int:
+    while index < len(lines) and lines[index]:
+        index += 1
+    return index
+
+
 def letters_of(text: str) -> str:
     """The small letters of a text: what stays when marks, figures and case are misread or differ."""
     return "".join(filter(str.isalpha, text.lower()))

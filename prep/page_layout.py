@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from rapidfuzz import fuzz
 
-from prep.front_matter import drop_front_matter, drop_notice, letters_of
+from prep.front_matter import drop_edition, drop_front_matter, drop_notice, letters_of
 from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
 from prep.typography import clean_characters, to_convention
 
@@ -34,7 +34,7 @@ def clean_pages(text: str) -> Cleaned:
     counts: Counter[str] = Counter()
     text = clean_characters(text).replace("\f", f"\n{PAGE_END}\n")
     lines = [line.strip() for line in text.split("\n")]
-    lines = drop_notice(lines, counts)
+    lines = drop_notice(drop_edition(lines, counts), counts)
     if PAGE_END in lines or _chain(lines):
         lines, gaps = drop_headers_and_footers(drop_front_matter(lines, counts), counts)
     else:

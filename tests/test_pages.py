@@ -347,6 +347,20 @@ def test_a_pages_own_number_tells_a_header_that_was_read_as_rubbish(novel):
         assert another.strip() in " ".join(clean_pages(raw.replace(mine, another)).paragraphs)
 
 
+@pytest.mark.parametrize("marker", ["THIS", "THE"])
+def test_project_gutenbergs_header_credits_and_licence_go(novel, marker):
+    header = (
+        f"The Project Gutenberg EBook of Un conte\n\nTitle: Un conte\n\n*** START OF {marker} PROJECT GUTENBERG EBOOK"
+    )
+    credits = "Produced by a volunteer and the\nDistributed Proofreaders"
+    end = (
+        f"End of Project Gutenberg's Un conte\n\n*** END OF {marker} PROJECT GUTENBERG EBOOK ***\n\nSection 1. Licence."
+    )
+    found = clean_pages("\n\n".join([f"{header} UN\nCONTE ***", credits, *novel, end]))
+    assert found.paragraphs == novel
+    assert clean_pages("\n\n".join([credits, *novel])).paragraphs[-1] == novel[-1]
+
+
 def test_empty_and_tiny_texts():
     assert clean_pages("").paragraphs == []
     assert clean_pages(" \n\f\n \n").paragraphs == []
