@@ -17,7 +17,7 @@ from eval import logs, plots, report, tables, verdict
 from eval.plots import Point
 from eval.report import Section
 from eval.tables import Table, bracket, measured
-from prep.common import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write, run, run_name
 
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: on a linear axis the short one is a dot
 
@@ -154,7 +154,7 @@ def html(reports: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names of reports, two or more")
+    parser.add_argument("runs", type=run_name, nargs="+", metavar="RUN", help="names of reports, two or more")
     parser.add_argument(
         "--reports", type=Path, default=Path("eval/reports"), help="their folder (default eval/reports)"
     )

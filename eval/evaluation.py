@@ -35,7 +35,7 @@ import torch
 
 from eval import intervals, logs, memory, position, prose, report, samples, scoring, style, weights
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, atomic_write, cpu_name, git_state, run, sha256
+from prep.common import BadInput, atomic_write, cpu_name, git_state, run, run_name, sha256
 from train.gate import hashed
 from train.stages import load_chain
 
@@ -237,7 +237,7 @@ def previous(path: Path) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    parser.add_argument("--run", required=True, help="name of the report")
+    parser.add_argument("--run", type=run_name, required=True, help="name of the report")
     parser.add_argument("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     parser.add_argument("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """What every script here does at its edge: whole files or none, and one clear sentence when something is wrong."""
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -52,6 +53,13 @@ def sha256(path: str | Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def run_name(text: str) -> str:
+    """An argparse type: the name of a report. A path would be written outside the folder of reports."""
+    if text in ("", ".", "..") or Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a path; give a name, as full or small")
+    return text
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -1,5 +1,6 @@
 """The Makefile: settings reach the commands as they were typed, and nothing in them is run."""
 
+import argparse
 import os
 import re
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from prep.common import run_name
 
 ROOT = Path(__file__).parent.parent
 # Stands for .venv/bin/python: records what it was called with, arguments apart by \x1f, calls by \x1e.
@@ -91,6 +94,13 @@ def test_arguments_are_split_as_a_shell_would(project: Path) -> None:
 def test_what_is_missing_is_asked_for(project: Path) -> None:
     for target in ("book", "compare", "bench-prep"):
         assert make(project, target, expect=2) == []
+
+
+@pytest.mark.parametrize("name", ["../full", "a/b", "/tmp/full", "..", ""])
+def test_a_report_is_written_to_the_folder_of_reports(name: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is a path"):
+        run_name(name)
+    assert run_name("novel 2.1") == "novel 2.1"
 
 
 def test_clean_demo_keeps_what_a_user_kept(project: Path) -> None:
