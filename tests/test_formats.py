@@ -327,6 +327,15 @@ def test_pages_without_text_are_counted_and_named(pdf, tmp_path, scans, refused)
         assert words in book.warnings[0] and book.counts["pages_without_text"] == scans
 
 
+@pytest.mark.parametrize("form", ["p. {}", "{}/240", "{} / 240"])
+def test_page_numbers_in_the_forms_of_a_foot(pdf, tmp_path, form):
+    for number in range(3):
+        pdf.lines(40, 560, ["Il alla à la page p. 12, et puis il revint", "13/14", form.format(number + 7)])
+        pdf.canvas.showPage()
+    pages = text_of(pdf, tmp_path).text.split("\f")
+    assert pages == [f"Il alla à la page p. 12, et puis il revint\n13/14\n{number + 7}" for number in range(3)]
+
+
 def pdf_with_glyphs(text: str, unnamed: str) -> bytes:
     """A PDF of one page whose font gives some letters names that say nothing."""
     codes = {letter: 1 + n for n, letter in enumerate(unnamed)}
