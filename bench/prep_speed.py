@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from prep.common import BadInput, atomic_write, cpu_name, run, versions
-from prep.dedup import Signatures, sampled_runs, word_hashes
+from prep.dedup import Signatures, sampled, word_hashes
 from prep.page_layout import clean_pages
 from prep.readers import read_books, source_paths
 from prep.rows import Cutter, load_tokenizer
@@ -205,8 +205,8 @@ def single_steps(source: Path, tokenizer: Path, scratch: Path) -> dict[str, floa
 
     def signature(text: str) -> None:
         words = word_hashes(text)
-        sampled_runs(words, 8)
-        minhash.get_signature(sampled_runs(words, 5).reshape(-1, 1))
+        sampled(words, 8)
+        minhash.get_signature(sampled(words, 5).reshape(-1, 1))
 
     def tokens(text: str) -> None:
         for start in range(0, len(text), 25_000):  # a row of 16 windows
@@ -215,7 +215,7 @@ def single_steps(source: Path, tokenizer: Path, scratch: Path) -> dict[str, floa
     rates = {}
     for name, step in (
         ("signatures", signature),
-        ("counted and cut", cutter.passages),
+        ("tokenised and cut", lambda text: list(cutter.cut(cutter.encode([text])[0]))),
         ("for comparison: rows tokenised whole", tokens),
     ):
         began = time.process_time()

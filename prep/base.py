@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
-from prep.common import BadInput
-from prep.download import reason
+from prep.common import BadInput, reason
 
 # Every kind of character of the prepared text: a tokenizer that loses one of them is no base for French.
 SAMPLE = (

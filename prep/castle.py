@@ -108,7 +108,7 @@ def split(paragraphs: list[str], cutter: Cutter, holdout: float) -> Split | None
         end += 1
         if sum(tokens[start:end]) >= windows * cutter.sequence_len:
             (block,) = cutter.encode(["\n\n".join(paragraphs[start:end])])
-            if sum(passage.windows for passage in cutter.cut(block)) >= windows:
+            if sum(row.windows for row in cutter.cut(block)) >= windows:
                 return Split(start, end, windows)
     raise BadInput(
         f"the book has about {total:,} tokens: too few to hold out {windows} window(s) of {cutter.sequence_len}; "
@@ -122,10 +122,9 @@ def rows(tokens: Tokens, cutter: Cutter, name: str, starts: range, title: str) -
         if start >= len(tokens.ends):
             return
         at = cutter.word_start(tokens, start) if start else 0
-        for number, passage in enumerate(cutter.cut(tokens, at), 1):
+        for number, b in enumerate(cutter.cut(tokens, at), 1):
             part = f"{name} phase {start:04} row {number:03}"
-            text = tokens.text[passage.start : passage.end]
-            yield Row(text, title, title, "", "", part, passage.windows, passage.tail)
+            yield Row(tokens.text[b.start : b.end], title, title, "", "", part, b.windows, b.tail)
 
 
 def main() -> None:

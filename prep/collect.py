@@ -6,8 +6,8 @@
     python prep/collect.py gallica --dataset biglam/gallica_literary_fictions --files 3        Gallica's fiction, as tables
     python prep/collect.py book --source https://.../novel.pdf   a PDF, EPUB, text ...         -> data/raw/book/book.pdf
 
-Each collection ends with a `source.json` that says where it came from, with the sha256 of each file. It is written
-last: with it, the same command again returns at once; without it, the command goes on where it was interrupted, in a
+Each collection ends with a `source.json` that records where it came from, with the sha256 of each file. It is written
+last: with it, the same command again returns at once; without it, the command resumes the downloads, which wait in a
 neighbouring folder `.<name>.download`. A collection is never overwritten: remove it first, or give another `--out`.
 
 Downloads from the hub are checked against the hashes that the hub states. HF_ENDPOINT (a mirror), HF_TOKEN and
@@ -15,21 +15,39 @@ HF_HUB_OFFLINE=1 (local sources only) are honoured.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import shutil
-from importlib.metadata import version
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+# A broken Xet download starts again from its first byte, a plain one continues where it broke.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+
+import httpx
 import pyarrow
 import pyarrow.parquet
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
 
-from prep.common import BadInput, atomic_write, run, sha256
-from prep.download import Record, hub_fetch, hub_plan, need_room, reason, url_fetch, zenodo_fetch, zenodo_plan
+from prep.common import BadInput, atomic_write, reason, run, sha256, versions
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
 from prep.readers import SUFFIXES
+
+Record = dict[str, Any]
+Result = TypeVar("Result")
 
 BASE_REPO, BASE_REVISION = "TinyLlama/TinyLlama_v1.1", "ff3c701f2424c7625fdefb9dd470f45ef18b02d6"
 # The data sets by name, with the revision that is taken. The second one's repository holds only a program that loads the
@@ -48,11 +66,17 @@ def recorded(out: Path) -> Record | None:
     """
     if not (out / "source.json").is_file():
         return None
-    record: Record = json.loads((out / "source.json").read_text(encoding="utf-8"))
-    for file in record["files"]:
-        path = out / file["name"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            raise BadInput(f"{path} is missing or no longer as it was collected: remove {out} and collect it again")
+    try:
+        record: Record = json.loads((out / "source.json").read_text(encoding="utf-8"))
+        sizes = {file["name"]: file["bytes"] for file in record["files"]}
+        described(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{out / 'source.json'} is damaged: remove {out} and collect it again") from error
+    for name, size in sizes.items():
+        if not (out / name).is_file() or (out / name).stat().st_size != size:
+            raise BadInput(
+                f"{out / name} is missing or no longer as it was collected: remove {out} and collect it again"
+            )
     return record
 
 
@@ -80,15 +104,150 @@ def listing(folder: Path, names: list[str]) -> list[Record]:
 
 def write_record(out: Path, record: Record) -> None:
     """source.json, the last file of a collection."""
-    packages = ("huggingface_hub", "transformers", "torch")
+    record = record | {"versions": versions("huggingface_hub", "transformers", "torch")}
     with atomic_write(out / "source.json") as handle:
-        json.dump(record | {"versions": {p: version(p) for p in packages}}, handle, ensure_ascii=False, indent=2)
+        json.dump(record, handle, ensure_ascii=False, indent=2)
         handle.write("\n")
 
 
 def staging(out: Path) -> Path:
     """Where downloads for `out` wait until they are whole and checked: on the same disk, so that a rename suffices."""
     return out.with_name(f".{out.name}.download")
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+def persist(download: Callable[[], Result], what: str) -> Result:
+    """Call `download` again when the connection breaks, five times at most; each call continues from the bytes it has."""
+    for pause in (1, 2, 4, 8, None):
+        try:
+            return download()
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+            raise BadInput(f"{what}: {reason(error.__cause__ or error)}") from error
+        except (httpx.TransportError, HfHubHTTPError) as error:
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+            if refused or pause is None:
+                again = "" if refused else "; what has arrived is kept, run the same command again to resume"
+                raise BadInput(f"{what}: {reason(error)}{again}") from error
+            print(f"{what}: {reason(error)}; trying again in {pause} s", flush=True)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def hub_files(repo: str, kind: str, revision: str) -> tuple[str, list[Record]]:
+    """The commit of a hub repository's revision, and its files (name, bytes, sha256 where the hub states it)."""
+    try:
+        info: Any = HfApi().repo_info(repo, repo_type=kind, revision=revision, files_metadata=True, timeout=30)
+    except RevisionNotFoundError as error:
+        raise BadInput(f"{kind} {repo} has no revision {revision}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BadInput(f"no {kind} {repo} at {constants.ENDPOINT}, or one that needs a token (HF_TOKEN)") from error
+    except OfflineModeIsEnabled as error:
+        raise BadInput(f"{repo} is to be downloaded, but HF_HUB_OFFLINE is set; a local copy: --source DIR") from error
+    except (httpx.HTTPError, HfHubHTTPError) as error:
+        raise BadInput(
+            f"cannot reach {constants.ENDPOINT} ({reason(error)}): check the network, or give --source DIR"
+        ) from error
+    files = info.siblings or []
+    return str(info.sha), [{"name": f.rfilename, "bytes": f.size, "sha256": f.lfs and f.lfs.sha256} for f in files]
+
+
+def hub_fetch(folder: Path, repo: str, kind: str, commit: str, names: list[str]) -> None:
+    """Download files of a repository into `folder`; one whose hash is not the hub's is removed, and raises BadInput."""
+    where: dict[str, Any] = {"repo_type": kind, "revision": commit, "local_dir": folder}
+    try:
+        persist(lambda: snapshot_download(repo, allow_patterns=names, **where), repo)
+        wrong = [bad["path"] for bad in persist(lambda: HfApi().verify_repo_checksums(repo, **where), repo).mismatches]
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise BadInput(f"{repo}: {reason(error)}; run the same command again") from error
+    for name in wrong:
+        (folder / name).unlink()
+    if lacking := [name for name in names if not (folder / name).is_file()]:
+        raise BadInput(
+            f"{', '.join(lacking)}: damaged in the download (another hash than the hub's); run the same command again"
+        )
+
+
+def zenodo_files(record: str) -> list[Record]:
+    """The files of a Zenodo record (name, bytes, checksum such as `md5:...`, url)."""
+    address = f"{os.environ.get('ZENODO_ENDPOINT', 'https://zenodo.org')}/api/records/{record}"
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"{address} is to be asked, but HF_HUB_OFFLINE is set; a local copy: --source DIR")
+    try:
+        listed = persist(
+            lambda: httpx.get(address, follow_redirects=True, timeout=30).raise_for_status().json(), address
+        )
+        return [
+            {"name": f["key"], "bytes": f["size"], "sha256": None, "checksum": f["checksum"], "url": f["links"]["self"]}
+            for f in listed["files"]
+        ]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{address} does not list the files of a record ({reason(error)})") from error
+
+
+def zenodo_fetch(folder: Path, file: Record) -> None:
+    """Download one file of a Zenodo record into `folder`, under its name, and check it against the record's checksum."""
+    local = url_fetch(file["url"], folder)
+    kind, _, expected = file["checksum"].partition(":")
+    with open(local, "rb") as handle:
+        found = hashlib.file_digest(handle, kind).hexdigest()
+    if found != expected:
+        local.unlink()
+        raise BadInput(f"{file['name']} was damaged in the download: its {kind} is {found}, not {expected}; run again")
+    local.replace(folder / file["name"])
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Raise BadInput where the disk of `folder` has no room for `size` bytes, of which the folder may hold some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + held < size:
+        raise BadInput(f"the disk of {folder} has {free / 1e9:.2f} GB free, {(size - held) / 1e9:.2f} GB are needed")
+
+
+def url_fetch(url: str, folder: Path) -> Path:
+    """Download a file over HTTP into `folder`, resuming what an earlier attempt left there.
+
+    By the hub client's `http_get`, which resumes (Range) and shows progress; pooch and fsspec start again from zero.
+    The partial file is named after the server's ETag, so that a file which has changed since is not continued.
+    """
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise BadInput(f"{url} is not an address: {reason(error)}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise BadInput(f"{url}: only addresses that begin with http:// or https:// and a host, or a local file")
+    if constants.HF_HUB_OFFLINE:
+        raise BadInput(f"{url} is to be downloaded, but HF_HUB_OFFLINE is set; a local copy: --source FILE")
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file, not of a compressed stream
+    try:
+        head = httpx.head(url, headers=headers, follow_redirects=True, timeout=30)
+    except httpx.HTTPError as error:
+        raise BadInput(f"cannot reach {url} ({reason(error)}): check the network and the address") from error
+    tag = head.headers.get("ETag") or head.headers.get("Last-Modified") if head.is_success else None
+    stated = head.headers.get("Content-Length") if head.is_success else None
+    partial = folder / hashlib.sha256(f"{url} {tag}".encode()).hexdigest()[:16]
+
+    def attempt() -> None:
+        if not (tag and stated):
+            partial.unlink(missing_ok=True)  # nothing tells whether more bytes would continue the same file
+        with open(partial, "ab") as handle:
+            size = int(stated) if stated else None
+            http_get(url, handle, resume_size=handle.tell(), headers=headers, expected_size=size)
+
+    try:
+        persist(attempt, url)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        partial.unlink()
+        raise BadInput(f"{url}: {reason(error)} It was removed") from error
+    return partial
 
 
 # --- the base model --------------------------------------------------------------------------------------------------
@@ -131,12 +290,12 @@ def collect_base(arguments: argparse.Namespace) -> None:
     if source:
         origin["from"] = listing(local[0].parent, [path.name for path in local]) if local else []
     else:
-        commit, files = hub_plan(downloads, arguments.repo, "model", arguments.revision)
+        commit, files = hub_files(arguments.repo, "model", arguments.revision)
         files = checkpoint_files(files)
+        names = [file["name"] for file in files]
         need_room(downloads, 2 * sum(file["bytes"] for file in files))  # as downloaded, and as saved
-        for file in files:
-            hub_fetch(downloads, arguments.repo, "model", commit, file)
-        origin |= {"repo": arguments.repo, "revision": commit, "from": listing(downloads, [f["name"] for f in files])}
+        hub_fetch(downloads, arguments.repo, "model", commit, names)
+        origin |= {"repo": arguments.repo, "revision": commit, "from": listing(downloads, names)}
 
     from prep import base  # here, for PyTorch takes seconds to load
 
@@ -183,7 +342,7 @@ def check_books(path: Path) -> None:
 
 
 def collect_gallica(arguments: argparse.Namespace) -> None:
-    """data/raw/gallica: each file appears there once it is whole and checked."""
+    """data/raw/gallica: files appear there once all are whole and checked."""
     out, source, count = arguments.out, arguments.source, arguments.files
     if source:
         local = {path.name: path for path in sorted(source.glob("*")) if path.name.endswith(SUFFIXES)}
@@ -201,43 +360,45 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
     if not more and already(out, wanted):
         return
 
-    out.mkdir(parents=True, exist_ok=True)
-    downloads = staging(out)
+    downloads, commit = staging(out), ""
     if source:
-        chosen = {name: local[name] for name in choose(list(local), count, arguments.seed)}
-        commit = ""
+        names = choose(list(local), count, arguments.seed)
+        sums: dict[str, str | None] = {name: sha256(local[name]) for name in names}
     else:
         revision = before["revision"] if before else arguments.revision
-        if arguments.repo == FICTION_REPO:
-            commit, files = revision, zenodo_plan(downloads, revision)
-        else:
-            commit, files = hub_plan(downloads, arguments.repo, "dataset", revision)
-        ends = SUFFIXES if arguments.repo == FICTION_REPO else (".parquet",)
-        books = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(ends)}
-        chosen = {name: books[name] for name in choose(list(books), count, arguments.seed)}
-        need_room(downloads, sum(f["bytes"] for name, f in chosen.items() if not (out / name).exists()))
-    foreign = sorted(p.name for p in out.glob("*") if p.name.endswith(SUFFIXES) and p.name not in chosen)
+        zenodo = arguments.repo == FICTION_REPO
+        commit, files = (revision, zenodo_files(revision)) if zenodo else hub_files(arguments.repo, "dataset", revision)
+        ends = (".zip", ".tar", ".tar.gz", ".tgz", ".tsv", ".tsv.gz") if zenodo else (".parquet",)
+        remote = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(ends)}
+        names = choose(list(remote), count, arguments.seed)
+        sums = {name: remote[name]["sha256"] for name in names}
+    foreign = sorted(p.name for p in out.glob("*") if p.name.endswith(SUFFIXES) and p.name not in names)
     if foreign:
         raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {count} chosen: remove or move them")
-
-    for number, (name, file) in enumerate(chosen.items(), 1):
-        place = out / name
-        if not place.exists():
-            print(f"file {number} of {len(chosen)}: {name}", flush=True)
-            if source:
-                check_books(file)
-                link_or_copy(file, place)
-            else:
-                if arguments.repo == FICTION_REPO:
-                    fetched = zenodo_fetch(downloads, file)
-                else:
-                    fetched = hub_fetch(downloads, arguments.repo, "dataset", commit, file)
-                check_books(fetched)
-                fetched.replace(place)
-    held = listing(out, list(chosen))
+    wanting = [name for name in names if not (out / name).exists()]
+    if not source:
+        waiting = [remote[name] for name in wanting]
+        size = sum(file["bytes"] for file in waiting)
+        need_room(downloads, size)
+        print(f"{len(wanting)} files of {arguments.repo}, {size / 1e6:,.1f} MB -> {out}", flush=True)
+        if zenodo:
+            for file in waiting:
+                if not (downloads / file["name"]).is_file():
+                    zenodo_fetch(downloads, file)
+        elif waiting:
+            hub_fetch(downloads, arguments.repo, "dataset", commit, [file["name"] for file in waiting])
+    places = {name: local[name] if source else downloads / remote[name]["name"] for name in wanting}
+    for place in places.values():
+        check_books(place)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, place in places.items():
+        if source:
+            link_or_copy(place, out / name)
+        else:
+            place.replace(out / name)
+    held = listing(out, names)
     for entry in held:
-        expected = sha256(chosen[entry["name"]]) if source else chosen[entry["name"]]["sha256"]
-        if expected not in (None, entry["sha256"]):
+        if sums[entry["name"]] not in (None, entry["sha256"]):
             raise BadInput(f"{out / entry['name']} is not the file of its source: remove it and run again")
     origin = {
         "path": str(source) if source else None,

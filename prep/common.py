@@ -1,4 +1,4 @@
-"""What every script here does at its edge: whole files or none, and one clear sentence when something is wrong."""
+"""Shared helpers: atomic writes, sha256, one-line errors, versions, progress."""
 
 import argparse
 import contextlib
@@ -21,6 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class BadInput(Exception):
     """The user's files or arguments are wrong. The message says what, where, and what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an exception that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

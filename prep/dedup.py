@@ -1,15 +1,21 @@
-"""Texts that are nearly the same: fingerprints, MinHash signatures, pairs, and what overlaps with protected texts.
+"""Chooses the corpus: one copy of each book, whole works held out, nothing contaminated by held-out text or the novel.
 
-A fingerprint is a sixteenth of a text's runs of eight words, chosen by their hash alone: the same run is in every
-fingerprint or in none, so that two fingerprints share what the texts share. Words are letters without case, accent or
-mark. Novels by different hands share hardly a run of eight words (a few in ten thousand), and an edition of the same
-book keeps, however it was recognised, a third or more.
+A fingerprint is a sixteenth of a text's sequences of eight words, chosen by their hash alone: a sequence is in every
+fingerprint or in none, so two fingerprints share what the texts share. Words are letters without case, accent or mark.
+Novels by different hands share hardly a sequence of eight words (a few in ten thousand); an edition of the same book keeps
+a third or more, however badly it was read.
 
-Candidates are found by datatrove's MinHash: signatures of a sixteenth of the runs of five words, in 24 buckets of 4
-hashes. A pair whose sets are 0.6 alike becomes a candidate in 97 cases of 100, one of 0.4 (either read with a wrong
-word in eighteen) in 47, and one of 0.02 (two novels) in none of 250,000. A candidate is a duplicate if its fingerprints say so as well.
+Candidates are found by datatrove's MinHash: signatures of a sixteenth of the sequences of five words, in 24 buckets of 4
+hashes. A pair whose sets are 0.6 alike becomes a candidate in 97 cases of 100, one of 0.4 (either read with a wrong word
+in eighteen) in 47, one of 0.02 (two novels) in none of 250,000. A candidate is a copy if its fingerprints agree.
 """
 
+import contextlib
+import gzip
+import hashlib
+import json
+import math
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,57 +26,25 @@ import numpy as np
 import orjson
 import xxhash
 from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.binaryio import read_tuples_from_file
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
+from prep.common import BadInput, atomic_write
 from prep.filters import year_of
-from prep.works import work_of
 
 MINHASH = MinhashConfig(n_grams=5, num_buckets=24, hashes_per_bucket=4)
-RUN = 8  # words
-SAMPLE = 16  # one run of so many is kept
+WORDS = 8  # of a fingerprint's sequences
+SAMPLE = 16  # one sequence of so many is kept
 SAME = 0.1  # of the smaller fingerprint shared by two copies of one text; two novels share 0.001
 WELL_READ = 0.85  # share of known words; between two editions above it, differences are of names and spelling
-_LETTERS = bytes(byte if byte in b"abcdefghijklmnopqrstuvwxyz" else ord(" ") for byte in range(256))
-_ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
+# Sampled sequences that a book may share with protected text: 128 or so of all, less than a page. A proverb, a verse or
+# a prayer that both quote is a dozen.
+OVERLAP = 8
+REPEATED, COPY, CONTAMINATED = "identifier seen before", "near-duplicate", "contaminated"
 
-
-class Hashes(dict[bytes, int]):
-    """The hash of each word, computed once, or anew after a million others: they take 140 MB."""
-
-    def __missing__(self, word: bytes) -> int:
-        if len(self) >= 1_000_000:
-            self.clear()
-        value = self[word] = xxhash.xxh64_intdigest(word)
-        return value
-
-
-_HASHES = Hashes()
-
-
-def word_hashes(text: str) -> np.ndarray:
-    """One uint64 a word of a text."""
-    words = unicodedata.normalize("NFD", text.lower()).encode("ascii", "ignore").translate(_LETTERS).split()
-    return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
-
-
-def sampled_runs(words: np.ndarray, length: int) -> np.ndarray:
-    """The hashes of runs of `length` words, sorted, each once: of the sixteenth of them whose hash says so."""
-    count = len(words) - length + 1
-    if count < 1:
-        return np.empty(0, np.uint64)
-    runs = np.zeros(count, np.uint64)
-    for i in range(length):
-        runs = runs * _ODD[0] + words[i : i + count]
-    runs = (runs ^ (runs >> np.uint64(31))) * _ODD[1]
-    runs ^= runs >> np.uint64(29)
-    return np.unique(runs[runs % np.uint64(SAMPLE) == 0])
-
-
-def fingerprint(text: str) -> np.ndarray:
-    """A sorted array of uint64: the sampled runs of eight words."""
-    return sampled_runs(word_hashes(text), RUN)
+Pair = tuple[tuple[int, int], tuple[int, int]]  # two books, each (task, line)
 
 
 class Entry(NamedTuple):
@@ -94,10 +68,111 @@ class Entry(NamedTuple):
         return (self.known < WELL_READ, year, -round(self.known, 2), -self.characters, self.source, self.digest)
 
 
+# --- works and sides -------------------------------------------------------------------------------------------------
+
+
+def fraction(*parts: object) -> float:
+    """A number in [0, 1) that depends on the parts alone: a draw that needs neither order nor memory."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big") / 2**56
+
+
+_VOLUME = re.compile(
+    r"\b(?:tome|tom|t|volume|vol|v|partie|part|livre|serie)\b *(?:\d+|[ivxlc]+)\b.*|\b(?:\d+|[ivxlc]+)$"
+)
+_SUBTITLE = re.compile(
+    r"[:;/(\[=]|, *(?=(?:roman|nouvelle|conte|recit|histoire|etude|poe[ms]|drame|comedie|souvenir|moeurs))"
+)
+_ARTICLE = re.compile(r"^(?:le|la|les|l|un|une|des|du|de|d) ")
+
+
+def work_of(title: str, source: str) -> str:
+    """The work a book is an edition of: its title without subtitle, volume, article, accents and case.
+
+    Not the author: editions spell him in many ways or not at all. Two authors' works of one title on the same side cost
+    nothing; one edition on either side is a leak. A book without a title is a work of its own.
+    """
+    letters = unicodedata.normalize("NFKD", title.casefold().replace("œ", "oe").replace("æ", "ae"))
+    letters = "".join(c for c in letters if not unicodedata.combining(c))
+    main = _SUBTITLE.split(letters, maxsplit=1)[0]
+    for candidate in (main, letters):
+        words = re.sub(r"[^a-z0-9]+", " ", candidate).strip()
+        work = _ARTICLE.sub("", _VOLUME.sub("", words).strip()) or words
+        if work:
+            return work
+    return source
+
+
+class HeldOut:
+    """Decides which works are held out: those whose hash falls into the first `share` of all hashes.
+
+    Neither seed nor corpus enters, so every stage holds out the same works. Only where no work of the corpus falls there
+    (a few dozen books), the nearest one is held out.
+    """
+
+    def __init__(self, share: float, works: Iterable[str]):
+        nearest = min((fraction("held out", work) for work in works), default=0.0)
+        self.limit = 0.0 if share == 0 else max(share, math.nextafter(nearest, 1))
+
+    def __call__(self, work: str) -> bool:
+        return fraction("held out", work) < self.limit
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+_LETTERS = bytes(byte if byte in b"abcdefghijklmnopqrstuvwxyz" else ord(" ") for byte in range(256))
+_ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
+
+
+class _Hashes(dict[bytes, int]):
+    """The hash of each word, computed once; emptied at a million, which take 140 MB."""
+
+    def __missing__(self, word: bytes) -> int:
+        if len(self) >= 1_000_000:
+            self.clear()
+        value = self[word] = xxhash.xxh64_intdigest(word)
+        return value
+
+
+_HASHES = _Hashes()
+
+
+def word_hashes(text: str) -> np.ndarray:
+    """One uint64 a word of a text."""
+    words = unicodedata.normalize("NFD", text.lower()).encode("ascii", "ignore").translate(_LETTERS).split()
+    return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
+
+
+def sampled(words: np.ndarray, length: int) -> np.ndarray:
+    """Sorted hashes of a sixteenth of the sequences of `length` words, each once: those whose hash says so."""
+    count = len(words) - length + 1
+    if count < 1:
+        return np.empty(0, np.uint64)
+    hashes = np.zeros(count, np.uint64)
+    for i in range(length):
+        hashes = hashes * _ODD[0] + words[i : i + count]
+    hashes = (hashes ^ (hashes >> np.uint64(31))) * _ODD[1]
+    hashes ^= hashes >> np.uint64(29)
+    return np.unique(hashes[hashes % np.uint64(SAMPLE) == 0])
+
+
+def fingerprint(text: str) -> np.ndarray:
+    """A sorted array of uint64: the sampled sequences of eight words."""
+    return sampled(word_hashes(text), WORDS)
+
+
+def shared(one: np.ndarray, other: np.ndarray) -> int:
+    """How many sequences of sorted fingerprint `one` are in sorted fingerprint `other`."""
+    if not len(one) or not len(other):
+        return 0
+    places = np.minimum(np.searchsorted(other, one), len(other) - 1)
+    return int(np.count_nonzero(other[places] == one))
+
+
 class Signatures(MinhashDedupSignature):
     """datatrove's signatures, and beside them an entry and a fingerprint of each book.
 
-    The runs are hashed by numpy, twenty times faster than datatrove's own, which joins words to strings.
+    The sequences are hashed by numpy, twenty times faster than datatrove's own, which joins words to strings.
     """
 
     name = "signatures"
@@ -105,10 +180,10 @@ class Signatures(MinhashDedupSignature):
     def __init__(self, folder: Path):
         super().__init__(str(folder / "signatures"), MINHASH, WhitespaceTokenizer())
         self.folder = str(folder)
-        self._runs = np.empty(0, np.uint64)
+        self._sequences = np.empty(0, np.uint64)
 
     def get_shingles(self, text: str) -> np.ndarray:
-        return self._runs.reshape(-1, 1)
+        return self._sequences.reshape(-1, 1)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         folder = Path(self.folder)
@@ -116,36 +191,22 @@ class Signatures(MinhashDedupSignature):
         prints: list[np.ndarray] = []
         with open(folder / "entries" / f"{rank:05d}.jsonl", "wb") as entries:
             super().run(self._noted(data, rank, entries, prints), rank, world_size)
-        save_prints(folder, rank, prints)
+        # Two arrays a task: the fingerprints one after the other, and where each ends.
+        (folder / "prints").mkdir(exist_ok=True)
+        np.save(folder / "prints" / f"{rank:05d}.npy", np.concatenate([np.empty(0, np.uint64), *prints]))
+        np.save(folder / "prints" / f"{rank:05d}.ends.npy", np.cumsum([0, *map(len, prints)]))
 
     def _noted(self, data: Any, rank: int, entries: Any, prints: list[np.ndarray]) -> Iterator[Document]:
         for line, document in enumerate(data):
             with self.track_time():
                 words = word_hashes(document.text)
-                self._runs = sampled_runs(words, MINHASH.n_grams)
-                prints.append(sampled_runs(words, RUN))
-                fields = document.metadata
-                entry = Entry(
-                    rank,
-                    line,
-                    document.id,
-                    fields["title"],
-                    fields["author"],
-                    fields["date"],
-                    work_of(fields["title"], document.id),
-                    len(document.text),
-                    fields["known"],
-                    xxhash.xxh64_hexdigest(document.text.encode()),
-                )
+                self._sequences = sampled(words, MINHASH.n_grams)
+                prints.append(sampled(words, WORDS))
+                title, author, date, known = (document.metadata[key] for key in ("title", "author", "date", "known"))
+                work, digest = work_of(title, document.id), xxhash.xxh64_hexdigest(document.text.encode())
+                entry = Entry(rank, line, document.id, title, author, date, work, len(document.text), known, digest)
                 entries.write(orjson.dumps({**entry._asdict(), "opening": document.text[:1000]}) + b"\n")
             yield document
-
-
-def save_prints(folder: Path, rank: int, prints: list[np.ndarray]) -> None:
-    """Two arrays a task: the fingerprints one after the other, and where each ends."""
-    (folder / "prints").mkdir(parents=True, exist_ok=True)
-    np.save(folder / "prints" / f"{rank:05d}.npy", np.concatenate([np.empty(0, np.uint64), *prints]))
-    np.save(folder / "prints" / f"{rank:05d}.ends.npy", np.cumsum([0, *map(len, prints)]))
 
 
 class Prints:
@@ -158,24 +219,14 @@ class Prints:
     def __getitem__(self, entry: Entry) -> np.ndarray:
         if entry.rank not in self._open:
             stem = self.folder / f"{entry.rank:05d}"
-            self._open[entry.rank] = (
-                np.load(stem.with_suffix(".npy"), mmap_mode="r"),
-                np.load(stem.with_suffix(".ends.npy")),
-            )
+            hashes = np.load(stem.with_suffix(".npy"), mmap_mode="r")
+            self._open[entry.rank] = hashes, np.load(stem.with_suffix(".ends.npy"))
         hashes, ends = self._open[entry.rank]
         return hashes[ends[entry.line] : ends[entry.line + 1]]
 
 
-def shared(one: np.ndarray, other: np.ndarray) -> int:
-    """How many runs of sorted fingerprint `one` are in sorted fingerprint `other`."""
-    if not len(one) or not len(other):
-        return 0
-    places = np.minimum(np.searchsorted(other, one), len(other) - 1)
-    return int(np.count_nonzero(other[places] == one))
-
-
-def candidate_pairs(folder: Path) -> set[tuple[tuple[int, int], tuple[int, int]]]:
-    """Pairs of books, each (rank, line), that have a bucket of their signatures in common."""
+def candidate_pairs(folder: Path) -> set[Pair]:
+    """Pairs of books that have a bucket of their signatures in common."""
     pairs = set()
     for path in sorted((folder / "buckets").glob("*.dups")):
         with open(path, "rb") as handle:
@@ -184,9 +235,10 @@ def candidate_pairs(folder: Path) -> set[tuple[tuple[int, int], tuple[int, int]]
     return pairs
 
 
-def copies(
-    entries: Iterable[Entry], pairs: Iterable[tuple[tuple[int, int], tuple[int, int]]], prints: Prints
-) -> dict[Entry, Entry]:
+# --- the choice ------------------------------------------------------------------------------------------------------
+
+
+def copies(entries: Iterable[Entry], pairs: Iterable[Pair], prints: Prints) -> dict[Entry, Entry]:
     """For each book that is a copy of a better one: the one that stays, whatever the order of books and pairs."""
     by_place = {(entry.rank, entry.line): entry for entry in entries}
     alike: dict[Entry, set[Entry]] = defaultdict(set)
@@ -203,3 +255,143 @@ def copies(
         if better:
             gone[entry] = min(better, key=lambda other: other.preference)
     return gone
+
+
+class Gone(NamedTuple):
+    """Why a book was left out of the corpus."""
+
+    reason: str
+    because: str  # the book that stays, or the text that it overlaps with
+
+
+def choose(
+    entries: list[Entry], pairs: Iterable[Pair], prints: Prints, novel: np.ndarray, holdout: float
+) -> tuple[dict[Entry, bool], dict[Entry, Gone]]:
+    """The books that stay, each with whether it is held out, and those that do not.
+
+    `novel`: the fingerprint of a text that no book may overlap with; may be empty. `holdout`: share of works.
+    """
+    gone: dict[Entry, Gone] = {}
+    first: dict[str, Entry] = {}
+    for entry in sorted(entries, key=lambda entry: entry.preference):
+        if entry.source in first:
+            gone[entry] = Gone(REPEATED, f"same identifier, in file {first[entry.source].rank + 1}")
+        first.setdefault(entry.source, entry)
+    for entry, stays in copies(first.values(), pairs, prints).items():
+        gone[entry] = Gone(COPY, f"a copy of {stays.source} ({stays.title}, {stays.date})")
+
+    def decontaminate(candidates: Iterable[Entry], protected: np.ndarray, name: str) -> None:
+        for entry in candidates:
+            if (count := shared(prints[entry], protected)) >= OVERLAP:
+                sampled_of = f"{count} of {len(prints[entry])} sampled sequences of eight words"
+                gone[entry] = Gone(CONTAMINATED, f"{name}: {sampled_of}")
+
+    decontaminate(set(entries) - gone.keys(), novel, "the novel")
+    left = [entry for entry in entries if entry not in gone]
+    held_out = HeldOut(holdout, {entry.work for entry in left})
+    sides = {entry: held_out(entry.work) for entry in left}
+    protected = [prints[entry] for entry, held in sides.items() if held]
+    together = np.unique(np.concatenate([np.empty(0, np.uint64), *protected]))
+    decontaminate([entry for entry, held in sides.items() if not held], together, "held-out books")
+    return {entry: held for entry, held in sides.items() if entry not in gone}, gone
+
+
+class Choose(PipelineStep):
+    """What only the whole corpus shows. It reads entries and fingerprints, no text.
+
+    Writes `chosen.jsonl`, `rejected/<reason>/`, and `corpus.json`: `described` and the funnel of all rules.
+    """
+
+    name, type = "choose", "CHOOSE"
+
+    def __init__(self, folder: Path, tasks: int, holdout: float, against: Path | None, described: dict[str, Any]):
+        super().__init__()
+        self.folder, self.tasks, self.described = str(folder), tasks, described
+        self.holdout, self.against = holdout, against
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        folder = Path(self.folder)
+        novel = np.empty(0, np.uint64)
+        if self.against and not len(novel := fingerprint(self.against.read_text(encoding="utf-8"))):
+            raise BadInput(f"--against {self.against} holds no text to compare with")
+        entries = [entry for entry, _ in read_entries(folder, self.tasks)]
+        kept, gone = choose(entries, candidate_pairs(folder), Prints(folder), novel, self.holdout)
+        write_rejected(folder, self.tasks, gone)
+        with atomic_write(folder / "chosen.jsonl", "wb") as handle:
+            for entry in sorted(kept, key=lambda entry: (entry.rank, entry.line)):
+                handle.write(orjson.dumps({**entry._asdict(), "heldout": kept[entry]}) + b"\n")
+        report = funnel(folder, self.tasks, gone, entries)
+        report["documents"] |= {
+            "kept": sum(not held for held in kept.values()),
+            "heldout": sum(kept.values()),
+            "characters_kept": sum(entry.characters for entry in kept),
+        }
+        with atomic_write(folder / "corpus.json") as out:
+            json.dump(self.described | report, out, ensure_ascii=False, indent=2)
+
+
+def chosen_books(folder: Path) -> list[tuple[Entry, bool]]:
+    """The books of a finished corpus, each with whether it is held out."""
+    records = [orjson.loads(line) for line in (folder / "chosen.jsonl").read_bytes().splitlines()]
+    return [(Entry(**{name: record[name] for name in Entry._fields}), record["heldout"]) for record in records]
+
+
+def read_entries(folder: Path, tasks: int) -> Iterator[tuple[Entry, str]]:
+    """The entries of all tasks, in order, with the opening of each text."""
+    for rank in range(tasks):
+        with open(folder / "entries" / f"{rank:05d}.jsonl", "rb") as lines:
+            for line in lines:
+                record = orjson.loads(line)
+                opening = record.pop("opening")
+                yield Entry(**record), opening
+
+
+def write_rejected(folder: Path, tasks: int, gone: dict[Entry, Gone]) -> None:
+    """Into `rejected/<reason>/`, as the filters of the first stage do."""
+    with contextlib.ExitStack() as stack:
+        handles: dict[str, Any] = {}
+        for reason in {why.reason for why in gone.values()}:
+            (folder / "rejected" / reason).mkdir(parents=True, exist_ok=True)
+            handles[reason] = stack.enter_context(gzip.open(folder / "rejected" / reason / "00000.jsonl.gz", "wb"))
+        for entry, opening in read_entries(folder, tasks):
+            if entry in gone:
+                reason, because = gone[entry]
+                record = entry._asdict() | {"id": entry.source, "because": because, "text": opening}
+                handles[reason].write(orjson.dumps(record) + b"\n")
+
+
+def funnel(folder: Path, tasks: int, gone: dict[Entry, Gone], entries: list[Entry]) -> dict[str, Any]:
+    """Books and characters left after each step, and how many each rejected; from datatrove's statistics of all tasks."""
+    steps: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # in, out, characters out
+    cleaned: dict[str, int] = defaultdict(int)
+    for rank in range(tasks):
+        for step in json.loads((folder / "logs" / "clean" / "stats" / f"{rank:05d}.json").read_text(encoding="utf-8")):
+            kind, name = step["name"].split(": ", 1)
+            stats = {key: value if isinstance(value, int) else value["total"] for key, value in step["stats"].items()}
+            if kind in ("READER", "RULE", "CLEAN"):
+                for i, key in enumerate(("total", "forwarded", "doc_len")):
+                    steps[name][i] += stats.get(key, 0)
+            for key, value in stats.items():
+                if key.startswith("cleaning "):
+                    cleaned[key.removeprefix("cleaning ")] += value
+    table = [
+        {"step": name, "documents": left, "characters": characters, "rejected": read - left}
+        for name, (read, left, characters) in steps.items()
+    ]
+    documents, characters = len(entries), sum(entry.characters for entry in entries)
+    for reason in (REPEATED, COPY, CONTAMINATED):
+        out = [entry for entry, why in gone.items() if why.reason == reason]
+        documents, characters = documents - len(out), characters - sum(entry.characters for entry in out)
+        table.append({"step": reason, "documents": documents, "characters": characters, "rejected": len(out)})
+    rejected = {str(row["step"]): row["rejected"] for row in table if row["rejected"]}
+    contaminated = {entry.source: why.because for entry, why in gone.items() if why.reason == CONTAMINATED}
+    return {
+        "documents": {
+            "read": table[0]["documents"],
+            "characters_read": table[0]["characters"],
+            "rejected": dict(sorted(rejected.items())),
+            "cleaning": dict(sorted(cleaned.items())),
+        },
+        "funnel": table,
+        "contaminated": dict(sorted(contaminated.items())),
+    }

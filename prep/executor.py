@@ -1,7 +1,7 @@
-"""Who runs the steps of a pipeline: datatrove's executors, on this machine, on a Slurm cluster, or on Ray.
+"""Runs the stages of prep/gallica.py by datatrove's executors: on this machine, on a Slurm cluster, or on Ray.
 
-All three take the same list of steps, keep a log and a completion mark of every task in one folder, and skip what is
-marked when the same command is run again. Tasks are files, so there are never more workers at work than files.
+All take the same list of steps, keep a log and a completion mark of every task in one folder, and skip what is marked
+when the same command is run again. Tasks are files, so no more workers are at work than there are files.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from pathlib import Path
@@ -20,66 +20,97 @@ from typing import Any, NamedTuple
 
 import dill
 import loguru
+from datatrove.data import DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
-from datatrove.utils.stats import PipelineStats
+from datatrove.pipeline.base import PipelineStep
 from tqdm import tqdm
 
-from prep.common import BadInput
+from prep.common import BadInput, progress
 
-loguru.logger.remove()  # what a task says goes to its log file; a run shows one bar for each stage
+loguru.logger.remove()  # what a task says goes to its log file
 
 
-class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor, but that a killed worker ends the run: its own pool would wait for it for ever."""
+class CountBooks(PipelineStep):
+    """Lets every book through, and counts it for the progress bar: a byte a book in one file."""
 
-    def run(self) -> None:
-        if self.depends and not self.depends._launched:
-            self.depends.run()
-        self._launched = True
-        ranks = self.get_incomplete_ranks()
-        if not ranks:
-            return
-        self.save_executor_as_json()
-        title = Path(self.logging_dir.path).name
-        with tqdm(total=self.tasks, initial=self.tasks - len(ranks), desc=title, unit="task") as bar:
-            if min(self.workers, len(ranks)) == 1:
-                pipeline: list[Any] = self.pipeline  # type: ignore[has-type]
-                for rank in ranks:
-                    self.pipeline = deepcopy(pipeline)  # with statistics of its own
-                    self._run_for_rank(rank, local_rank=1)
-                    bar.update()
-                return
-            # Forked from a server that has imported everything once, and has no threads as this process has.
-            multiprocessing.set_forkserver_preload(["prep.drawing"])
-            with ProcessPoolExecutor(
-                min(self.workers, len(ranks)),
-                multiprocessing.get_context("forkserver"),
-                initializer=_begin_worker,
-                initargs=(self.logging_dir.path,),
-            ) as pool:
-                pickled = dill.dumps(self)
-                tasks = [pool.submit(_run_task, pickled, rank) for rank in ranks]
-                try:
-                    for task in as_completed(tasks):
-                        task.result()
-                        bar.update()
-                except BrokenProcessPool as error:
-                    raise BadInput(
-                        f"a worker of stage {title} was killed, by somebody or for want of memory (then: fewer --workers);"
-                        " what is finished is kept, the same command goes on"
-                    ) from error
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
+    name, type = "counted", "COUNT"
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:
-        with contextlib.redirect_stderr(io.StringIO()):  # the log file has it too
-            return super()._run_for_rank(rank, local_rank, node_rank)
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = str(folder / ".books")
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with open(self.path, "ab", buffering=0) as counter:
+            for document in data or ():
+                counter.write(b".")
+                yield document
+
+
+def run_local(stages: list[PipelineExecutor], folder: Path) -> None:
+    """Run stages one after the other, under one bar of all their tasks.
+
+    datatrove's own pool would wait for ever for a worker that was killed; here it ends the run.
+    """
+    counter = folder / ".books"
+    counter.write_bytes(b"")
+    waiting = [(stage, stage.get_incomplete_ranks()) for stage in stages]
+    total, left = sum(stage.world_size for stage in stages), sum(len(ranks) for _, ranks in waiting)
+    with progress(total=total, initial=total - left, unit="task") as bar:
+        for stage, ranks in waiting:
+            title = Path(stage.logging_dir.path).name
+            bar.set_description(title, refresh=False)
+
+            def told(tasks: int, bar: tqdm = bar) -> None:
+                if books := counter.stat().st_size:
+                    bar.set_postfix_str(f"{books:,} books", refresh=False)
+                bar.update(tasks)
+
+            if not ranks:
+                continue
+            stage.save_executor_as_json()
+            try:
+                _run_stage(stage, ranks, told)
+            except BrokenProcessPool as error:
+                raise BadInput(
+                    f"a worker of stage {title} was killed (out of memory? use fewer --workers); run again to resume"
+                    f" (log: {stage.logging_dir.path}/logs)"
+                ) from error
+
+
+def _run_stage(stage: Any, ranks: list[int], told: Any) -> None:
+    workers = min(stage.workers, len(ranks))
+    if workers == 1:
+        steps = stage.pipeline
+        for rank in ranks:
+            stage.pipeline = deepcopy(steps)  # with statistics of its own
+            _quietly(stage, rank)
+            told(1)
+        return
+    # Forked from a server that has imported everything once, and has no threads as this process has.
+    multiprocessing.set_forkserver_preload(["prep.gallica"])
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(workers, context, _begin_worker, (stage.logging_dir.path,)) as pool:
+        pickled = dill.dumps(stage)
+        waiting = {pool.submit(_run_task, pickled, rank) for rank in ranks}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                told(len(done))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _quietly(stage: Any, rank: int) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):  # the log file has it too
+        stage._run_for_rank(rank, 1)
 
 
 def _run_task(pickled: bytes, rank: int) -> None:
-    dill.loads(pickled)._run_for_rank(rank, local_rank=1)  # noqa: S301 (what the parent has just pickled)
+    _quietly(dill.loads(pickled), rank)  # noqa: S301 (what the parent has just pickled)
 
 
 def _begin_worker(logs: str) -> None:
@@ -92,7 +123,7 @@ def _begin_worker(logs: str) -> None:
             command.join()
         os._exit(1)
 
-    threading.Thread(target=watch, args=(), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _workers_lock(folder: Path) -> Path:
@@ -114,7 +145,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class Cluster(NamedTuple):
-    """How the stages of one command are run."""
+    """Where the stages of one command run."""
 
     kind: str = "local"  # local, slurm or ray
     workers: int = 1  # tasks at once
@@ -122,35 +153,33 @@ class Cluster(NamedTuple):
     time: str = "12:00:00"  # Slurm's limit for one task
 
     def stage(
-        self,
-        name: str,
-        pipeline: list[Any],
-        tasks: int,
-        folder: Path,
-        after: PipelineExecutor | None,
-        tasks_per_job: int = 1,
+        self, name: str, steps: list[Any], tasks: int, folder: Path, after: PipelineExecutor | None, per_job: int = 1
     ) -> PipelineExecutor:
         """A stage of `tasks` tasks that begins once stage `after` is complete; nothing runs yet.
 
-        A cluster starts a job for every `tasks_per_job` of them.
+        A cluster starts a job for every `per_job` tasks.
         """
-        common: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs" / name), "depends": after}
-        if self.kind == "slurm":
-            return SlurmPipelineExecutor(
-                pipeline,
-                **common,
-                workers=self.workers,
-                tasks_per_job=tasks_per_job,
-                time=self.time,
-                partition=self.partition,
-                job_name=name,
-                mem_per_cpu_gb=2,
-                qos=None,
-                with_srun=False,
-                env_command=f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{os.pathsep.join(filter(None, sys.path))}"',
-            )
+        common: dict[str, Any] = {"tasks": tasks, "logging_dir": str(folder / "logs" / name), "workers": self.workers}
+        if self.kind == "local":
+            return LocalPipelineExecutor(steps, **common)
+        common |= {"depends": after, "tasks_per_job": per_job, "mem_per_cpu_gb": 2}
         if self.kind == "ray":
-            return RayPipelineExecutor(
-                pipeline, **common, workers=self.workers, tasks_per_job=tasks_per_job, mem_per_cpu_gb=2
-            )
-        return LocalExecutor(pipeline, **common, workers=self.workers)
+            return RayPipelineExecutor(steps, **common)
+        path, modules = Path(sys.executable).parent, os.pathsep.join(filter(None, sys.path))
+        return SlurmPipelineExecutor(
+            steps,
+            **common,
+            time=self.time,
+            partition=self.partition,
+            job_name=name,
+            qos=None,
+            with_srun=False,
+            env_command=f'export PATH="{path}:$PATH" PYTHONPATH="{modules}"',
+        )
+
+    def run(self, stages: list[PipelineExecutor], folder: Path) -> None:
+        """Run stages in order. Slurm's are submitted: each job waits for the one before, and this returns at once."""
+        if self.kind == "local":
+            run_local(stages, folder)
+        else:
+            stages[-1].run()

@@ -5,35 +5,118 @@
     python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 \\
         --windows 250000 --split 2/2 --seed 42 --out data/2b.jsonl
 
-Two phases, both pipelines of datatrove. The first makes the corpus: books are cleaned, those that are no French prose
-fiction or were read badly are rejected, copies and whatever overlaps with held-out text or with the novel (--against)
-removed. It is made once and lies in data/gallica/<digest>; both commands above draw from the same one. The second
-cuts rows: each book is either held out as a whole or cut into segments, of which each split takes its own, so that
-rows of split 1/2 and of split 2/2 never share a passage, whatever the tokenizer, the seed and the sequence length.
-Windows are drawn evenly from as many works as there are. `--windows all` takes everything.
+First the corpus: books are cleaned; those that are no French prose fiction, were read badly, are copies or contaminated by
+held-out text or the novel (--against) are rejected. It is made once, in data/gallica/<digest>, and both commands draw from
+it. Then the rows: a book is either held out as a whole, or cut into chunks of which each split takes its own, so that
+splits never share text, whatever the tokenizer, the seed and the sequence length. Windows are drawn evenly from as many
+works as there are; `--windows all` takes everything.
 
-Which books are held out hangs on their titles and --holdout alone: give both splits the same --holdout, and neither
-trains on what the other holds out. Same input and seed give the same bytes, however the books lie in files. Killed,
-the same command goes on where it was. Sources, rules and clusters: prep/README.md.
+Titles and --holdout alone decide which books are held out: give both splits the same --holdout, and neither trains on what
+the other holds out. Same input and seed give the same bytes, however the books are laid out in files. Killed, the same
+command resumes. Sources, filters and clusters: prep/README.md.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prep.common import BadInput, run, sha256, source_files
-from prep.corpus import PACKAGES, Wanted, described, digest, stages
-from prep.drawing import CleanBooks, Cut, Draw, Share, Short, Write
-from prep.executor import Cluster, alone
-from prep.readers import source_paths
-from prep.rows import Cutter, load_tokenizer, manifest_path
+from datatrove.data import Document, DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import MinhashDedupBuckets
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
 
+from prep.common import BadInput, run, sha256, source_files, versions
+from prep.dedup import MINHASH, Choose, Signatures
+from prep.executor import Cluster, CountBooks, alone
+from prep.filters import (
+    Fiction,
+    French,
+    InPeriod,
+    LongEnough,
+    LongEnoughWhenCleaned,
+    Readable,
+    WithIdentifier,
+    WithText,
+)
+from prep.page_layout import clean_pages
+from prep.readers import Books, source_paths
+from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, load_tokenizer, manifest_path
+
+CORPUS_VERSION = 1  # raised by hand when the code makes other books or rows of the same sources
+PACKAGES = ("datatrove", "numpy", "py3langid", "pyarrow", "pyspellchecker", "rapidfuzz", "xxhash")  # decide them too
 HELDOUT_TOKENS = 262_144  # the default: enough for a validation loss to two decimals, and read in a minute on a GPU
-SURPLUS = 1.1  # times the windows wanted, for planning by estimated lengths
+
+
+class CleanPages(PipelineStep):
+    """A book's pages become paragraphs in the project's typography, one blank line between two."""
+
+    name, type = "cleaned", "CLEAN"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for document in data or ():
+            with self.track_time():
+                cleaned = clean_pages(document.text)
+                document.text = "\n\n".join(cleaned.paragraphs)
+            self.stat_update("total", "forwarded")
+            self.update_doc_stats(document)
+            for kind, count in cleaned.counts.items():
+                self.stat_update(f"cleaning {kind}", value=count)
+            yield document
+
+
+class CleanBooks(JsonlReader):
+    """The books that the same task of stage `clean` wrote; it wrote no file where it kept no book."""
+
+    def __init__(self, folder: Path):
+        super().__init__(str(folder / "books"), compression="zstd")
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        name = f"{rank:05d}.jsonl.zst"
+        if self.data_folder.isfile(name):
+            yield from self.read_file(name)
+
+
+def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, described: dict[str, Any]) -> list[tuple]:
+    """The stages that make the corpus, each (name, steps, tasks). What costs little is before what costs much."""
+    rejected, tasks = corpus / "rejected", len(files)
+    period = [InPeriod(rejected, args.from_year or 0, args.to_year or 9999)] if args.from_year or args.to_year else []
+    clean = [
+        Books(files),
+        CountBooks(corpus),
+        WithIdentifier(rejected),
+        WithText(rejected),
+        *period,
+        LongEnough(rejected),
+        French(rejected),
+        Readable(rejected),
+        Fiction(rejected),
+        CleanPages(),
+        LongEnoughWhenCleaned(rejected),
+        JsonlWriter(str(corpus / "books"), "${rank}.jsonl.zst", compression="zstd"),
+        Signatures(corpus),
+    ]
+    signatures, buckets = str(corpus / "signatures"), str(corpus / "buckets")
+    return [
+        ("clean", clean, tasks),
+        (
+            "buckets",
+            [MinhashDedupBuckets(signatures, buckets, config=MINHASH, lines_to_buffer=1000)],
+            MINHASH.num_buckets,
+        ),
+        ("choose", [Choose(corpus, tasks, args.holdout, args.against, described)], 1),
+    ]
+
+
+def digest(value: Any) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def count_or_all(value: str) -> float:
@@ -48,7 +131,7 @@ def split(value: str) -> Share:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments, checked as far as they can be without reading a file."""
+    """Arguments, checked as far as they can be without the sources."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder of parquet, TSV archives, JSONL or text")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
@@ -72,17 +155,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     who.add_argument("--partition", default="", help="Slurm's partition")
     who.add_argument("--time", default="12:00:00", help="Slurm's limit for one task (default %(default)s)")
     who.add_argument("--work", type=Path, help="folder of the corpus (default: gallica, beside --out)")
+    who.add_argument("--fresh", action="store_true", help="make the corpus again even if it is there")
     args = parser.parse_args(argv)
-    if args.windows < 1 or (args.heldout_windows is not None and args.heldout_windows < 1):
-        raise BadInput("--windows and --heldout-windows must be at least 1; --holdout 0 holds nothing out")
-    if args.workers < 1 or (args.cap_per_work is not None and args.cap_per_work < 1):
-        raise BadInput("--workers and --cap-per-work must be at least 1")
+    for name in ("windows", "heldout_windows", "cap_per_work", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least 1 (to hold nothing out: --holdout 0)")
     if args.out.suffix != ".jsonl":
         raise BadInput(f"--out {args.out} must end in .jsonl")
     if not 0 <= args.holdout <= 0.5:
         raise BadInput(f"--holdout {args.holdout} must be a share between 0 and 0.5")
-    if args.against and not args.against.is_file():
-        raise BadInput(f"--against {args.against} is no file: give the novel's text (data/2c.txt)")
+    if args.against:
+        args.against = args.against.resolve()
+        try:
+            args.against.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"--against {args.against} is no UTF-8 text: give the novel's (data/2c.txt)") from error
     return args
 
 
@@ -93,56 +180,57 @@ def main(argv: list[str] | None = None) -> None:
     heldout_windows = args.heldout_windows or max(1, HELDOUT_TOKENS // args.sequence_len)
     draw = Draw(args.split, args.sequence_len, args.windows, heldout_windows, args.cap_per_work, args.seed)
     cluster = Cluster(args.executor, args.workers, args.partition, args.time)
-
     files = source_paths(args.source)
-    held = source_files(files)
-    wanted = Wanted(args.from_year, args.to_year, args.holdout, args.against and args.against.resolve())
-    hangs_on = described(held, wanted)
-    out = args.out.resolve()
-    corpus = (args.work.resolve() if args.work else out.parent / "gallica") / digest(hangs_on)
-    record = args.source / "source.json"
-    origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    manifest: dict[str, Any] = {
-        "tokenizer": str(args.tokenizer),
-        "source": {"path": str(args.source)} | {k: origin.get(k) for k in ("repo", "revision")} | {"files": held},
+    described: dict[str, Any] = {
+        "version": CORPUS_VERSION,
+        "files": source_files(files),
         "arguments": {
-            "split": f"{args.split.number}/{args.split.of}",
             "holdout": args.holdout,
-            "heldout_windows": heldout_windows,
             "from_year": args.from_year,
             "to_year": args.to_year,
-            "against": hangs_on["wanted"]["against"],
+            "against": args.against and sha256(args.against),
+        },
+        "packages": versions(*PACKAGES),
+    }
+    out = args.out.resolve()
+    corpus = (args.work.resolve() if args.work else out.parent / "gallica") / digest(described)
+    manifest: dict[str, Any] = {
+        "tokenizer": str(args.tokenizer),
+        "source": {"path": str(args.source)} | collected_from(args.source) | {"files": described["files"]},
+        "arguments": {
+            "split": f"{args.split.number}/{args.split.of}",
+            "heldout_windows": heldout_windows,
             "cap_per_work": args.cap_per_work,
+            **described["arguments"],
         },
         "packages": PACKAGES,
     }
     with alone(corpus):
-        last = stages(files, wanted, corpus, cluster, hangs_on)
-        if args.executor != "slurm":
-            last.run()
-        surplus = SURPLUS
-        while True:
-            asked = [draw, surplus, str(out), manifest, sha256(args.tokenizer / "tokenizer.json")]
-            cut = corpus / f"rows-{digest([str(part) for part in asked])}"
-            cut.mkdir(exist_ok=True)
-            tokenizer.save(cut / "tokenizer.json")
-            cutting = [CleanBooks(corpus), Cut(corpus, cut, draw, surplus)]
-            stage = cluster.stage("cut", cutting, len(files), cut, last if args.executor == "slurm" else None)
-            final = cluster.stage("draw", [Write(corpus, cut, len(files), draw, out, manifest)], 1, cut, stage)
-            try:
-                final.run()
-            except Short:
-                print(
-                    f"the books hold fewer windows than their lengths promised: cutting again, {2 * surplus:g} times as many"
-                )
-                surplus *= 2
-                shutil.rmtree(cut)
-                continue
-            break
+        if args.fresh:
+            for path in corpus.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        asked = [draw, str(out), manifest, sha256(args.tokenizer / "tokenizer.json")]
+        rows = corpus / f"rows-{digest([str(part) for part in asked])}"
+        rows.mkdir(exist_ok=True)
+        tokenizer.save(rows / "tokenizer.json")
+        steps = [
+            *pipeline(args, files, corpus, described),
+            ("cut", [CleanBooks(corpus), CutRows(corpus, rows, draw)], len(files)),
+            ("draw", [DrawRows(corpus, rows, len(files), draw, out, manifest)], 1),
+        ]
+        stages: list[Any] = []
+        for name, pipe, tasks in steps:
+            folder = rows if name in ("cut", "draw") else corpus
+            # A bucket takes a second or two: one worker here, one job on a cluster.
+            who, per_job = (cluster._replace(workers=1), tasks) if name == "buckets" else (cluster, 1)
+            stages.append(who.stage(name, pipe, tasks, folder, stages[-1] if stages else None, per_job))
+        print(f"{args.out}: rows from {len(files)} files of {args.source} (corpus: {corpus})", flush=True)
+        cluster.run(stages, corpus)
         if args.executor == "slurm":
-            print(f"submitted; when job draw is done, the rows are in {out}, and {cut} can be removed")
+            print(f"submitted; when job draw is done, the rows are in {out}, and {rows} can be removed")
             return
-        shutil.rmtree(cut)
+        shutil.rmtree(rows)
     told = json.loads(manifest_path(out).read_text(encoding="utf-8"))
     documents = told["documents"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in documents["rejected"].items()) or "none"
@@ -153,5 +241,17 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{part['path']}: {part['rows']:,} rows, {part['windows']:,} windows of {args.sequence_len}")
 
 
+def collected_from(source: Path) -> dict[str, Any]:
+    """Repository and revision, where `collect.py` recorded them."""
+    record = source / "source.json"
+    try:
+        origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        return {key: origin.get(key) for key in ("repo", "revision")}
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{record} is damaged ({error}): remove {source} and collect it again") from error
+
+
 if __name__ == "__main__":
-    run(main)
+    from prep import gallica
+
+    run(gallica.main)  # not this file's own: workers find the steps above in a module, not in __main__

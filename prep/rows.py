@@ -1,26 +1,36 @@
-"""Text to training rows: passages of whole windows, as Axolotl will slice them, and the manifest that vouches for them.
+"""Rows of whole windows: cut from text, drawn evenly over works, written with their manifest.
 
-Axolotl's `type: completion` (0.19.0, prompt_strategies/completion.py) tokenises a row's whole text, keeps the special
-tokens the tokenizer adds (Llama: BOS; GPT-2's kind: none), appends EOS, truncates at 64 x sequence_len and slices at
-sequence_len. `min_sample_len: <sequence_len>` then drops every slice that is not full. A row is therefore a contiguous
-passage that ends with the word in which its last full window ends: what is left over is a few tokens and an EOS that
-stands at no true end, and both are dropped together. Text is cut by character offsets and never decoded from tokens.
+Axolotl's `type: completion` (0.19.0, prompt_strategies/completion.py) tokenises a row, puts BOS first where the tokenizer
+does, appends EOS, truncates at 64 x sequence_len and slices at sequence_len; `min_sample_len: <sequence_len>` then drops
+the slices that are not full. So a row is contiguous text that ends with the word in which its last window ends: the rest
+of that word is dropped together with the EOS, which is at no true end. Text is cut by character offsets and never decoded.
 """
 
+import bisect
+import contextlib
 import hashlib
 import itertools
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from datatrove.data import DocumentsPipeline
+from datatrove.pipeline.base import PipelineStep
 from tokenizers import Tokenizer
 
 from prep.common import BadInput, atomic_write, sha256, versions
+from prep.dedup import Entry, chosen_books, fraction
 
 MAX_WINDOWS = 16  # a row; Axolotl truncates silently at 64 and tokenises 1,000 rows a batch in each process
+# 16 windows of 2048 tokens at 3 characters a token. A chunk's last window is lost by half on average: 1,024 tokens of
+# 32,768, 3 %. Smaller chunks lose more, and larger ones leave fewer to a book (the average one has 4 of these).
+CHUNK = 98_304
+SPECIAL = "special token in text"  # "</s>" in a text would become an end of text
 
 
 class Row(NamedTuple):
@@ -31,7 +41,7 @@ class Row(NamedTuple):
     title: str
     author: str  # "" when unknown: a column of nulls and strings is an error for the JSON loader of `datasets`
     date: str
-    part: str  # where in the source the passage lies; unique within a source
+    part: str  # where in the document the row is; unique within a document
     windows: int
     tail: int
 
@@ -40,7 +50,10 @@ class Row(NamedTuple):
         return json.dumps(dict(zip(self._fields[:6], self[:6], strict=True)), ensure_ascii=False) + "\n"
 
 
-class Passage(NamedTuple):
+# --- text to rows ----------------------------------------------------------------------------------------------------
+
+
+class Bounds(NamedTuple):
     """Characters `start` to `end` of a text: `windows` full windows, then `tail` tokens (EOS counted) to be dropped."""
 
     start: int
@@ -50,10 +63,7 @@ class Passage(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A text and the characters at which each of its tokens starts and ends: two arrays of shape (tokens,).
-
-    The special tokens the tokenizer adds are not among them.
-    """
+    """A text and the characters at which its tokens start and end, arrays of shape (tokens,), special tokens left out."""
 
     text: str
     starts: np.ndarray
@@ -61,7 +71,7 @@ class Tokens(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A tokenizer without Transformers around it, which a worker need not import."""
+    """A tokenizer without Transformers, whose import would cost each worker seconds."""
 
     backend: Tokenizer
     eos: int
@@ -100,25 +110,8 @@ def load_tokenizer(folder: str | Path) -> Loaded:
     return Loaded(backend, tokenizer.eos_token_id, [token for token in tokenizer.all_special_tokens if token])
 
 
-class _WordCounts(dict[str, int]):
-    """How many tokens a word has inside a text, after a space.
-
-    Each form of a word is tokenised once, or anew after a million others: they take 120 MB.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, lead: str):
-        super().__init__()
-        self.tokenizer, self.lead = tokenizer, lead
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= 1_000_000:
-            self.clear()
-        count = self[word] = len(self.tokenizer.encode(self.lead + word, add_special_tokens=False))
-        return count
-
-
 class Cutter:
-    """Cuts text into passages that Axolotl slices into exactly the stated number of windows."""
+    """Cuts text into rows that Axolotl slices into exactly the stated number of windows."""
 
     def __init__(self, tokenizer: Loaded, sequence_len: int):
         if sequence_len < 64:
@@ -127,36 +120,14 @@ class Cutter:
         self.eos = tokenizer.eos
         self.specials = tokenizer.specials
         self._tokenizer = tokenizer.backend
-        probe = self._tokenizer.encode("a").special_tokens_mask
-        self.before = probe.index(0)  # special tokens ahead of the text: 1 (BOS) or 0
-        # A window ends inside a word; the row runs on to the word's end, but over no more than this many characters
+        self.before = self._tokenizer.encode("a").special_tokens_mask.index(
+            0
+        )  # special tokens ahead of the text: 1 or 0
+        # A window ends inside a word; the row continues to the word's end, but over no more than this many characters
         # (unspaced rubbish exists), which are at most half a window even at four byte tokens a character.
-        self.reach = min(40, sequence_len // 8)
-        self._word_end = re.compile(rf"\S{{0,{self.reach}}}")
-        self._next_word = re.compile(rf"\s*\S{{1,{self.reach}}}")
-        self._around = self.count("a") - len(self._bare(["a"])[0])  # tokens of a row that are not its text's
-        self._lead = self._leading_space()
-        self._piece = re.compile(rf"[^ ].{{0,{min(400, 2 * sequence_len)}}}[^ ]*", re.S)
-        self._tokens_of = _WordCounts(self._tokenizer, self._lead or "")
-
-    def _bare(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of texts, without special ones."""
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _leading_space(self) -> str | None:
-        """What must stand before a word for it to be tokenised by itself as it is inside a text.
-
-        "" where the tokenizer puts a space itself (Llama), " " where it does not (GPT-2's kind); None where neither
-        gives the tokens of the whole text, so that a text cannot be tokenised in pieces.
-        """
-        probe = "Le chat, d'une voix douce : « Où vas-tu ? »\n\n— Là-bas, dit-elle... à 10 h. 30 (peut-être) !"
-        first, *words = probe.split(" ")
-        [whole] = self._bare([probe])
-        for lead in ("", " "):
-            pieces = self._bare([first, *(lead + word for word in words)])
-            if list(itertools.chain.from_iterable(pieces)) == whole:
-                return lead
-        return None
+        reach = min(40, sequence_len // 8)
+        self._word_end = re.compile(rf"\S{{0,{reach}}}")
+        self._next_word = re.compile(rf"\s*\S{{1,{reach}}}")
 
     def count(self, text: str) -> int:
         """Tokens Axolotl makes of a row: those of the text, the special ones the tokenizer adds, and one EOS."""
@@ -181,69 +152,22 @@ class Cutter:
         choices = [c for c in (before, following and following.start()) if c is not None]
         return min(choices, key=lambda c: abs(int(np.searchsorted(tokens.ends, c, side="right")) - index), default=at)
 
-    def cut(
-        self, tokens: Tokens, start: int = 0, windows: int | None = None, longest: int = MAX_WINDOWS
-    ) -> list[Passage]:
-        """Passages of at most `longest` windows each, one after the other from character `start`, without overlap.
+    def cut(self, tokens: Tokens, start: int = 0, windows: float = math.inf) -> Iterator[Bounds]:
+        """Rows of at most `windows` windows in all, one after the other from character `start`, without overlap.
 
-        `windows` limits their sum; None takes all there are. Each passage is tokenised by itself to make sure of its
-        count: its first word may give other tokens there than inside the text.
+        Each row is tokenised once more by itself: its first word may give other tokens there than inside the text.
         """
-        passages: list[Passage] = []
-        wanted = windows if windows is not None else len(tokens.ends)
-        while wanted > 0:
-            passage = self._next(tokens, start, min(wanted, longest))
-            if passage is None:
-                break
-            passages.append(passage)
-            wanted -= passage.windows
-            start = passage.end
-        return passages
+        while windows > 0 and (row := self._next(tokens, start, min(windows, MAX_WINDOWS))):
+            yield row
+            windows -= row.windows
+            start = row.end
 
-    def passages(self, text: str, windows: int | None = None) -> list[Passage]:
-        """What `cut` gives of a text in the project's convention, many times as fast.
-
-        Between spaces the tokens of a text are those of its words, so that its words are counted, each form of them
-        tokenised once. Passages begin and end where pieces of some 400 characters do. That costs half a piece of text
-        a passage, some 60 tokens of 8,192. A tokenizer whose words do not add up is left to `cut`.
-        """
-        if self._lead is None or "  " in f" {text} ":
-            return self.cut(self.encode([text])[0], windows=windows)
-        words = text.split(" ")
-        spaces = np.flatnonzero(np.frombuffer(text.encode("utf-32-le"), np.uint32) == ord(" "))
-        counts = np.fromiter(map(self._tokens_of.__getitem__, words), np.int64, len(words))
-        places = [match.span() for match in self._piece.finditer(text)]
-        at = [0, *(1 + np.searchsorted(spaces, [end for _, end in places]))]  # words before each piece, and all
-        ends = np.concatenate([[0], np.cumsum(counts)])[at]  # tokens before each piece, and all
-        passages: list[Passage] = []
-        wanted = windows if windows is not None else int(ends[-1])
-        first = 0
-        while wanted > 0 and first < len(places):
-            a = places[first][0]
-            # The first word of a row has no space before it, whatever it had in the text.
-            word = words[at[first]]
-            around = self._around + (len(self._bare([word])[0]) - self._tokens_of[word] if self._lead else 0)
-            available = int(ends[-1] - ends[first]) + around
-            for number in range(min(wanted, MAX_WINDOWS, (available - 1) // self.sequence_len), 0, -1):
-                full = number * self.sequence_len
-                last = int(np.searchsorted(ends, ends[first] + full + 1 - around))  # one token more: the EOS is dropped
-                tail = int(ends[last] - ends[first]) + around - full
-                if 0 < tail < self.sequence_len and last > first:
-                    passages.append(Passage(a, places[last - 1][1], number, tail))
-                    wanted -= number
-                    first = last
-                    break
-            else:
-                first += 1  # too little left, or a piece of rubbish that is longer than a window
-        return passages
-
-    def _next(self, tokens: Tokens, start: int, most: int) -> Passage | None:
+    def _next(self, tokens: Tokens, start: int, most: float) -> Bounds | None:
         text, length = tokens.text, self.sequence_len
         while start < len(text) and text[start].isspace():
             start += 1
         first = int(np.searchsorted(tokens.ends, start, side="right"))
-        windows = min(most, (self.before + len(tokens.ends) - first) // length)
-        while windows > 0:
+        for windows in range(int(min(most, (self.before + len(tokens.ends) - first) // length)), 0, -1):
             last = first + windows * length - self.before - 1
             end = self._word_end.match(text, int(tokens.ends[last])).end()  # type: ignore[union-attr]
             count = self.count(text[start:end])
@@ -252,32 +176,265 @@ class Cutter:
                 count = self.count(text[start:end])
             tail = count - windows * length
             if 0 < tail < length:
-                return Passage(start, end, windows, tail)
-            windows -= 1
+                return Bounds(start, end, windows, tail)
         return None
 
 
-class _Sink:
-    """Writes rows to an open file and counts what went in, so that the manifest describes these very bytes."""
+# --- what a split may take of a document -----------------------------------------------------------------------------
 
-    def __init__(self, path: Path, handle: IO[bytes], sequence_len: int):
-        self.handle, self.hash = handle, hashlib.sha256()
-        self.stats: dict[str, Any] = {"path": path.name}
-        self.stats |= dict.fromkeys(("rows", "windows", "tokens", "tail_tokens", "bytes"), 0)
-        self.sequence_len = sequence_len
 
-    def write(self, rows: Iterable[Row]) -> dict[str, Any]:
-        for row in rows:
-            line = row.line().encode()
-            self.handle.write(line)
-            self.hash.update(line)
-            self.stats["rows"] += 1
-            self.stats["windows"] += row.windows
-            self.stats["tokens"] += row.windows * self.sequence_len
-            self.stats["tail_tokens"] += row.tail
-            self.stats["bytes"] += len(line)
-        self.handle.flush()
-        return self.stats | {"sha256": self.hash.hexdigest()}
+def chunks(text: str, splits: int) -> list[str]:
+    """Cut a cleaned document into equal chunks, as many for each split, at the ends of paragraphs.
+
+    Only the text and the number of splits decide, so that splits are disjoint whatever the tokenizer and seed. Where no
+    paragraph ends nearby, a chunk ends with a sentence or a word.
+    """
+    count = splits * math.ceil(len(text) / (splits * CHUNK))
+    size = len(text) / count
+    seams = [0, *(_seam(text, round(size * i), round(size / 4)) for i in range(1, count)), len(text)]
+    return [text[a:b].strip() for a, b in itertools.pairwise(seams)]
+
+
+def _seam(text: str, at: int, reach: int) -> int:
+    """The end of a paragraph nearest to `at`, else of a sentence, else of a word, at most `reach` characters away."""
+    for mark in ("\n\n", ". ", " "):
+        found = [text.rfind(mark, at - reach, at), text.find(mark, at, at + reach)]
+        if near := [place for place in found if place >= 0]:
+            return min(near, key=lambda place: abs(place - at)) + len(mark)
+    return at
+
+
+class Share(NamedTuple):
+    """The chunks a split takes of each document: every `of`-th, from the `number`-th on (counted from 1)."""
+
+    number: int
+    of: int
+
+    def chunks(self, text: str, work: str, source: str, seed: int) -> list[tuple[str, str]]:
+        """This split's chunks, each (name, text), in an order drawn by `seed`.
+
+        The work decides where the first split begins, so that editions of one work are shared out alike.
+        """
+        cut = chunks(text, self.of)
+        turn = int(fraction("turn", work) * self.of)
+        own = [i for i in range(len(cut)) if (i + turn) % self.of == self.number - 1]
+        own.sort(key=lambda i: fraction(seed, source, i))
+        return [(f"share {self.number}/{self.of} chunk {i + 1:03d}/{len(cut):03d}", cut[i]) for i in own]
+
+
+class Draw(NamedTuple):
+    """What one command asks of the corpus."""
+
+    share: Share
+    sequence_len: int
+    windows: float  # infinite: all there are
+    heldout_windows: int
+    cap_per_work: int | None  # windows of a work, all its editions and volumes together
+    seed: int
+
+
+def document_rows(text: str, entry: Entry, share: Share, cutter: Cutter, seed: int, most: float) -> Iterator[Row]:
+    """The rows of one document, of at most `most` windows in all; no more chunks are tokenised than that needs."""
+    for name, chunk in share.chunks(text, entry.work, entry.source, seed):
+        if most <= 0:
+            return
+        for number, b in enumerate(cutter.cut(cutter.encode([chunk])[0], windows=most), 1):
+            part = f"{name} row {number:02d}"
+            yield Row(chunk[b.start : b.end], entry.source, entry.title, entry.author, entry.date, part, *b[2:])
+            most -= b.windows
+
+
+class CutRows(PipelineStep):
+    """Cut the chosen documents of a task into rows: `<task>.rows`, and an index by document."""
+
+    name, type = "cut", "CUT"
+
+    def __init__(self, corpus: Path, folder: Path, draw: Draw):
+        super().__init__()
+        self.corpus, self.folder, self.draw = str(corpus), str(folder), draw
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
+        folder, draw = Path(self.folder), self.draw
+        mine = {
+            entry.line: (entry, heldout) for entry, heldout in chosen_books(Path(self.corpus)) if entry.rank == rank
+        }
+        cutter = Cutter(Loaded.read(folder / "tokenizer.json"), draw.sequence_len)
+        index: list[dict[str, Any]] = []
+        with open(folder / f"{rank:05d}.rows", "wb") as handle:
+            for line, document in enumerate(data or ()):
+                if line not in mine:
+                    continue
+                entry, heldout = mine[line]
+                rows: list[tuple[int, int]] = []  # offset, windows
+                special = any(token in document.text for token in cutter.specials)
+                # No document gives more than its whole side does.
+                share, most = (
+                    (Share(1, 1), float(draw.heldout_windows))
+                    if heldout
+                    else (draw.share, min(draw.windows, draw.cap_per_work or math.inf))
+                )
+                with self.track_time():
+                    for row in document_rows(document.text, entry, share, cutter, draw.seed, 0 if special else most):
+                        rows.append((handle.tell(), row.windows))
+                        handle.write(json.dumps(row).encode() + b"\n")
+                index.append(
+                    {"source": entry.source, "work": entry.work, "heldout": heldout, "special": special, "rows": rows}
+                )
+                self.update_doc_stats(document)
+        with atomic_write(folder / f"{rank:05d}.index.json") as out:
+            json.dump(index, out)
+
+
+# --- the draw --------------------------------------------------------------------------------------------------------
+
+
+def even_shares(available: list[int], order: list[float], wanted: int) -> list[int]:
+    """Windows to take from each, `wanted` in all, as evenly as there are; a remainder goes to the first in `order`."""
+    array = np.array(available, dtype=np.int64)
+    caps = range(max(available, default=0) + 1)
+    cap = bisect.bisect_right(caps, wanted, key=lambda cap: int(np.minimum(array, cap).sum())) - 1
+    taken = np.minimum(array, cap)
+    longer = sorted(np.flatnonzero(array > cap), key=lambda i: order[i])
+    taken[longer[: wanted - int(taken.sum())]] += 1
+    return taken.tolist()
+
+
+class Document(NamedTuple):
+    """A document's place in the draw and its rows, each (task, offset, windows)."""
+
+    order: float
+    work: str
+    rows: list[tuple[int, int, int]]
+
+    @property
+    def windows(self) -> int:
+        return sum(windows for *_, windows in self.rows)
+
+
+class Pool:
+    """The documents of one side, training or held out, and the draw of windows from them."""
+
+    def __init__(self, documents: list[Document], cap_per_work: int | None, seed: int):
+        self.documents, self.seed = sorted(documents), seed
+        works: dict[str, list[int]] = defaultdict(list)
+        for i, document in enumerate(self.documents):
+            works[document.work].append(i)
+        self.works = dict(works)
+        counts = {work: sum(self.documents[i].windows for i in members) for work, members in works.items()}
+        self.available = {work: min(count, cap_per_work or count) for work, count in counts.items()}
+        self.total = sum(self.available.values())
+
+    def shares(self, wanted: int) -> list[int]:
+        """Windows of each document, `wanted` in all: evenly over works, then over the documents of a work."""
+        shares = [0] * len(self.documents)
+        order = [fraction(self.seed, work) for work in self.works]
+        of_works = even_shares(list(self.available.values()), order, wanted)
+        for members, share in zip(self.works.values(), of_works, strict=True):
+            own = [self.documents[i] for i in members]
+            of_documents = even_shares([d.windows for d in own], [d.order for d in own], share)
+            for i, count in zip(members, of_documents, strict=True):
+                shares[i] = count
+        return shares
+
+    def draw(self, shares: list[int], folder: Path, cutter: Cutter) -> Iterator[Row]:
+        """The rows of exactly these windows, shuffled; a document's last row is shortened to what is left of its share."""
+        picked: list[tuple[float, int, int, int]] = []
+        for document, share in zip(self.documents, shares, strict=True):
+            for number, (rank, offset, windows) in enumerate(document.rows):
+                if share > 0:
+                    picked.append((fraction(self.seed, document.order, number), rank, offset, min(windows, share)))
+                share -= windows
+        with contextlib.ExitStack() as stack:
+            files = {
+                rank: stack.enter_context(open(folder / f"{rank:05d}.rows", "rb"))
+                for rank in {rank for _, rank, *_ in picked}
+            }
+            for _, rank, offset, windows in sorted(picked):
+                files[rank].seek(offset)
+                row = Row(*json.loads(files[rank].readline()))
+                if windows < row.windows:
+                    bounds = next(cutter.cut(cutter.encode([row.text])[0], windows=windows), None)
+                    if not bounds or bounds.windows != windows:
+                        raise BadInput(
+                            f"{row.source}, {row.part}: cannot be cut to {windows} of its {row.windows} windows; "
+                            "ask for one window more or less (--windows)"
+                        )
+                    row = row._replace(text=row.text[: bounds.end], windows=windows, tail=bounds.tail)
+                yield row
+
+
+class DrawRows(PipelineStep):
+    """Draw from all that was cut, and write rows, held-out rows and manifest."""
+
+    name, type = "draw", "DRAW"
+
+    def __init__(self, corpus: Path, folder: Path, tasks: int, draw: Draw, out: Path, manifest: dict[str, Any]):
+        super().__init__()
+        self.corpus, self.folder, self.tasks = str(corpus), str(folder), tasks
+        self.asked, self.out, self.manifest = draw, str(out), manifest
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
+        folder, asked = Path(self.folder), self.asked
+        sides: tuple[list[Document], list[Document]] = ([], [])
+        special = [0, 0]
+        for task in range(self.tasks):
+            for book in json.loads((folder / f"{task:05d}.index.json").read_text(encoding="utf-8")):
+                special[book["heldout"]] += book["special"]
+                if book["rows"]:
+                    rows = [(task, offset, windows) for offset, windows in book["rows"]]
+                    sides[book["heldout"]].append(Document(fraction(asked.seed, book["source"]), book["work"], rows))
+        train, heldout = Pool(sides[0], asked.cap_per_work, asked.seed), Pool(sides[1], None, asked.seed)
+        windows = train.total if asked.windows == math.inf else int(asked.windows)
+        if train.total < max(1, windows):
+            raise BadInput(
+                f"{self.manifest['source']['path']} gives {train.total:,} windows of {asked.sequence_len} tokens to share "
+                f"{asked.share.number}/{asked.share.of}; at least {max(1, windows):,} are wanted. "
+                "Ask for fewer (--windows all: what there is) or collect more files"
+            )
+        if self.manifest["arguments"]["holdout"] and not heldout.total:
+            raise BadInput(f"no held-out book fills a window of {asked.sequence_len} tokens: raise --holdout")
+        shares, heldout_shares = train.shares(windows), heldout.shares(min(asked.heldout_windows, heldout.total))
+        report = json.loads((Path(self.corpus) / "corpus.json").read_text(encoding="utf-8"))
+        documents = report["documents"]
+        if any(special):
+            documents["rejected"] = dict(sorted((documents["rejected"] | {SPECIAL: sum(special)}).items()))
+            documents["kept"] -= special[0]
+            documents["heldout"] -= special[1]
+        documents |= {
+            "used": int(np.count_nonzero(shares)),
+            "heldout_used": int(np.count_nonzero(heldout_shares)),
+            "works_used": len({d.work for d, share in zip(train.documents, shares, strict=True) if share}),
+            "funnel": report["funnel"],
+            "contaminated": report["contaminated"],
+        }
+        cutter = Cutter(Loaded.read(folder / "tokenizer.json"), asked.sequence_len)
+        write_prepared(
+            self.out,
+            train.draw(shares, folder, cutter),
+            heldout.draw(heldout_shares, folder, cutter),
+            sequence_len=asked.sequence_len,
+            seed=asked.seed,
+            documents=documents,
+            **self.manifest | {"arguments": self.manifest["arguments"] | {"windows": windows}},
+        )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_rows(path: Path, handle: IO[bytes], rows: Iterable[Row], sequence_len: int) -> dict[str, Any]:
+    """Write rows and return the manifest's account of these very bytes."""
+    digest = hashlib.sha256()
+    stats: dict[str, Any] = {"path": path.name}
+    stats |= dict.fromkeys(("rows", "windows", "tokens", "tail_tokens", "bytes"), 0)
+    for row in rows:
+        line = row.line().encode()
+        handle.write(line)
+        digest.update(line)
+        counts = (1, row.windows, row.windows * sequence_len, row.tail, len(line))
+        for key, count in zip(("rows", "windows", "tokens", "tail_tokens", "bytes"), counts, strict=True):
+            stats[key] += count
+    return stats | {"sha256": digest.hexdigest()}
 
 
 def heldout_path(out: str | Path) -> Path:
@@ -305,9 +462,9 @@ def write_prepared(
 ) -> dict[str, Any]:
     """Write rows, held-out rows and manifest; returns the manifest.
 
-    Everything is written under temporary names first. The renames come last, the manifest's after the others: killed in
-    between, the old manifest's sha256 does not match the new rows. `tokens` counts those in full windows (special
-    tokens included), `tail_tokens` those that `min_sample_len` drops.
+    All are written under temporary names and renamed at the end, the manifest last: if the command is killed in between,
+    the old manifest's sha256 does not match the new rows. `tokens` counts those in full windows (special tokens
+    included), `tail_tokens` those that `min_sample_len` drops.
     """
     if Path(out).suffix != ".jsonl":
         raise BadInput(f"--out {out} must end in .jsonl")
@@ -325,11 +482,10 @@ def write_prepared(
             "tokenizer": {"path": str(tokenizer), "sha256": sha256(Path(tokenizer) / "tokenizer.json")},
             "sequence_len": sequence_len,
             "documents": documents,
-            "train": _Sink(Path(out), train_handle, sequence_len).write(train),
-            "heldout": _Sink(held, held_handle, sequence_len).write(heldout),
+            "train": _write_rows(Path(out), train_handle, train, sequence_len),
+            "heldout": _write_rows(held, held_handle, heldout, sequence_len),
             "versions": versions("tokenizers", "transformers", *packages),
         }
         json.dump(manifest, manifest_handle, ensure_ascii=False, indent=2)
         manifest_handle.write("\n")
-        manifest_handle.flush()
     return manifest

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_tokenizers import save_gpt2_like, save_llama_like
 from tiny_curriculum import save_curriculum
 
 
@@ -54,3 +55,21 @@ def log_step(
     ):
         writer.add_scalar(name, value, step, walltime=at)
     writer.flush()
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer of Llama's kind, in a folder as Transformers loads it."""
+    return save_llama_like(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer of GPT-2's kind."""
+    return save_gpt2_like(tmp_path_factory.mktemp("gpt2"))
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def tokenizer(request: pytest.FixtureRequest) -> Path:
+    """Both kinds, one after the other."""
+    return request.getfixturevalue(request.param)

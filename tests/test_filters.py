@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_tokenizers import save_llama_like, tales
-from test_gallica import books, library, prepare, rows
+from small_library import books, library, prepare, rows
+from small_tokenizers import tales
 
 from prep.common import BadInput
 from prep.dedup import Entry, copies, fingerprint, shared
@@ -23,11 +23,6 @@ from prep.executor import Cluster
 from prep.filters import FICTION, KNOWN, fiction_score, french_share, known_share, year_of
 from prep.gallica import main
 from prep.readers import read_books, source_paths
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return save_llama_like(tmp_path_factory.mktemp("llama"))
 
 
 def texts() -> list[str]:
@@ -162,13 +157,13 @@ def test_what_overlaps_with_the_novel_or_with_held_out_text_is_removed(llama, tm
     records[9]["complete_text"] += "\n" + texts()[7][2000:8000]
     plain = prepare(library(tmp_path / "source", records), llama, tmp_path / "a" / "2a.jsonl")
     held = {row["source"] for row in rows(tmp_path / "a" / "2a.heldout.jsonl")}
-    overlapping = plain["documents"]["overlapping"]
+    overlapping = plain["documents"]["contaminated"]
     assert ("bpt10" in held) == ("bpt08" in overlapping)  # the tale and the one that quotes it, if one is held out
 
     clear = prepare(tmp_path / "source", llama, tmp_path / "b" / "2a.jsonl", against=novel)
-    assert set(clear["documents"]["overlapping"]) == {"bpt08", "bpt10"}
-    assert clear["documents"]["rejected"]["overlaps protected text"] == 2
-    assert "the novel" in clear["documents"]["overlapping"]["bpt10"]
+    assert set(clear["documents"]["contaminated"]) == {"bpt08", "bpt10"}
+    assert clear["documents"]["rejected"]["contaminated"] == 2
+    assert "the novel" in clear["documents"]["contaminated"]["bpt10"]
 
     one = sorted(held - {"bpt08", "bpt10"})[0]
     quoted = next(record["complete_text"] for record in records if record["file_id"] == one)
@@ -178,7 +173,7 @@ def test_what_overlaps_with_the_novel_or_with_held_out_text_is_removed(llama, tm
     )
     library(tmp_path / "more", records)
     last = prepare(tmp_path / "more", llama, tmp_path / "c" / "2a.jsonl")
-    assert "held-out books" in last["documents"]["overlapping"]["anthology"]
+    assert "held-out books" in last["documents"]["contaminated"]["anthology"]
     with pytest.raises(BadInput, match="is no file"):
         prepare(tmp_path / "source", llama, tmp_path / "d" / "2a.jsonl", against=tmp_path / "nowhere")
 

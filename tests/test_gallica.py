@@ -1,6 +1,7 @@
 """Gallica's rows: exact windows, whole works held out, disjoint shares, even spread, and what bad input gives."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -10,25 +11,21 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from axolotl_preprocessing import axolotl_windows
-from small_tokenizers import save_gpt2_like, save_llama_like, tales
+from small_library import SCHEMA, books, library, prepare, rows, snippets
 
-import prep.drawing
-from prep import corpus
 from prep.common import BadInput, sha256
-from prep.dedup import Entry
-from prep.drawing import SEGMENT, Share, level, rows_of, segments, shares_of
+from prep.dedup import HeldOut, work_of
 from prep.executor import alone
-from prep.gallica import main
-from prep.rows import MAX_WINDOWS, Cutter, heldout_path, load_tokenizer, manifest_path
-from prep.works import HeldOut, work_of
+from prep.gallica import CORPUS_VERSION, main
+from prep.rows import heldout_path, manifest_path
 
 SCRIPT = Path(__file__).parent.parent / "prep" / "gallica.py"
 CORPUS = os.environ.get("CORPUS_DIR")
@@ -36,67 +33,8 @@ needs_corpus = pytest.mark.skipif(not CORPUS, reason="CORPUS_DIR is not set: no 
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return save_llama_like(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory) -> Path:
-    return save_gpt2_like(tmp_path_factory.mktemp("gpt2"))
-
-
-def books() -> list[dict]:
-    """The demo's tales as books: 15 of them, 15 kB each, one without author."""
-    records = []
-    for number, tale in enumerate(tales(), 1):
-        head, _, text = tale.partition("\n\n")
-        fields = dict(line.split(" : ", 1) for line in head.split("\n"))
-        records.append(
-            {
-                "file_id": f"bpt{number:02d}",
-                "title": fields["Titre"],
-                "author": fields["Auteur"] if number != 3 else None,
-                "date": fields["Date"] if number != 4 else "1876-????",
-                "character_count": len(text),
-                "complete_text": text,
-            }
-        )
-    return records
-
-
-def library(folder: Path, records: list[dict], files: int = 3) -> Path:
-    """Write books into a few parquet files, dealt out like cards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(files):
-        pq.write_table(pa.Table.from_pylist(records[i::files], SCHEMA), folder / f"gallica_mono_{i + 1}.parquet")
-    return folder
-
-
-TEXTS = ("file_id", "title", "author", "date", "complete_text")
-SCHEMA = pa.schema([(name, pa.string()) for name in TEXTS] + [("character_count", pa.int64())])
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     return library(tmp_path_factory.mktemp("source"), books())
-
-
-def prepare(source: Path, tokenizer: Path, out: Path, **options) -> dict:
-    """Run the script's main and return its manifest. Defaults: 512 tokens, everything, a fifth held out."""
-    given = {"sequence_len": 512, "windows": "all", "holdout": 0.2, "workers": 1} | options
-    argv = ["--source", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
-    main(argv + [str(word) for key, value in given.items() for word in ("--" + key.replace("_", "-"), value)])
-    return json.loads(manifest_path(out).read_text(encoding="utf-8"))
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def snippets(row: dict) -> set[str]:
-    """Stretches of 80 characters, one beginning at every word: two passages that overlap have some in common."""
-    text = row["text"]
-    return {text[m.start() : m.start() + 80] for m in re.finditer(r"(?<!\S)\S", text[:-80])}
 
 
 def all_snippets(path: Path) -> set[str]:
@@ -207,73 +145,7 @@ def test_windows_are_drawn_evenly(source, llama, tmp_path):
     assert few["documents"]["used"] == 5
 
 
-def test_lengths_that_promise_too_much_cost_a_second_cutting_only(llama, tmp_path, capsys, monkeypatch):
-    records = books()
-    for record in records[4:10]:
-        record["complete_text"] = record["complete_text"][:5000]
-    source = library(tmp_path / "source", records)
-    prepare(source, llama, tmp_path / "a.jsonl", windows=25)
-    assert "cutting again" not in capsys.readouterr().out
-    monkeypatch.setattr(prep.drawing, "CHARACTERS_A_TOKEN", 0.5)
-    assert prepare(source, llama, tmp_path / "b.jsonl", windows=25)["train"]["windows"] == 25
-    assert "cutting again" in capsys.readouterr().out
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    with pytest.raises(BadInput, match="collect more"):
-        prepare(source, llama, tmp_path / "c.jsonl", windows=400)
-
-
 # --- the parts -------------------------------------------------------------------------------------------------------
-
-
-def test_segments_are_equal_whole_paragraphs_and_complete():
-    draw = random.Random(3)
-    paragraphs = [("mot " * draw.randint(5, 200)).strip() + "." for _ in range(1500)]
-    text = "\n\n".join(paragraphs)
-    for splits in (1, 2, 3):
-        cut = segments(text, splits)
-        assert len(cut) % splits == 0 and len(cut) >= len(text) / SEGMENT
-        assert "\n\n".join(cut) == text
-        assert max(map(len, cut)) < 1.1 * min(map(len, cut)) <= 1.1 * SEGMENT
-    halves = segments("\n\n".join(paragraphs[:20]), 2)
-    assert len(halves) == 2 and "\n\n".join(halves) == "\n\n".join(paragraphs[:20])
-
-
-def test_a_book_without_paragraphs_is_cut_at_sentences_or_words():
-    sentences = " ".join(["Il pleuvait encore."] * 30_000)
-    assert all(part.endswith("encore.") and len(part) < 2 * SEGMENT for part in segments(sentences, 2))
-    assert " ".join(segments(sentences, 2)) == sentences
-    words = segments("mot " * 100_000 + "mot", 2)
-    assert set(" ".join(words).split()) == {"mot"} and len(words) > 3
-    assert "".join(segments("x" * 300_000, 2)) == "x" * 300_000
-
-
-def test_every_share_takes_its_own_segments_and_begins_by_the_work():
-    text = "\n\n".join("mot " * 100 for _ in range(3000))
-    cut = segments(text, 2)
-    starts = set()
-    for work in map(str, range(20)):
-        taken = [{name: piece for name, piece in Share(k, 2).segments(text, work, "id", 7)} for k in (1, 2)]
-        assert len(taken[0]) == len(taken[1]) == len(cut) / 2
-        names = sorted(name.split("segment ")[1] for part in taken for name in part)
-        assert names == [f"{i + 1:03d}/{len(cut):03d}" for i in range(len(cut))]
-        starts.add(min(taken[0]))
-    assert len(starts) == 2
-    orders = {tuple(name for name, _ in Share(1, 2).segments(text, "work", "id", seed)) for seed in range(5)}
-    assert len(orders) > 1
-
-
-def test_a_long_book_gives_no_more_windows_than_asked_of_it(llama):
-    """And all it has where more is asked, from one segment after the other."""
-    cutter = Cutter(load_tokenizer(llama), 512)
-    book = Entry(0, 0, "bpt1", "Contes", "", "1880", "contes", 0, 1.0, "")
-    text = " ".join("\n\n".join(tale.replace("\n", "\n\n") for tale in tales()).split(" "))
-    named = Share(1, 1).segments(text, "contes", book.source, 1)
-    assert len(named) == 3
-    for most, segments_used in ((5, 1), (60, 2), (10_000, 3)):
-        made = list(rows_of(book, list(named), cutter, most))
-        assert len({row.part.split(" passage")[0] for row in made}) == segments_used
-        assert sum(row.windows for row in made) == most or segments_used == 3
-        assert max(row.windows for row in made) == min(most, MAX_WINDOWS)
 
 
 @pytest.mark.parametrize(
@@ -307,21 +179,6 @@ def test_a_share_of_all_works_is_held_out_and_never_none():
     few = works[:5]
     assert sum(map(HeldOut(1e-9, few), few)) == 1
     assert not any(map(HeldOut(0, few), few))
-
-
-def test_shares_are_as_even_as_lengths_allow():
-    draw = np.random.default_rng(1)
-    for _ in range(200):
-        available = draw.integers(0, 12, size=draw.integers(1, 9)).tolist()
-        order = draw.random(len(available)).tolist()
-        wanted = int(draw.integers(0, sum(available) + 1))
-        taken = shares_of(available, order, wanted)
-        assert sum(taken) == wanted
-        assert all(0 <= t <= a for t, a in zip(taken, available, strict=True))
-        # Whoever could give more gives at most one less than the one who gives most.
-        assert all(t >= max(taken) - 1 for t, a in zip(taken, available, strict=True) if t < a)
-    assert shares_of([5, 5, 5], [0.3, 0.1, 0.2], 4) == [1, 2, 1]
-    assert level(np.array([1, 2]), 4) is None
 
 
 # --- what a dump also holds ------------------------------------------------------------------------------------------
@@ -483,11 +340,10 @@ def test_killed_it_goes_on_to_the_same_bytes(source, llama, tmp_path):
     out, undisturbed = tmp_path / "data" / "2a.jsonl", tmp_path / "other" / "2a.jsonl"
     prepare(source, llama, undisturbed, windows=30, holdout=0.01)
     words = command(source, llama, out, "--workers", "2")
-    with subprocess.Popen(words, stderr=subprocess.PIPE, start_new_session=True) as process:
-        assert process.stderr
-        heard = b""
-        while b"1/3" not in heard:
-            heard += process.stderr.read(1)
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while not list(out.parent.glob("gallica/*/logs/clean/completions/*")):
+            assert process.poll() is None
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     assert not prepared(out.parent)
     main(words[2:])
@@ -542,12 +398,20 @@ def test_real_books(sequence_len, windows, split, tmp_path):
     assert {(row["author"], row["date"]) for row in anonymous} == {("", "1876-????")}
 
 
-def test_the_corpus_hangs_on_the_code_that_decides_it() -> None:
-    """All that corpus.py imports of prep/, down to the last, but what runs it, writes it, or only names versions."""
-    found, waiting = set(), {"corpus"}
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        text = (Path(corpus.__file__).with_name(f"{name}.py")).read_text()
-        waiting |= set(re.findall(r"^from prep\.(\w+) import", text, re.M)) - found
-    assert found - {"engine", "files", "rows"} == set(corpus.CODE)
+def test_the_same_input_gives_the_same_corpus_and_rows_as_ever(source, llama, tmp_path):
+    prepare(source, llama, tmp_path / "2a.jsonl", windows=30)
+    [corpus] = (tmp_path / "gallica").iterdir()
+    made = hashlib.sha256((corpus / "chosen.jsonl").read_bytes() + (tmp_path / "2a.jsonl").read_bytes()).hexdigest()
+    assert (CORPUS_VERSION, made[:16]) == (1, "d3080e560125d8a6"), (
+        "output changed: raise CORPUS_VERSION and update the hash"
+    )
+
+
+def test_fresh_makes_the_corpus_again(source, llama, tmp_path):
+    out = tmp_path / "2a.jsonl"
+    before = prepare(source, llama, out)
+    [corpus] = (tmp_path / "gallica").iterdir()
+    (corpus / "books" / "00000.jsonl.zst").unlink()
+    argv = ["--source", source, "--tokenizer", llama, "--out", out, "--sequence-len", 512, "--windows", "all"]
+    main([str(word) for word in [*argv, "--holdout", 0.2, "--workers", 1, "--fresh"]])
+    assert json.loads(manifest_path(out).read_text(encoding="utf-8")) == before
