@@ -1,18 +1,25 @@
-"""Serve the workbench: JupyterLab on one port, with eval/workbench.ipynb, rendered by Voilà, as the page it opens with.
+"""Serve the workbench: JupyterLab on one port, which opens with eval/workbench.ipynb, rendered by Voilà.
 
-    python eval/serve.py                  # what `make notebook` runs; only this machine can reach it
+    python eval/serve.py                  # or: make notebook; only this machine can reach it
     python eval/serve.py --port 8001
 
-The address it prints has a token in it; without the token there is a login page and nothing else. Give one by JUPYTER_TOKEN,
-or let it be made.
-JupyterLab itself, with its editor and terminal, is at /lab of the same address.
+The printed address has a token in it: JUPYTER_TOKEN, or a new one. Without the token there is a login page and nothing
+else, whatever Jupyter's settings on this machine say: the server reads none of them, and stops when it is not refused
+itself. JupyterLab, with its editor and terminal, is at /lab of the same address.
 """
 
 import argparse
+import ctypes
 import os
 import secrets
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from prep.common import BadInput, run
@@ -24,41 +31,82 @@ POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:;
 
 
 def check_port(ip: str, port: int) -> None:
-    """Raises BadInput when another program listens there; Jupyter would quietly take the next one."""
+    """Raises BadInput when another program listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((ip, port))
         except OSError as error:
             raise BadInput(
-                f"port {port} cannot be had on {ip} ({error.strerror}): is a workbench running already? "
+                f"port {port} is not available on {ip} ({error.strerror}): is a workbench running already? "
                 f"Otherwise choose another port: make notebook PORT={port + 1}"
             ) from error
 
 
 def command(ip: str, port: int) -> list[str]:
-    """The call of JupyterLab. Nothing in it is secret: anybody on the machine can list it."""
+    """The call of JupyterLab. It contains no secret: anybody on the machine can list it."""
     settings = {
         "ServerApp.ip": ip,
         "ServerApp.port": port,
         "ServerApp.port_retries": 0,
+        "ServerApp.base_url": "/",
         "ServerApp.root_dir": ROOT,
         "ServerApp.open_browser": False,
+        "ServerApp.jpserver_extensions": {"jupyterlab": True, "voila.server_extension": True},
         "ServerApp.tornado_settings": {"headers": {"Content-Security-Policy": POLICY}},
-        "ServerApp.log_level": "ERROR",  # its log would print the token again and again
+        "ServerApp.log_level": "ERROR",  # its log would print the token
+        "LabApp.log_level": "ERROR",
         "LabApp.default_url": PAGE,
-        "LabApp.news_url": "",  # it works offline, and tells nobody that it runs
+        "LabApp.news_url": "",  # nothing is fetched
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
-        "ServerApp.allow_root": True,  # asked above
+        "ServerApp.allow_root": True,  # checked below
         "VoilaConfiguration.show_tracebacks": True,
-        # A page that is open keeps its kernel; one whose browser has vanished frees its models after ten minutes.
+        # An open page keeps its kernel; when its browser is gone the kernel's models are freed after ten minutes.
         "MappingKernelManager.cull_idle_timeout": 600,
         "MappingKernelManager.cull_interval": 60,
     }
     return [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in settings.items())]
 
 
-def main() -> None:
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def status(address: str) -> int:
+    """The HTTP status of an address, asked without token, proxy or redirects."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
+    try:
+        return opener.open(address, timeout=30).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def check_refused(address: str, server: subprocess.Popen) -> None:
+    """Wait until the server answers, and ask for its pages without a token. Raises BadInput when one is served."""
+    while server.poll() is None:
+        try:
+            status(f"{address}api")
+            break
+        except OSError:  # not listening yet
+            time.sleep(0.2)
+    else:
+        raise BadInput(f"JupyterLab ended with status {server.returncode} before it answered")
+    served = [path for path in ("lab", "api/contents", PAGE[1:]) if status(address + path) == 200]
+    if served:
+        raise BadInput(
+            f"the server gives {served[0]} to anybody, without the token, and was stopped: "
+            "look for Jupyter settings in this environment (JUPYTER_* variables, etc/jupyter)"
+        )
+
+
+def end_with_parent() -> None:
+    """Linux: a server whose parent is killed gets SIGTERM."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ip", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000)
@@ -67,31 +115,46 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 < args.port < 65536:
         parser.error("--port must be between 1 and 65535")
+    if args.dir and not args.dir.is_dir():
+        raise BadInput(f"--dir {args.dir} is not a folder (relative to {Path.cwd()})")
     check_port(args.ip, args.port)
     if os.geteuid() == 0 and not args.allow_root:
         raise BadInput(
-            "whoever has the token can run commands as the user that the workbench runs as, and that is root: "
-            "start it as another user, or say --allow-root"
+            "whoever has the token can run commands as the user of the workbench, and that is root: "
+            "start it as another user, or give --allow-root"
         )
 
-    # An empty token would switch the question for it off: it counts as none given.
+    # An empty token would switch authentication off: it counts as none given.
     given = os.environ.get("JUPYTER_TOKEN", "").strip()
     token = given or secrets.token_urlsafe(24)
-    host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0", "::1") else args.ip
-    print(
-        f"workbench: http://{host}:{args.port}/" + ("  (token: JUPYTER_TOKEN)" if given else f"?token={token}"),
-        flush=True,
-    )
-    environment = os.environ | {
-        "JUPYTER_TOKEN": token,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    if args.dir:
-        if not args.dir.is_dir():
-            raise BadInput(f"--dir {args.dir} is not a folder (looked from {Path.cwd()})")
-        environment["WORKBENCH_DIR"] = str(args.dir.resolve())
-    arguments = command(args.ip, args.port)
-    os.execve(arguments[0], arguments, environment)
+    with tempfile.TemporaryDirectory(prefix="workbench-") as empty:
+        # No Jupyter settings of this user or machine: Jupyter also reads them from the current directory.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER_CONFIG")}
+        environment = own | {
+            "JUPYTER_NO_CONFIG": "1",
+            "JUPYTER_TOKEN": token,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        if args.dir:
+            environment["WORKBENCH_DIR"] = str(args.dir.resolve())
+        # In a session of its own: two signals at once, as from a terminal's Ctrl-C, keep JupyterLab from ending.
+        server = subprocess.Popen(
+            command(args.ip, args.port), env=environment, cwd=empty, start_new_session=True, preexec_fn=end_with_parent
+        )
+        for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(name, lambda *_: sys.exit(0))
+        try:
+            check_refused(f"http://{'127.0.0.1' if args.ip == '0.0.0.0' else args.ip}:{args.port}/", server)
+            host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0", "::1") else args.ip
+            address = f"http://{host}:{args.port}/"
+            print(f"workbench: {address}" + ("  (token: JUPYTER_TOKEN)" if given else f"?token={token}"), flush=True)
+            return server.wait()
+        finally:
+            server.terminate()
+            try:
+                server.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":
