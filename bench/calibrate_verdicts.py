@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from eval import prose, verdict
+from eval import metrics, verdict
 from prep.common import BadInput, run
 from prep.typography import to_convention
 
@@ -40,7 +40,7 @@ KINDS = {  # of alarm: what the verdict's line says, the figure it looks at
 
 
 def figures(pieces: list[str]) -> dict[str, float | None]:
-    return prose.degeneration([{"text": text, "ended": False} for text in pieces])
+    return metrics.degeneration([{"text": text, "ended": False} for text in pieces])
 
 
 def parts(text: str, words: int) -> tuple[list[str], list[str], str, str]:
@@ -48,7 +48,7 @@ def parts(text: str, words: int) -> tuple[list[str], list[str], str, str]:
     length = len(text)
     first, last = round(length * (0.5 - HELDOUT / 2)), round(length * (0.5 + HELDOUT / 2))
     before, heldout, after = text[:first], text[first:last], text[last:]
-    return prose.pieces(before, words) + prose.pieces(after, words), prose.pieces(heldout, words), before, after
+    return metrics.chunks(before, words) + metrics.chunks(after, words), metrics.chunks(heldout, words), before, after
 
 
 def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: 
                 f"{name} is too short: a tenth of it must fill {SAMPLES + 1} pieces of {words} words; lower --words"
             )
         usual = figures(heldout)
-        book = prose.Passages([before, after])
+        book = metrics.CopyFinder([before, after])
         runs = [book.longest(piece)["words"] for piece in heldout]
         for _ in range(REPORTS):
             reports += 1
@@ -89,7 +89,7 @@ def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: 
         inside += runs
         for other in sorted(novels):
             if other != name and other in authors and authors[other] == authors.get(name):
-                outside += [book.longest(piece)["words"] for piece in prose.pieces(novels[other], words)]
+                outside += [book.longest(piece)["words"] for piece in metrics.chunks(novels[other], words)]
     return {"alarms": alarms, "reports": reports, "above": above, "shared": shared}
 
 

@@ -54,12 +54,12 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from eval import samples, scoring, weights
+    from eval import generation, models, scoring
     from eval.evaluation import environment
     from train.stages import load_chain
 
     warnings.filterwarnings("ignore")
-    rows = weights.present(weights.candidates(load_chain(args.recipes)), args.stages)
+    rows = models.present(models.candidates(load_chain(args.recipes)), args.stages)
     if all(row.quantization for row in rows):
         raise BadInput("every stage asked for is quantised: add one that is not; the computed cost uses its speed")
     tasks = scoring.load_tasks(args.tasks)
@@ -81,7 +81,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         return {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
 
-    for row, model, tokenizer in weights.loaded(rows, "cpu", torch.float32):
+    for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32):
         started = time.perf_counter()
         scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), tasks, args.limit)
         bits = {name: score["bits_per_byte"] for name, score in scores.items()}
@@ -95,8 +95,8 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
                 padding[str(size)] = round(1 - counter.text / counter.through, 4)
             for count in (1, 4):
                 started = time.perf_counter()
-                decoding = samples.decoding(NEW_TOKENS)
-                drawn = samples.continuations(model, tokenizer, "K. ouvrit la porte.", count, 42, decoding)
+                decoding = generation.decoding(NEW_TOKENS)
+                drawn = generation.continuations(model, tokenizer, "K. ouvrit la porte.", count, 42, decoding)
                 writing.append({"together": count, **timed(sum(sample["tokens"] for sample in drawn), started)})
     return {
         "environment": environment("cpu", "float32"),
@@ -117,13 +117,13 @@ def quantised(row: dict[str, Any], folder: Path) -> Path:
     """The row's base, saved as its recipe quantises it: lm-eval 0.4's `load_in_4bit` fails with Transformers 5."""
     import torch
 
-    from eval import weights
+    from eval import models
     from eval.evaluation import digest
 
     target = folder / f"quantised-{digest([row['model'], row['quantization']])}"
     if not target.is_dir():
-        tokenizer = weights.load_tokenizer(Path(row["model"]))
-        model = weights.load_model(Path(row["model"]), tokenizer, "cpu", torch.float32, row["quantization"])
+        tokenizer = models.load_tokenizer(Path(row["model"]))
+        model = models.load_model(Path(row["model"]), tokenizer, "cpu", torch.float32, row["quantization"])
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     return target

@@ -40,7 +40,7 @@ from filelock import FileLock, Timeout
 
 from bench import sweep_report
 from bench.sweep_report import BASE
-from eval import intervals, logs, memory, scoring, weights
+from eval import intervals, logs, metrics, models, scoring
 from eval.evaluation import digest, environment
 from eval.tasks.texts import read_rows
 from prep.common import ROOT, BadInput, atomic_write, run, sha256
@@ -238,11 +238,11 @@ def train(this: Run, stage: Stage, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def scored(row: weights.Candidate) -> dict[str, Any]:
+def scored(row: models.Candidate) -> dict[str, Any]:
     """Scores of one row of the working directory: nats of each unit (work or block) of each text, and what these are."""
     warnings.filterwarnings("ignore")
     model: Any  # a PeftModel answers as the model under it does
-    for _, model, tokenizer in weights.loaded([row], "cpu", getattr(torch, DTYPE)):
+    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, DTYPE)):
         scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), scoring.load_tasks(TASKS), None)
     texts, nll = {}, {}
     for task, score in scores.items():
@@ -251,13 +251,13 @@ def scored(row: weights.Candidate) -> dict[str, Any]:
         if unit == "work":
             texts[task]["works"] = sorted({document["source"] for document in score["documents"]})
         nll[task] = table[:, 0].round(4).tolist()
-    memorised = memory.memorisation(scores)
+    memorised = metrics.memorisation(scores)
     sides = ("train", "heldout")
     probability = {side: memorised[side]["token_probability"] for side in sides} if memorised else None
     return {"nll": nll, "token_probability": probability, "texts": texts}
 
 
-def score(row: weights.Candidate) -> dict[str, Any]:
+def score(row: models.Candidate) -> dict[str, Any]:
     """`scored` in its own process: on a CPU malloc keeps much of what forward passes used, 5 GB after three rows."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
@@ -271,10 +271,10 @@ def finish(this: Run, work: Path, plan: dict[str, Any]) -> None:
     with contextlib.chdir(lay_out(this, work)):
         trained: dict[str, Any] = {}
         if this.parent is None:
-            row = weights.Candidate(BASE, Path("models/base"), None, None, None)
+            row = models.Candidate(BASE, Path("models/base"), None, None, None)
         else:
             stage = next(stage for stage in load_chain(Path("recipes")) if stage.name == this.stage)
-            row = weights.candidate(stage)
+            row = models.candidate(stage)
             if this.quantised:
                 row = replace(row, quantization=this.quantised)
             else:

@@ -49,9 +49,9 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from eval import evaluation, prose, samples, weights
+from eval import evaluation, generation, metrics, models
+from eval.metrics import SENTENCE_END
 from eval.scoring import MAX_LENGTH
-from eval.style import END
 from prep.common import BadInput, atomic_write, run, sha256
 from prep.typography import to_convention
 from train.stages import Stage, load_chain
@@ -111,7 +111,7 @@ def paragraphs(text: str) -> list[str]:
 
 def cut(text: str) -> str:
     """The text up to the end of its last sentence; empty when none ends."""
-    ends = [match.end() for match in END.finditer(text)]
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
     return text[: ends[-1]] if ends else ""
 
 
@@ -185,9 +185,9 @@ def draw(
     Temperature and top-p are those of the report's samples; the repetition penalty counts the passage only, since over a
     window of 2,000 tokens it would weigh on every common word. The end of the text is never drawn: the novel goes on.
     """
-    parameters = samples.decoding(settings.passage_tokens)
+    parameters = generation.decoding(settings.passage_tokens)
     penalty = parameters.pop("repetition_penalty")
-    generation = GenerationConfig(
+    config = GenerationConfig(
         do_sample=True,
         min_new_tokens=settings.passage_tokens,
         bos_token_id=tokenizer.bos_token_id,
@@ -197,7 +197,7 @@ def draw(
         output_logits=True,
         **parameters,
     )
-    model.generation_config = generation
+    model.generation_config = config
     inputs = torch.tensor([ids], device=model.device)
     torch.manual_seed(seed)
     with torch.inference_mode():
@@ -209,7 +209,7 @@ def draw(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             past_key_values=cache,
-            generation_config=generation,
+            generation_config=config,
             logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty, len(ids))]),
         )
         written = output.sequences[:, len(ids) :]
@@ -236,8 +236,8 @@ def judged(
     before: str,
     ids: list[int],
     tokenizer: PreTrainedTokenizerBase,
-    trained_on: prose.Passages | None,
-    written: prose.Passages,
+    trained_on: metrics.CopyFinder | None,
+    written: metrics.CopyFinder,
     settings: Settings,
 ) -> Drawn:
     """Cut a candidate at its last sentence, score what is left, and note the rules it breaks."""
@@ -255,7 +255,7 @@ def judged(
     tokens = min(tokens + 1, len(sequence))
     if tokens < SHORT * len(sequence):
         faults.append("short")
-    if prose.loops(kept):
+    if metrics.loops(kept):
         faults.append("loops")
     copied = trained_on.longest(kept)["words"] if trained_on else None
     if copied and copied > settings.longest_copy:
@@ -277,7 +277,7 @@ def passages(
     tokenizer: PreTrainedTokenizerBase,
     beginning: str,
     settings: Settings,
-    trained_on: prose.Passages | None = None,
+    trained_on: metrics.CopyFinder | None = None,
     written: Sequence[str] = (),
 ) -> Iterator[Passage]:
     """Passages that go on from `beginning`, without end: take as many as wanted.
@@ -299,7 +299,7 @@ def passages(
         )
     opening = head(beginning, settings.keep)
     text = beginning.rstrip() + "".join(written)
-    already = prose.Passages([])
+    already = metrics.CopyFinder([])
     already.append(text)
     number = len(written)
     while True:
@@ -459,11 +459,11 @@ def main() -> None:
     started = time.perf_counter()
     warnings.filterwarnings("ignore")
     chain = load_chain(args.recipes)
-    rows = weights.candidates(chain)
-    row = weights.present(rows, [args.stage or chain[-1].name])[0]
+    rows = models.candidates(chain)
+    row = models.present(rows, [args.stage or chain[-1].name])[0]
     book = book_of(chain)
     beginning, source = beginning_of(args.source, book)
-    trained_on = prose.Passages([book.read_text(encoding="utf-8")]) if book.is_file() else None
+    trained_on = metrics.CopyFinder([book.read_text(encoding="utf-8")]) if book.is_file() else None
     if trained_on is None:
         print(f"{book} is missing: copies are not looked for", file=sys.stderr)
     settings = Settings(args.seed, args.candidates, args.passage_tokens, args.window, args.keep, args.longest_copy)
@@ -476,7 +476,7 @@ def main() -> None:
         "beginning": {"source": source, "words": len(beginning.split()), "sha256": evaluation.digest(beginning)},
         "not_copied_from": {"path": str(book), "sha256": sha256(book)} if trained_on else None,
         "settings": asdict(settings),
-        "decoding": samples.decoding(args.passage_tokens),
+        "decoding": generation.decoding(args.passage_tokens),
         "environment": where,
         "code": {name: sha256(HERE / name) for name in WRITING},
     }
@@ -523,7 +523,7 @@ def main() -> None:
     print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}", end="", flush=True)
     print("".join(written()), end="", flush=True)
     if words() < args.words:
-        _, model, tokenizer = next(weights.loaded([row], args.device, evaluation.DTYPES[args.dtype]))
+        _, model, tokenizer = next(models.loaded([row], args.device, evaluation.DTYPES[args.dtype]))
         tokens, room = len(tokenizer.encode(beginning, add_special_tokens=False)) + 1, args.window - args.passage_tokens
         if args.source and tokens > room:
             print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)

@@ -33,7 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import intervals, logs, memory, position, prose, report, samples, scoring, style, weights
+from eval import generation, intervals, logs, metrics, models, report, scoring
 from eval.tasks.texts import read_rows
 from prep.common import BadInput, atomic_write, cpu_name, git_state, run, run_name, sha256
 from train.gate import hashed
@@ -96,7 +96,7 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def gate(row: weights.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
+def gate(row: models.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
     """What training said of itself; None when it said nothing.
 
     `passed` is true when the gate's verdict is there (it is written only then) and speaks of the weights measured here,
@@ -116,12 +116,12 @@ def gate(row: weights.Candidate, hashes: dict[str, str]) -> dict[str, Any] | Non
 
 
 def measure(
-    row: weights.Candidate,
+    row: models.Candidate,
     model: Any,
     tokenizer: Any,
     tasks: dict[str, Any],
     prompts: list[dict[str, str]],
-    trained_on: prose.Passages | None,
+    trained_on: metrics.CopyFinder | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything that needs the model in memory."""
@@ -132,7 +132,7 @@ def measure(
         result["interval"] = intervals.interval(result["documents"])
     scored = time.perf_counter()
     positions = {
-        name: position.by_position(scorer, list(task.eval_docs)[: args.limit], args.positions)
+        name: scoring.by_position(scorer, list(task.eval_docs)[: args.limit], args.positions)
         if args.positions and not row.form
         else None
         for name, task in tasks.items()
@@ -140,12 +140,12 @@ def measure(
     }
     positioned = time.perf_counter()
     written = []
-    decoding = samples.decoding(args.max_new_tokens)
+    decoding = generation.decoding(args.max_new_tokens)
     if row.form:
         prompts = []
     for number, prompt in enumerate(prompts):
         print(f"{row.name}: writing after prompt {number + 1} of {len(prompts)}, {prompt['name']}", file=sys.stderr)
-        drawn = samples.continuations(model, tokenizer, prompt["text"], args.samples, args.seed, decoding)
+        drawn = generation.continuations(model, tokenizer, prompt["text"], args.samples, args.seed, decoding)
         for index, sample in enumerate(drawn):
             copied = trained_on.longest(sample["text"]) if trained_on else None
             written.append({"prompt": prompt["name"], "seed": args.seed, "index": index, **sample, "copied": copied})
@@ -153,9 +153,9 @@ def measure(
     return {
         "scores": scores,
         "positions": positions,
-        "memorisation": memory.memorisation(scores),
+        "memorisation": metrics.memorisation(scores),
         "samples": written,
-        "degeneration": prose.degeneration(written) if written else None,
+        "degeneration": metrics.degeneration(written) if written else None,
         "seconds": {
             "scoring": round(scored - started, 1),
             "positions": round(positioned - scored, 1),
@@ -164,20 +164,20 @@ def measure(
     }
 
 
-def reference(path: str, trained_on: prose.Passages | None, max_new_tokens: int) -> dict[str, Any] | None:
+def reference(path: str, trained_on: metrics.CopyFinder | None, max_new_tokens: int) -> dict[str, Any] | None:
     """The author's own held-out pages, in pieces as long as samples, under the measures that samples get.
 
     None when the pages do not fill one piece.
     """
     length = round(max_new_tokens * WORDS_A_TOKEN)
-    texts = [piece for row in read_rows(Path(path)) for piece in prose.pieces(row["text"], max(1, length))]
+    texts = [piece for row in read_rows(Path(path)) for piece in metrics.chunks(row["text"], max(1, length))]
     if not texts:
         return None
     return {
         "path": path,
         "pieces": len(texts),
         "words": length,
-        "degeneration": prose.degeneration([{"text": text, "ended": False} for text in texts]),
+        "degeneration": metrics.degeneration([{"text": text, "ended": False} for text in texts]),
         "copied": [trained_on.longest(text)["words"] for text in texts] if trained_on else [],
     }
 
@@ -194,7 +194,7 @@ def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, An
     works: dict[str, list[str]] = {}
     for row in rows("gallica_heldout"):
         works.setdefault(row["source"], []).append(row["text"])
-    return style.style(
+    return metrics.style(
         {
             name: [sample["text"] for sample in stage["samples"]]
             for name, stage in stages.items()
@@ -203,7 +203,7 @@ def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, An
         "\n\n".join(row["text"] for row in rows("novel_train")),
         "\n\n".join(row["text"] for row in rows("novel_heldout")) or None,
         {source: "\n\n".join(texts) for source, texts in works.items()},
-        weights.BASE,
+        models.BASE,
     )
 
 
@@ -266,8 +266,8 @@ def parse() -> argparse.Namespace:
     args.batch_size = args.batch_size or (4 if on_gpu else 1)
     if args.positions is None:
         args.positions = 64 if on_gpu else 0
-    if args.positions % position.GROUP or args.positions < 0:
-        parser.error(f"--positions must be a multiple of {position.GROUP}, or 0")
+    if args.positions % scoring.GROUP or args.positions < 0:
+        parser.error(f"--positions must be a multiple of {scoring.GROUP}, or 0")
     for name in ("samples", "max_new_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -282,15 +282,15 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     target = args.out / f"{args.run}.json"
 
-    rows = weights.with_forms(weights.candidates(load_chain(args.recipes)))
-    chosen = weights.present(rows, args.stages)
-    prompts = samples.load_prompts(args.prompts)
+    rows = models.with_forms(models.candidates(load_chain(args.recipes)))
+    chosen = models.present(rows, args.stages)
+    prompts = generation.load_prompts(args.prompts)
     tasks = scoring.load_tasks(args.tasks)
     described = describe_tasks(tasks, args.limit)
     paths = {name: description["path"] for name, description in described.items()}
     trained_on = None
     if "novel_train" in paths:
-        trained_on = prose.Passages([row["text"] for row in read_rows(Path(paths["novel_train"]))])
+        trained_on = metrics.CopyFinder([row["text"] for row in read_rows(Path(paths["novel_train"]))])
     settings = {
         "tasks": args.tasks,
         "limit": args.limit,
@@ -301,7 +301,7 @@ def main() -> None:
         "seed": args.seed,
         "samples": args.samples,
         "positions": args.positions,
-        "decoding": samples.decoding(args.max_new_tokens),
+        "decoding": generation.decoding(args.max_new_tokens),
     }
     where = environment(args.device, args.dtype)
     code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
@@ -359,7 +359,7 @@ def main() -> None:
         return result
 
     waiting = [row for row in chosen if row.name not in measured]
-    for row, model, tokenizer in weights.loaded(waiting, args.device, DTYPES[args.dtype]):
+    for row, model, tokenizer in models.loaded(waiting, args.device, DTYPES[args.dtype]):
         measured[row.name] = measure(row, model, tokenizer, tasks, prompts, trained_on, args)
         write()  # after each, so that an interrupted run goes on where it was
     result = write()
@@ -368,7 +368,7 @@ def main() -> None:
     print(f"report: {page}, {page.with_suffix('.html')}")
 
 
-def files_of(row: weights.Candidate) -> list[Path]:
+def files_of(row: models.Candidate) -> list[Path]:
     """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
     files = [*row.weights, *sorted(row.model.glob("model*.safetensors"))]
     names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from eval import logs
-from eval.memory import EXTRACTABLE
+from eval.metrics import EXTRACTABLE
 from eval.tables import measured
 
 Point = tuple[float, float | None, float | None]  # tokens or step, training loss, validation loss

@@ -80,10 +80,10 @@ def free_memory() -> int:
 
 def stages() -> dict[str, str]:
     """The rows that have weights, {name: what to show}, in the chain's order. Heavy libraries are loaded here."""
-    from eval import weights
+    from eval import models
 
     found = {}
-    for row in weights.candidates(load_chain(ROOT / "recipes")):
+    for row in models.candidates(load_chain(ROOT / "recipes")):
         if row.weights and (row.adapter is None or list(row.model.glob("model*.safetensors"))):
             judged = row.stage is None or row.stage.verdict.is_file()
             found[row.name] = row.name if judged else f"{row.name} (no verdict: half trained?)"
@@ -113,9 +113,9 @@ class Models:
         """
         import torch
 
-        from eval import weights
+        from eval import models
 
-        row = weights.present(weights.candidates(load_chain(ROOT / "recipes")), [name])[0]
+        row = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])[0]
         paths = [*row.weights, *([] if row.adapter is None else sorted(row.model.glob("model*.safetensors")))]
         try:
             files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
@@ -135,14 +135,14 @@ class Models:
                 "wait until the training has ended, or stop what else is running"
             )
         say(f"reading {name} ...")
-        tokenizer = weights.load_tokenizer(row.model)
-        model: Any = weights.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
+        tokenizer = models.load_tokenizer(row.model)
+        model: Any = models.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
         if row.quantization and self.device == "cpu":
             model = (
                 model.dequantize()
             )  # the same rounded numbers; a CPU unpacks them too slowly to do it at every token
         if row.adapter:
-            model = weights.load_adapter(model, row, tokenizer)
+            model = models.load_adapter(model, row, tokenizer)
         for parameter in model.parameters():
             # What safetensors reads stays tied to the file; a training that writes over it would change, or end, this.
             parameter.data = parameter.data.clone()
@@ -185,12 +185,12 @@ def stream(
 ) -> str:  # fmt: skip
     """Continue `prompt`, handing the text so far to `show` as it grows; returns the whole continuation.
 
-    Drawn by eval/samples.py, one text from one seed: the same seed and parameters give the same text. Raises BadInput
+    Drawn by eval/generation.py, one text from one seed: the same seed and parameters give the same text. Raises BadInput
     when the prompt is empty or too long; returns what there is when `stop` is set.
     """
     from transformers import TextStreamer
 
-    from eval import samples
+    from eval import generation
 
     if not prompt.strip():
         raise BadInput("there is nothing to continue: write a prompt")
@@ -205,7 +205,7 @@ def stream(
 
     streamer = Shown(tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        return samples.continuations(model, tokenizer, prompt, 1, seed, parameters, streamer)[0]["text"]
+        return generation.continuations(model, tokenizer, prompt, 1, seed, parameters, streamer)[0]["text"]
     except Stopped:
         return "".join(written)
 

@@ -20,7 +20,7 @@ from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from tiny_curriculum import tiny_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from eval import continuation, prose
+from eval import continuation, metrics
 from eval.continuation import Drawn, Settings
 from prep.common import BadInput
 
@@ -181,8 +181,8 @@ def judge(tokenizer: Any, text: str, trained_on: list[str], before: str = "Il ne
         before,
         ids,
         tokenizer,
-        prose.Passages(trained_on),
-        prose.Passages([before]),
+        metrics.CopyFinder(trained_on),
+        metrics.CopyFinder([before]),
         Settings(**settings),
     )
 
@@ -192,12 +192,12 @@ def test_rules_are_seen_broken(tokenizer):
     fair = judge(tokenizer, " Le vent tomba, et les chiens se turent.", [book])
     assert fair.faults == () and fair.text == " Le vent tomba, et les chiens se turent."
     copy = judge(tokenizer, f" {book}", [book])
-    assert copy.faults == ("copies",) and copy.copied == len(prose.words(book)) > 12
+    assert copy.faults == ("copies",) and copy.copied == len(metrics.words(book)) > 12
     assert judge(tokenizer, f" {book}", [book], longest_copy=30).faults == ()
     assert (
-        judge(tokenizer, f" {book}", [book], longest_copy=len(prose.words(book))).faults == ()
+        judge(tokenizer, f" {book}", [book], longest_copy=len(metrics.words(book))).faults == ()
     )  # so many may be shared
-    assert judge(tokenizer, f" {book}", [], before=book, longest_copy=len(prose.words(book))).faults == ()
+    assert judge(tokenizer, f" {book}", [], before=book, longest_copy=len(metrics.words(book))).faults == ()
     assert judge(tokenizer, f" {book}", [], before=book).faults == ("repeats what is written",)
     assert judge(tokenizer, " Il alla vers la porte, il alla" * 5 + ".", []).faults == ("loops",)
     assert "no sentence ends" in judge(tokenizer, " sans fin, sans porte et sans", []).faults

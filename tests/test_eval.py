@@ -21,21 +21,7 @@ from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from tiny_curriculum import save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from eval import (
-    evaluation,
-    intervals,
-    logs,
-    memory,
-    plots,
-    position,
-    prose,
-    report,
-    samples,
-    scoring,
-    tables,
-    verdict,
-    weights,
-)
+from eval import evaluation, generation, intervals, logs, metrics, models, plots, report, scoring, tables, verdict
 from prep.common import BadInput, sha256
 from train.stages import load_chain
 
@@ -121,10 +107,10 @@ def test_a_batch_is_text_for_nine_tenths():
 
 def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
     save_adapter(place / "outputs" / "2a", place / "outputs" / "2c", "outputs/2a", seed=None, targets=("v_proj",))
-    rows = weights.candidates(load_chain(Path("recipes")))
+    rows = models.candidates(load_chain(Path("recipes")))
     bits = {
         row.name: scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-        for row, model, tokenizer in weights.loaded(rows, "cpu", torch.float32)
+        for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32)
     }
     assert bits["2c"] == pytest.approx(bits["2a"], rel=1e-6)  # also: 2b's adapter is off again
     assert abs(bits["2b"] - bits["2a"]) > 0.001
@@ -146,12 +132,12 @@ def in_four_bits(place: Path) -> Path:
 
 def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(in_four_bits):
     """And the other forms: the model below it rounded alike, and the last adapter merged, unrounded."""
-    rows = weights.with_forms(weights.candidates(load_chain(Path("recipes"))))
+    rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
     assert [(row.name, row.parent) for row in rows] == [
         ("base", None), ("2a", "base"), ("2a 4-bit", "2a"), ("2b", "2a 4-bit"), ("2c", "2b"), ("2c merged", "2c")
     ]  # fmt: skip
     bits, layers = {}, {}
-    for row, model, tokenizer in weights.loaded(rows, "cpu", torch.float32):
+    for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32):
         layers[row.name] = {type(module).__name__ for module in model.modules()}
         bits[row.name] = scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
     assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2a 4-bit", "2b", "2c"}
@@ -166,15 +152,15 @@ def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(in_four_bits):
 
 
 def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
-    rows = weights.with_forms(weights.candidates(load_chain(Path("recipes"))))
-    assert [row.name for row in weights.present(rows, ["base", "2a"])] == ["base", "2a"]
-    assert [row.name for row in weights.present(rows, ["2b"])] == ["2a 4-bit", "2b"]
-    assert [row.name for row in weights.present(rows, ["2c"])] == ["2c", "2c merged"]
+    rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
+    assert [row.name for row in models.present(rows, ["base", "2a"])] == ["base", "2a"]
+    assert [row.name for row in models.present(rows, ["2b"])] == ["2a 4-bit", "2b"]
+    assert [row.name for row in models.present(rows, ["2c"])] == ["2c", "2c merged"]
     with pytest.raises(BadInput, match="no stage 2a 4-bit in the recipes"):
-        weights.present(rows, ["2a 4-bit"])
+        models.present(rows, ["2a 4-bit"])
     for name in ("2b", "2c"):
         shutil.rmtree(f"outputs/{name}")
-    assert [row.name for row in weights.present(rows, None)] == ["base", "2a"]
+    assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
 
 
 def test_the_report_prices_rounding_and_merging(in_four_bits):
@@ -199,22 +185,22 @@ def test_the_report_prices_rounding_and_merging(in_four_bits):
 
 def test_every_piece_is_scored_once_at_each_range():
     groups = [1, 2, 5]
-    lengths = position.windows(groups)
+    lengths = scoring.windows(groups)
     for piece in (group * 4 + i for group in groups for i in range(4)):
-        for ahead, end in position.RANGES:
-            start = position.window_start(piece, ahead)
+        for ahead, end in scoring.RANGES:
+            start = scoring.window_start(piece, ahead)
             assert ahead <= piece - start < max(end, 1) and start >= 0
             assert lengths[start] > piece - start
     assert max(lengths.values()) == 8  # no window is longer than 2048 tokens
-    long = position.windows(list(range(1, 101)))
+    long = scoring.windows(list(range(1, 101)))
     assert sum(long.values()) / 400 == pytest.approx(4, rel=0.05)  # tokens through the model for each one scored
 
 
 def test_pieces_are_spread_over_the_texts():
-    assert position.choose([8, 3, 12], 100) == [[1], [], [1, 2]]
-    assert position.choose([8, 3, 12], 8) == [[1], [], [1]]
-    assert position.choose([12, 12], 8) == [[1], [1]]
-    assert position.choose([3], 8) == [[]]
+    assert scoring.choose([8, 3, 12], 100) == [[1], [], [1, 2]]
+    assert scoring.choose([8, 3, 12], 8) == [[1], [], [1]]
+    assert scoring.choose([12, 12], 8) == [[1], [1]]
+    assert scoring.choose([3], 8) == [[]]
 
 
 def test_positions_are_those_of_the_text(place):
@@ -223,7 +209,7 @@ def test_positions_are_those_of_the_text(place):
     model = LlamaForCausalLM.from_pretrained("models/base").eval()
     scorer = scoring.TokenScorer(model, tokenizer, 3, "test")
     text = tales()[1][:15_000]
-    result = position.by_position(scorer, [{"text": text, "source": "a"}, {"text": "court", "source": "b"}], 4)
+    result = scoring.by_position(scorer, [{"text": text, "source": "a"}, {"text": "court", "source": "b"}], 4)
     assert result is not None and result["tokens"] == 1024
     ids = tokenizer.encode(text, add_special_tokens=False)
     size = sum(scoring.bytes_by_block(text, tokenizer)[4:8])
@@ -238,7 +224,7 @@ def test_positions_are_those_of_the_text(place):
         assert part["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
     first, last = result["ranges"][1]["bits_per_byte"], result["ranges"][-1]["bits_per_byte"]
     assert result["change"]["bits_per_byte"] == pytest.approx(last - first, abs=1e-6)
-    assert position.by_position(scorer, [{"text": "court", "source": "b"}], 4) is None
+    assert scoring.by_position(scorer, [{"text": "court", "source": "b"}], 4) is None
 
 
 def test_an_overflow_is_no_figure():
@@ -325,7 +311,7 @@ def test_one_unit_has_no_interval():
 def draw(seed: int, prompt: str = "La porte", **changes: Any) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained("models/base")
     model = LlamaForCausalLM.from_pretrained("models/base").eval()
-    return samples.continuations(model, tokenizer, prompt, 2, seed, {**samples.decoding(12), **changes})
+    return generation.continuations(model, tokenizer, prompt, 2, seed, {**generation.decoding(12), **changes})
 
 
 def test_the_same_seed_draws_the_same_samples(place):
@@ -353,15 +339,15 @@ def test_a_sample_stops_at_the_end_of_text(place):
     model.model.norm.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
     torch.nn.init.zeros_(model.lm_head.weight)
     model.lm_head.weight.data[tokenizer.eos_token_id] = 10
-    [one] = samples.continuations(model, tokenizer, "La porte", 1, 0, samples.decoding(5))
+    [one] = generation.continuations(model, tokenizer, "La porte", 1, 0, generation.decoding(5))
     assert one == {"text": "", "tokens": 0, "ended": True}
 
 
 def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
     text = "un deux trois\n\nquatre cinq six sept\n\nhuit neuf"
-    assert samples.tail(text, 2) == "huit neuf"
-    assert samples.tail(text, 3) == "quatre cinq six sept\n\nhuit neuf"
-    assert samples.tail("a b c d e f g h", 3) == "f g h"
+    assert generation.tail(text, 2) == "huit neuf"
+    assert generation.tail(text, 3) == "quatre cinq six sept\n\nhuit neuf"
+    assert generation.tail("a b c d e f g h", 3) == "f g h"
 
 
 # --- prose and memory -------------------------------------------------------------------------------------------------
@@ -369,9 +355,9 @@ def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
 
 def test_repetition_and_distinct_ngrams_by_hand():
     text = "le chat le chat le chien"  # 2-grams: le chat, chat le, le chat, chat le, le chien
-    assert prose.repetition(text, 2) == pytest.approx(2 / 5)
-    assert prose.repetition("un deux", 4) is None
-    assert prose.distinct(["le chat", "le chat", "le chien"], 2) == pytest.approx(2 / 3)
+    assert metrics.repetition(text, 2) == pytest.approx(2 / 5)
+    assert metrics.repetition("un deux", 4) is None
+    assert metrics.distinct(["le chat", "le chat", "le chien"], 2) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -391,48 +377,50 @@ def test_repetition_and_distinct_ngrams_by_hand():
     ],
 )
 def test_loops(text, looping):
-    assert prose.loops(text) is looping
+    assert metrics.loops(text) is looping
 
 
 def test_a_copied_passage_is_found_in_its_whole_length():
     """Twelve words, over other signs and capitals; the span shows where, and rows do not run into each other."""
-    book = prose.Passages(["Alors, un homme entra dans la salle basse et s'assit près du feu.", "Sans un mot il but."])
+    book = metrics.CopyFinder(
+        ["Alors, un homme entra dans la salle basse et s'assit près du feu.", "Sans un mot il but."]
+    )
     sample = "Le soir venu, UN HOMME entra dans la salle basse... et s'assit près du lac."
     found = book.longest(sample)
     assert found["words"] == 12
     assert sample[found["start"] : found["end"]] == "UN HOMME entra dans la salle basse... et s'assit près du"
     assert book.longest("près du feu sans un mot il")["words"] == 4
     assert book.longest("dans la salle")["words"] == 3 and book.longest("dans la cave")["words"] == 0
-    assert prose.Passages(["un deux", "trois quatre"]).longest("deux  trois quatre")["words"] == 0
+    assert metrics.CopyFinder(["un deux", "trois quatre"]).longest("deux  trois quatre")["words"] == 0
     assert book.longest("rien de commun ici") == {"words": 0, "start": 0, "end": 0}
 
 
 def test_a_text_that_grows_is_the_whole_text():
     whole = "Un homme entra dans la salle basse. Il but. Un homme entra sans un mot."
-    grown = prose.Passages([])
+    grown = metrics.CopyFinder([])
     for part in ("Un homme entra dans", " la", " salle basse. Il but.", "", " Un homme entra sans un mot."):
         grown.append(part)
-    once = prose.Passages([whole])
+    once = metrics.CopyFinder([whole])
     assert grown.starts == once.starts and grown.tokens == once.tokens[:-1]
     assert grown.longest("entra sans un mot de plus")["words"] == 4  # there it ends, with nothing behind
     assert once.longest("sans un mot sans un mot un")["words"] == 3
 
 
 def test_french_words_and_others():
-    assert prose.foreign("L'œil du cœur, jusqu'à aujourd'hui, regardait la maison.") == 0
-    assert prose.foreign("Le chat xqzt dormait") == pytest.approx(1 / 3)
-    assert prose.foreign("a ! 12") is None
-    assert all((prose.foreign(tale) or 0) < 0.1 for tale in tales()[:3])
+    assert metrics.foreign("L'œil du cœur, jusqu'à aujourd'hui, regardait la maison.") == 0
+    assert metrics.foreign("Le chat xqzt dormait") == pytest.approx(1 / 3)
+    assert metrics.foreign("a ! 12") is None
+    assert all((metrics.foreign(tale) or 0) < 0.1 for tale in tales()[:3])
 
 
 def test_page_noise_is_told_from_what_looks_like_it():
-    assert prose.artefacts("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite") == 3
-    assert prose.artefacts("M. KLAMM,\n\nOUI.\n\nCHAPITRE IX\n\nOUI, OU.") == 2  # six capitals, at least
-    assert prose.artefacts("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.") == 0
+    assert metrics.artefacts("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite") == 3
+    assert metrics.artefacts("M. KLAMM,\n\nOUI.\n\nCHAPITRE IX\n\nOUI, OU.") == 2  # six capitals, at least
+    assert metrics.artefacts("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.") == 0
 
 
 def test_pieces_keep_every_sign_between_their_words():
-    assert prose.pieces("« Un, deux ! » trois - quatre cinq", 2) == ["Un, deux ! » ", "trois - quatre "]
+    assert metrics.chunks("« Un, deux ! » trois - quatre cinq", 2) == ["Un, deux ! » ", "trois - quatre "]
 
 
 def test_spans_have_their_context_and_stay_in_their_window():
@@ -448,21 +436,21 @@ def test_spans_have_their_context_and_stay_in_their_window():
 def test_memorisation_by_hand():
     train = {"documents": [{"spans": [math.log(0.5), math.log(1e-3) + 1e-9]}, {"spans": [-200.0, -300.0]}]}
     heldout = {"documents": [{"spans": [-100.0]}]}
-    result = memory.memorisation({"novel_train": train, "novel_heldout": heldout})
+    result = metrics.memorisation({"novel_train": train, "novel_heldout": heldout})
     assert result is not None
     assert result["train"]["extractable"] == 0.5 and result["heldout"]["extractable"] == 0
     assert result["train"]["best_span_probability"] == pytest.approx(0.5)
     assert result["heldout"]["token_probability"] == pytest.approx(math.exp(-2))
-    assert memory.memorisation({"novel_train": train}) is None
-    assert memory.memorisation({"novel_train": train, "novel_heldout": {"documents": [{"spans": []}]}}) is None
+    assert metrics.memorisation({"novel_train": train}) is None
+    assert metrics.memorisation({"novel_train": train, "novel_heldout": {"documents": [{"spans": []}]}}) is None
     below = {"documents": [{"spans": [math.log(9e-4)]}]}
-    nearly = memory.memorisation({"novel_train": below, "novel_heldout": heldout})
+    nearly = metrics.memorisation({"novel_train": below, "novel_heldout": heldout})
     assert nearly is not None and nearly["train"]["extractable"] == 0
 
 
 def test_degeneration_is_the_mean_over_samples():
     """Two samples by hand; what a sample is too short for does not count."""
-    result = prose.degeneration(
+    result = metrics.degeneration(
         [
             {"text": "le chat le chat le chat", "ended": True},
             {"text": "un", "ended": False},
@@ -474,7 +462,7 @@ def test_degeneration_is_the_mean_over_samples():
     )
     assert result["looping"] == pytest.approx(1 / 3) and result["ended_early"] == pytest.approx(1 / 3)
     assert result["distinct_1"] == pytest.approx(4 / 15) and result["not_french"] == pytest.approx(1 / 2)
-    assert prose.degeneration([])["rep_4"] is None
+    assert metrics.degeneration([])["rep_4"] is None
 
 
 def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
@@ -499,11 +487,11 @@ def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
     page = tales()[3][:2_000]
     write_rows(place / "data/2c.jsonl", [page])
     model = know_by_heart(tokenizer, page)
-    result = memory.memorisation(scores_of(model, tokenizer, ["novel_train", "novel_heldout"]))
+    result = metrics.memorisation(scores_of(model, tokenizer, ["novel_train", "novel_heldout"]))
     assert result is not None
     assert result["train"]["extractable"] > 0.9 and result["heldout"]["extractable"] == 0
-    [sample] = samples.continuations(model, tokenizer, page[:200], 1, 0, samples.decoding(60))
-    assert prose.Passages([page]).longest(sample["text"])["words"] > 10
+    [sample] = generation.continuations(model, tokenizer, page[:200], 1, 0, generation.decoding(60))
+    assert metrics.CopyFinder([page]).longest(sample["text"])["words"] > 10
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -858,8 +846,8 @@ def test_bad_input_is_one_clear_message(place, monkeypatch, spoil, arguments, me
 def test_stages_that_are_not_trained_yet_are_left_out(place):
     shutil.rmtree(place / "outputs" / "2b")
     shutil.rmtree(place / "outputs" / "2c")
-    rows = weights.candidates(load_chain(Path("recipes")))
-    assert [row.name for row in weights.present(rows, None)] == ["base", "2a"]
+    rows = models.candidates(load_chain(Path("recipes")))
+    assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
 
 
 def test_two_bases_are_refused():
@@ -868,4 +856,4 @@ def test_two_bases_are_refused():
         for name, base in (("1a", "models/x"), ("2a", "models/y"))
     ]
     with pytest.raises(BadInput, match="several bases"):
-        weights.candidates(stages)  # type: ignore[arg-type]
+        models.candidates(stages)  # type: ignore[arg-type]

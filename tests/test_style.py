@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from eval import style, tables
+from eval import metrics, tables
 
 
 def test_delta_by_hand(monkeypatch):
     """Two words, two known texts: frequencies of « le » 0.75 and 0.25, z-scores +-1/sqrt 2, those of « un » the reverse."""
     reference = {"a": "le le le un", "b": "un un un le"}
-    found = style.delta({"a": "Le le le, un.", "middle": "un le", "far": "le le"}, reference)
+    found = metrics.delta({"a": "Le le le, un.", "middle": "un le", "far": "le le"}, reference)
     assert found["a"] == pytest.approx({"a": 0, "b": math.sqrt(2)})
     assert found["middle"] == pytest.approx({"a": math.sqrt(0.5), "b": math.sqrt(0.5)})
     # « le » 1.00 is 0.5 / sqrt 0.125 = sqrt 2 deviations above the mean; a is half that
@@ -19,27 +19,27 @@ def test_delta_by_hand(monkeypatch):
 
 def test_words_equally_frequent_in_all_are_left_out():
     reference = {"a": "le le le un et et", "b": "un un un le et et"}
-    assert style.delta({"x": "le le le un et et"}, reference)["x"] == pytest.approx({"a": 0, "b": math.sqrt(2)})
+    assert metrics.delta({"x": "le le le un et et"}, reference)["x"] == pytest.approx({"a": 0, "b": math.sqrt(2)})
 
 
 def test_only_frequent_words_count(monkeypatch):
-    monkeypatch.setattr(style, "FREQUENT", 2)
+    monkeypatch.setattr(metrics, "FREQUENT", 2)
     reference = {"a": "le le le le le le un un château", "b": "un un un un un un le le village"}
-    alone = style.delta({"x": "le le le le le le un un château"}, reference)["x"]["b"]
-    assert style.delta({"x": "le le le le le le un un village"}, reference)["x"]["b"] == pytest.approx(alone)
+    alone = metrics.delta({"x": "le le le le le le un un château"}, reference)["x"]["b"]
+    assert metrics.delta({"x": "le le le le le le un un village"}, reference)["x"]["b"] == pytest.approx(alone)
 
 
 def test_a_hundred_words_count():
     """Ninety-nine words as frequent in both books, and one that tells them apart: seen only if all hundred are."""
     common = " ".join(chr(97 + i // 26) + chr(97 + i % 26) for i in range(99))
     reference = {"a": f"{common} {common} zz", "b": f"{common} {common} zy"}
-    assert style.delta({"x": reference["a"]}, reference)["x"]["b"] > 0
+    assert metrics.delta({"x": reference["a"]}, reference)["x"]["b"] > 0
 
 
 def test_a_text_is_nearest_to_its_own_kind():
     old, new = "il vint et il dit que le soir tombait. " * 150, "tu sais, moi je crois qu'on part ! " * 150
     books = {"book": "\n\n".join([new] * 2), "other": old}
-    result = style.style(
+    result = metrics.style(
         {"base": [old], "2a": [new]}, books["book"], new, {"tale": old, "too short": "Un mot."}, "base"
     )
     assert result["2a"]["delta"]["novel"] < 0.2 < result["2a"]["delta"]["gallica"]
@@ -47,7 +47,7 @@ def test_a_text_is_nearest_to_its_own_kind():
     assert result["base"]["delta"]["base"] == pytest.approx(0)
     assert result["the novel, held out"]["delta"]["novel"] < 0.2
     assert result["the novel, held out"]["words"] <= max(result["2a"]["words"], result["base"]["words"])
-    longer = style.style({"base": [old], "2a": [new]}, books["book"], new * 3, {"tale": old, "second": new}, "base")
+    longer = metrics.style({"base": [old], "2a": [new]}, books["book"], new * 3, {"tale": old, "second": new}, "base")
     assert longer["the novel, held out"]["words"] == longer["base"]["words"]  # cut to the size of the largest samples
     assert longer["base"]["delta"]["gallica"] == pytest.approx(
         longer["2a"]["delta"]["novel"] / 2 + longer["base"]["delta"]["novel"] / 2, rel=0.1
@@ -57,20 +57,20 @@ def test_a_text_is_nearest_to_its_own_kind():
 
 
 def test_too_few_words_have_no_delta():
-    result = style.style({"base": ["Un mot."], "2a": []}, "le " * 900, None, {"tale": "un " * 900}, "base")
+    result = metrics.style({"base": ["Un mot."], "2a": []}, "le " * 900, None, {"tale": "un " * 900}, "base")
     assert result["base"]["delta"] is None and result["2a"]["delta"] is None and result["2a"]["names"] is None
     assert result["the novel"]["delta"] == {"novel": 0, "gallica": pytest.approx(math.sqrt(2)), "base": None}
 
 
 def test_dialogue_is_a_share_of_words():
-    assert style.dialogue("Il vint et dit\n\n— Oui non oui\n\n« Non »") == pytest.approx(7 / 11)
-    assert style.dialogue("Il vint.\n\n  — Oui.") == pytest.approx(2 / 4)  # the dash is a word of its own here
-    assert style.dialogue("Il dit — oui — et vint.") == 0 and style.dialogue("") == 0
+    assert metrics.dialogue("Il vint et dit\n\n— Oui non oui\n\n« Non »") == pytest.approx(7 / 11)
+    assert metrics.dialogue("Il vint.\n\n  — Oui.") == pytest.approx(2 / 4)  # the dash is a word of its own here
+    assert metrics.dialogue("Il dit — oui — et vint.") == 0 and metrics.dialogue("") == 0
 
 
 def test_sentences_are_whole_and_an_initial_ends_none():
     text = "K. vit M. Klamm. Il dit : « Venez ! » Puis rien\n\n— Oui. Non... Et puis il"
-    assert style.sentence_lengths(text) == [
+    assert metrics.sentence_lengths(text) == [
         4,
         3,
         2,
@@ -80,12 +80,12 @@ def test_sentences_are_whole_and_an_initial_ends_none():
 
 
 def test_a_sentence_ends_with_its_guillemet_and_not_with_a_title():
-    assert style.sentence_lengths("Il dit : « Non. » MM. Durand et Klamm vinrent… Oui. Et") == [3, 5, 1]
-    assert style.sentence_lengths("Il vint.\n\n...\n\nNon. Et") == [2, 1]  # dots alone are no sentence
+    assert metrics.sentence_lengths("Il dit : « Non. » MM. Durand et Klamm vinrent… Oui. Et") == [3, 5, 1]
+    assert metrics.sentence_lengths("Il vint.\n\n...\n\nNon. Et") == [2, 1]  # dots alone are no sentence
     lengths = (
         "Un. " * 1 + "Un deux. " * 1 + "Un deux trois. " * 1 + "Un deux trois quatre. " + "Un deux trois quatre cinq. "
     )
-    result = style.style({"base": [lengths]}, "Un mot.", None, {}, "base")
+    result = metrics.style({"base": [lengths]}, "Un mot.", None, {}, "base")
     assert result["base"]["sentence_words"] == pytest.approx([1.4, 3, 4.6])
 
 
@@ -97,6 +97,6 @@ def test_names_are_what_is_capitalised_inside_sentences():
     )
     book += "Il vit Monsieur, vit Madame. " * 4 + "Il vint, Hans aussi. " * 3 + "Il dit l'Auberge. " * 3
     book += "Dans Le Monde. " * 3 + "le monde " * 9
-    assert style.names(book) == {"Barnabé", "Klamm", "Hans", "Auberge"}
-    assert style.name_frequency("Klamm dit oui à Barnabé.", frozenset({"Klamm", "Barnabé"})) == pytest.approx(400)
-    assert style.name_frequency("", frozenset()) is None
+    assert metrics.names(book) == {"Barnabé", "Klamm", "Hans", "Auberge"}
+    assert metrics.name_frequency("Klamm dit oui à Barnabé.", frozenset({"Klamm", "Barnabé"})) == pytest.approx(400)
+    assert metrics.name_frequency("", frozenset()) is None

@@ -140,17 +140,17 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_adapter_stands_on_its_rounded_base(folder: Path) -> None:
     """As in the report and the continuation: on 4-bit weights, not on those they were made from."""
-    from eval import weights
+    from eval import models
 
     model, tokenizer = workbench.Models("cpu").get("2b", lambda _: None)
-    rows = weights.present(weights.candidates(load_chain(ROOT / "recipes")), ["2b"])
+    rows = models.present(models.candidates(load_chain(ROOT / "recipes")), ["2b"])
     ids = torch.tensor([tokenizer.encode("K. ouvrit la porte. Il faisait nuit.")])
     with torch.inference_mode():
         here = model(ids).logits
-        _, measured, _ = next(weights.loaded(rows, "cpu", torch.float32))
+        _, measured, _ = next(models.loaded(rows, "cpu", torch.float32))
         there = measured(ids).logits
-        plain = weights.load_model(rows[0].model, tokenizer, "cpu", torch.float32)
-        unrounded = weights.load_adapter(plain, rows[0], tokenizer)(ids).logits
+        plain = models.load_model(rows[0].model, tokenizer, "cpu", torch.float32)
+        unrounded = models.load_adapter(plain, rows[0], tokenizer)(ids).logits
     from_there, from_unrounded = ((here - other).abs().max().item() for other in (there, unrounded))
     print(from_there, from_unrounded)
     assert from_there < 0.1 * from_unrounded
@@ -211,13 +211,13 @@ def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
 
 
 def test_a_stream_is_the_report_s_text_and_stops(folder: Path) -> None:
-    from eval import samples
+    from eval import generation
 
     model, tokenizer = workbench.Models("cpu").get("2a", lambda _: None)
-    parameters = samples.decoding(40)
+    parameters = generation.decoding(40)
     shown: list[str] = []
     text = workbench.stream(model, tokenizer, "K. ouvrit la porte.", 7, parameters, shown.append, threading.Event())
-    again = samples.continuations(model, tokenizer, "K. ouvrit la porte.", 1, 7, parameters)[0]["text"]
+    again = generation.continuations(model, tokenizer, "K. ouvrit la porte.", 1, 7, parameters)[0]["text"]
     assert text == again and len(text) > 20
     assert len(shown) > 3 and all(b.startswith(a) for a, b in pairwise(shown))
     stop = threading.Event()
