@@ -147,7 +147,7 @@ bench-train-long: $(READY) ## The same on three times the tokens, a few variants
 .PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
 	@test -n "$${CORPUS_DIR-}" || { echo 'say where the corpus is: make bench-prep CORPUS_DIR=folder' >&2; exit 1; }
-	@$(SHOW) $(BIN)/python bench/prep_speed.py --source "$$CORPUS_DIR/gallica" --tokenizer "$$CORPUS_DIR/tokenizer" --readme prep/README.md
+	@$(SHOW) $(BIN)/python bench/prep_speed.py --source "$$CORPUS_DIR/gallica" --tokenizer "$$CORPUS_DIR/tokenizer"
 
 # --- small and local ---
 

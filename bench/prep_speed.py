@@ -1,25 +1,19 @@
-"""How fast the rows of Gallica are made, and in how much memory: this project's whole pipeline beside the naive method.
+"""How fast the rows of Gallica are made, and in how much memory: the whole pipeline beside the naive method.
 
-    python bench/prep_speed.py --source FOLDER --tokenizer models/base     -> bench/reports/prep.json
-    python bench/prep_speed.py --again                                     the tables once more, from that report
+    python bench/prep_speed.py --source FOLDER --tokenizer models/base     -> bench/reports/prep.json and prep.md
 
-Both make windows of 512 tokens from the same parquet files with the same tokenizer, in turns, so often as --repeats says;
-the table has the middle run. The naive method is what projects like this one do: take a random book, a random slice of it
-of 6 characters a token, tokenise it, decode a window, repeat, in one process; its books lie in memory, nothing is cleaned,
-and its start is not counted. Ours is the command `prep/gallica.py --windows all` as it stands, start and all, from a bare
-folder: cleaning, rules, signatures, two workers.
+Both make windows of 512 tokens from the same parquet files with the same tokenizer, in turns. The naive method: a random
+slice of a random book, 6 characters a token, tokenised, a window decoded, in one process that holds all books; its start is
+not counted. Ours is `prep/gallica.py --windows all` from a bare folder, start and all, with two workers.
 
-The corpus of each size is made from the novels of FOLDER: a book more is one of them with three small words in five another
-word of the same book, and one in 25 a form that no other book has, as a novel brings new ones (3 % of its words after
-fifty other novels). So it has their pages, headers and letters, and no two are near-duplicates.
-A processor second is what processes ran, whatever else the machine did: on a busy machine it is the figure to compare.
-Memory is resident memory, sampled ten times a second: of the largest worker, and of all processes together (pages that
-workers share are counted in each).
+The corpus of each size is made from the novels of FOLDER: a further book is one of them with three small words in five
+another word of the same book, and one in 25 a form that no other book has. So it has their pages and headers, and no two
+are near-duplicates. Processor seconds are those of our processes, so they compare on a busy machine. Memory is resident
+memory, sampled ten times a second (pages that workers share count in each).
 """
 
 import argparse
 import ctypes
-import itertools
 import json
 import multiprocessing
 import os
@@ -39,18 +33,15 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from prep.common import BadInput, atomic_write, cpu_name, run, versions
-from prep.dedup import Signatures, sampled, word_hashes
-from prep.page_layout import clean_pages
+from prep.common import atomic_write, cpu_name, run, versions
 from prep.readers import read_books, source_paths
-from prep.rows import Cutter, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 512
-LIBRARY_BOOKS, LIBRARY_WORDS = 261_000, 16.4e9  # of PleIAs/French-PD-Books
-WANTED_TOKENS = 512e6  # by each of 2a and 2b
+LIBRARY_WORDS = 16.4e9  # of PleIAs/French-PD-Books
 FILES = 8  # as the library's own files are many: tasks for two workers
 
 
@@ -195,36 +186,6 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def single_steps(source: Path, tokenizer: Path, scratch: Path) -> dict[str, float]:
-    """MB of text a processor second of the steps whose time datatrove's statistics do not tell apart."""
-    texts = [book.text for path in source_paths(source) for book in itertools.islice(read_books(path), 10)]
-    texts = ["\n\n".join(clean_pages(text).paragraphs) for text in texts]
-    size = sum(len(text.encode()) for text in texts) / 1e6
-    cutter = Cutter(load_tokenizer(tokenizer), LENGTH)
-    minhash = Signatures(scratch)
-
-    def signature(text: str) -> None:
-        words = word_hashes(text)
-        sampled(words, 8)
-        minhash.get_signature(sampled(words, 5).reshape(-1, 1))
-
-    def tokens(text: str) -> None:
-        for start in range(0, len(text), 25_000):  # a row of 16 windows
-            cutter.count(text[start : start + 25_000])
-
-    rates = {}
-    for name, step in (
-        ("signatures", signature),
-        ("tokenised and cut", lambda text: list(cutter.cut(cutter.encode([text])[0]))),
-        ("for comparison: rows tokenised whole", tokens),
-    ):
-        began = time.process_time()
-        for text in texts:
-            step(text)
-        rates[name] = round(size / (time.process_time() - began), 1)
-    return rates
-
-
 def growth(sizes: list[dict[str, Any]]) -> dict[str, float]:
     """What more books cost, the start of programs apart: from the smallest size to the largest."""
     few, many = sizes[0], sizes[-1]
@@ -245,57 +206,37 @@ def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return sorted(runs, key=lambda run: run["windows_a_second"])[len(runs) // 2]
 
 
-def tables(report: dict[str, Any]) -> str:
-    """What prep/README.md says of speed and memory, all of it from the report."""
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
     machine, grown = report["machine"], report["growth"]
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; {report['workers']} workers; windows of "
-        f"{report['sequence_len']} tokens; the middle one of {len(report['sizes'][0]['times_naive'])} runs, in turns.",
-        "",
-        "| books | MB | windows a second: naive | ours | ours a core | times naive, each run "
-        "| windows a processor second: naive | ours | largest worker, MB | all processes, MB |",
-        "|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|",
+    rows = [
+        {
+            "books": size["books"],
+            "MB": size["text_mb"],
+            "windows/s: naive": size["naive"]["windows_a_second"],
+            "ours": size["ours"]["windows_a_second"],
+            "times naive, each run": ", ".join(f"{times:g}" for times in size["times_naive"]),
+            "windows per processor second: naive": size["naive"]["windows_a_cpu_second"],
+            "ours ": size["ours"]["windows_a_cpu_second"],
+            "largest worker, MB": size["ours"]["peak_worker_mb"],
+            "all processes, MB": size["ours"]["peak_sum_mb"],
+        }
+        for size in report["sizes"]
     ]
-    for size in report["sizes"]:
-        one, other = size["naive"], size["ours"]
-        lines.append(
-            f"| {size['books']} | {size['text_mb']:g} | {one['windows_a_second']:,} | {other['windows_a_second']:,} "
-            f"| {other['windows_a_second_a_core']:,} | {', '.join(f'{times:g}' for times in size['times_naive'])} "
-            f"| {one['windows_a_cpu_second']:,} | {other['windows_a_cpu_second']:,} "
-            f"| {other['peak_worker_mb']:,} | {other['peak_sum_mb']:,} |"
-        )
-    lines += ["", "| step | MB a second, one worker |", "|---|---:|"]
-    steps = {
-        name: rate
-        for name, rate in report["sizes"][-1]["ours"]["mb_a_second_by_step"].items()
-        if name != "signatures" and rate < 1000  # the others only look at a field
-    }
-    lines += [f"| {name} | {rate:g} |" for name, rate in (steps | report["single_steps"]).items()]
-    lines += [
-        "",
-        f"The start of programs costs {grown['start_cpu_seconds']:g} processor seconds whatever the corpus (a third of it is "
-        f"Transformers, loading the tokenizer as Axolotl does), and more books {grown['cpu_seconds_a_mb']:g} processor seconds a MB: "
-        f"{grown['windows_a_cpu_second']:,} windows a processor second, {grown['times_naive_a_core']:g} times the naive "
-        f"method's on one core, {2 * grown['times_naive_a_core']:.2g} times on two.",
-        "",
-        on_paper(report),
-    ]
-    return "\n".join(lines)
+    steps = report["sizes"][-1]["ours"]["mb_a_second_by_step"]  # a filter that only looks at a field is no cost
+    return f"""# Speed and memory of the preparation
 
+{machine["cpu"]}, {machine["cores"]} cores, {machine["memory_gb"]} GB; {report["workers"]} workers; windows of {report["sequence_len"]} tokens;
+the middle of {len(report["sizes"][0]["times_naive"])} runs, in turns. Ours counts its start, the naive method does not.
 
-def on_paper(report: dict[str, Any]) -> str:
-    """What the whole library would take at the rate of the report."""
-    megabytes = LIBRARY_WORDS * report["bytes_a_word"] / 1e6
-    hours = megabytes * report["growth"]["cpu_seconds_a_mb"] / 3600
-    tokens = 2 * WANTED_TOKENS
-    share = tokens / (LIBRARY_WORDS * report["tokens_a_word"])
-    return (
-        f"On paper: the whole library ({LIBRARY_BOOKS:,} books, {LIBRARY_WORDS / 1e9:g} G words, at {report['bytes_a_word']:g} "
-        f"bytes a word {megabytes / 1000:,.0f} GB of text), were every book fiction and all of it cut: {hours:,.1f} processor "
-        f"hours, {hours / 16:.1f} h on one machine of 16 such cores, {hours / 320 * 60:.0f} minutes on 20 Slurm nodes of 16, if "
-        f"disks keep up and the one task that draws is not counted. The two splits' {tokens / 1e9:.2f} G tokens are one "
-        f"part in {round(1 / share)} of it."
-    )
+{tabulate(rows, headers="keys", tablefmt="github", intfmt=",", disable_numparse=[4])}
+
+{tabulate([[name, rate] for name, rate in steps.items() if rate < 1000], headers=["step", "MB/s, one worker"], tablefmt="github")}
+
+The start costs {grown["start_cpu_seconds"]:g} processor seconds, every further MB {grown["cpu_seconds_a_mb"]:g}: {grown["windows_a_cpu_second"]:,} windows per
+processor second, {grown["times_naive_a_core"]:g} times the naive method's. The whole library (261,000 books, {LIBRARY_WORDS / 1e9:g} G words)
+would take {LIBRARY_WORDS * report["bytes_a_word"] / 1e6 * grown["cpu_seconds_a_mb"] / 3600:,.0f} processor hours at that rate.
+"""
 
 
 def measured(args: argparse.Namespace) -> dict[str, Any]:
@@ -329,7 +270,6 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             }
             results.append(result)
             print(json.dumps(result), flush=True)
-        steps = single_steps(corpus, args.tokenizer, Path(scratch) / "signatures")
     return {
         "machine": {
             "cpu": cpu_name(),
@@ -339,40 +279,29 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "sequence_len": LENGTH,
         "workers": args.workers,
         "bytes_a_word": round(size / words, 2),
-        "tokens_a_word": round(LENGTH * result["ours"]["windows"] / words, 2),
         "sizes": results,
         "growth": growth(results),
-        "single_steps": steps,
         "versions": versions("datatrove", "tokenizers", "pyarrow", "numpy"),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="a folder of French novels in parquet")
-    parser.add_argument("--tokenizer", type=Path, help="folder of the base model")
+    parser.add_argument("--source", type=Path, required=True, help="a folder of French novels in parquet")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--books", type=int, nargs="+", default=[50, 200, 800], help="sizes (default 50 200 800)")
     parser.add_argument("--repeats", type=int, default=3, help="of both, at each size (default 3)")
     parser.add_argument("--seconds", type=float, default=15, help="of the naive method each time (default 15)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
-    parser.add_argument("--readme", type=Path, help="put the tables between the marks of this page, too")
-    parser.add_argument("--again", action="store_true", help="measure nothing: tables of the report that is there")
     args = parser.parse_args()
-    if not args.again and not (args.source and args.tokenizer):
-        raise BadInput("give --source and --tokenizer; or --again for the tables of a report that is there")
-    if args.again:
-        report = json.loads(args.out.read_text(encoding="utf-8"))
-    else:
-        report = measured(args)
-        with atomic_write(args.out) as handle:
-            json.dump(report, handle, indent=1)
-            handle.write("\n")
-    if args.readme:
-        from eval.readme import fill  # here: the processes that are measured need none of it
-
-        fill(args.readme, "speed", f"{tables(report)}\n")
-    print(tables(report))
+    report = measured(args)
+    with atomic_write(args.out) as handle:
+        json.dump(report, handle, indent=1)
+        handle.write("\n")
+    with atomic_write(args.out.with_suffix(".md")) as handle:
+        handle.write(page(report))
+    print(page(report))
 
 
 if __name__ == "__main__":
