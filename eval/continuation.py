@@ -56,8 +56,7 @@ from prep.common import BadInput, atomic_write, run, sha256
 from prep.typography import to_convention
 from train.stages import Stage, load_chain
 
-HERE = Path(__file__).resolve().parent
-WRITING = ("continuation.py", "samples.py", "prose.py", "style.py")  # a text begun by other code is not gone on with
+TEXT_VERSION = 1  # raise it when the same seed gives another text: a text of another version is not continued
 ATTEMPTS = 3  # batches of candidates for one passage
 SHORT = 1 / 3  # of the tokens drawn: fewer left by the cut at a sentence, and their mean likelihood says little
 LEAST_CONTEXT = 64  # tokens of text that a window must have room for
@@ -478,7 +477,7 @@ def main() -> None:
         "settings": asdict(settings),
         "decoding": generation.decoding(args.passage_tokens),
         "environment": where,
-        "code": {name: sha256(HERE / name) for name in WRITING},
+        "version": TEXT_VERSION,
     }
     # Neither the commit nor the number of threads: the first says nothing of the text, the second very little.
     decisive = {

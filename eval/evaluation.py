@@ -2,9 +2,9 @@
 
 The chain is read from the recipes; a stage that has no weights yet is left out, and stands as null in the report.
 Every row is scored on the texts of eval/tasks through lm-eval, in windows of 2048 tokens, and continues the prompts of
-eval/prompts.yml with one seed and one decoding. Adapters stand on their base as their recipe quantises it (4-bit NF4),
+eval/prompts.yml with one seed and one decoding. Adapters are scored on their base as their recipe quantises it (4-bit NF4),
 with which they were trained; full models are scored in the precision of --dtype. Two rows more are scored only: the
-model under an adapter, rounded as the adapter's recipe rounds it, and the last adapter merged into its unrounded base.
+model under an adapter, quantised as the adapter's recipe does, and the last adapter merged into its 16-bit base.
 
 Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its plots from it.
 A stage whose weights, texts and settings are those of the report already there is not measured again.
@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from datetime import UTC, datetime
@@ -43,16 +44,7 @@ HERE = Path(__file__).resolve().parent
 LIBRARIES = (
     "lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib", "pyspellchecker"
 )  # fmt: skip
-MEASURING = (
-    "scoring.py",
-    "intervals.py",
-    "memory.py",
-    "position.py",
-    "prose.py",
-    "samples.py",
-    "weights.py",
-    "tasks/texts.py",
-)  # a report made by other code is not reused
+SCORES_VERSION = 1  # raise it when the same weights give other figures: rows of an older version are measured again
 POSITIONED = ("gallica_heldout", "novel_heldout")  # the texts long enough to have far context
 WORDS_A_TOKEN = 0.5  # of French under these tokenizers: TinyLlama's 0.57, SmolLM2's 0.46
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -223,15 +215,15 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def previous(path: Path) -> dict[str, Any]:
-    """The stages of the report that is there, for those that need not be measured again."""
+def previous(path: Path) -> dict[str, Any] | None:
+    """The report that is there, whose rows need not all be measured again; None when there is none that can be read."""
     if not path.is_file():
-        return {}
+        return None
     try:
-        return {name: stage for name, stage in report.load(path)["stages"].items() if stage}
+        return report.load(path)
     except BadInput as error:
         print(f"not reused: {error}", file=sys.stderr)
-        return {}
+        return None
 
 
 def parse() -> argparse.Namespace:
@@ -304,15 +296,28 @@ def main() -> None:
         "decoding": generation.decoding(args.max_new_tokens),
     }
     where = environment(args.device, args.dtype)
-    code = [sha256(path) for path in (*(HERE / name for name in MEASURING), *sorted(HERE.glob("tasks/*.yaml")))]
     hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
-    same_for_all = [settings, described, prompts, where["versions"], code]
+    same_for_all = [settings, described, prompts, where["versions"], SCORES_VERSION]
     inputs = {
         row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
         for row in chosen
     }
 
-    known = {} if args.fresh else previous(target)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):  # not writable: an error now, not after hours of scoring
+        pass
+    gates = {row.name: gate(row, hashes[row.name]) for row in chosen if row.form is None}
+    before = previous(target)
+    now = {"arguments": settings, "tasks": described, "prompts": prompts}
+    others = {
+        name: stage for name, stage in (before or {"stages": {}})["stages"].items() if stage and name not in inputs
+    }
+    if differing := [key for key in now if args.stages and others and before and before[key] != now[key]]:
+        raise BadInput(
+            f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
+            "evaluate all stages (without --stages)"
+        )
+    known = {} if args.fresh or not before else {name: stage for name, stage in before["stages"].items() if stage}
     measured = {name: known[name] for name in inputs if name in known and known[name]["inputs"] == inputs[name]}
     if measured:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
@@ -322,7 +327,7 @@ def main() -> None:
     )
 
     def write() -> dict[str, Any]:
-        stages: dict[str, Any] = {row.name: None for row in rows}
+        stages: dict[str, Any] = {row.name: others.get(row.name) if args.stages else None for row in rows}
         for row in chosen:
             if row.name in measured:
                 trained = row.stage if row.form is None else None
@@ -335,7 +340,7 @@ def main() -> None:
                     "model": str(row.model),
                     "adapter": str(row.adapter) if row.adapter else None,
                     "weights": hashes[row.name],
-                    "gate": gate(row, hashes[row.name]) if trained else None,
+                    "gate": gates.get(row.name),
                     "training": logs.training_log(trained.output_dir) if trained else None,
                 }
         result = {

@@ -23,7 +23,10 @@ from train.stages import Stage
 BASE = "base"  # the report's name for what the first stage starts from
 
 
-ROUNDED, MERGED = "rounded", "merged"  # the forms in which weights are measured besides the one they were trained in
+QUANTISED, MERGED = (
+    "quantised",
+    "merged",
+)  # the forms in which weights are measured besides the one they were trained in
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Candidate:
     adapter: Path | None
     parent: str | None  # the row it is compared with
     stage: Stage | None  # None for the base
-    quantization: dict[str, Any] | None = None  # arguments of BitsAndBytesConfig for `model`; None: not rounded
+    quantization: dict[str, Any] | None = None  # arguments of BitsAndBytesConfig for `model`; None: 16 bits
     form: str | None = None  # None: as trained
 
     @property
@@ -70,9 +73,8 @@ def candidates(chain: list[Stage]) -> list[Candidate]:
 def with_forms(rows: list[Candidate]) -> list[Candidate]:
     """The rows, and between them the same weights in other forms: the price of each is its own difference.
 
-    A model that an adapter's recipe rounds stands once more as that recipe rounds it, and the adapter is compared with
-    that, which is what it started from. An adapter that no other continues stands once more merged into its unrounded
-    base, the model that people pass on.
+    A model that an adapter's recipe quantises is also evaluated quantised: the adapter started from that, and is compared
+    with it. An adapter that no other continues is also evaluated merged into its 16-bit base, the model that people share.
     """
     by_name = {row.name: row for row in rows}
     continued = {row.parent for row in rows}
@@ -80,12 +82,12 @@ def with_forms(rows: list[Candidate]) -> list[Candidate]:
     for row in rows:
         parent = by_name[row.parent] if row.parent else None
         if row.quantization and parent and not parent.adapter:
-            name = f"{parent.name} {'4-bit' if row.quantization.get('load_in_4bit') else '8-bit'}"
-            result[name] = replace(parent, name=name, parent=parent.name, quantization=row.quantization, form=ROUNDED)
+            name = f"{parent.name} ({'nf4' if row.quantization.get('load_in_4bit') else '8-bit'})"
+            result[name] = replace(parent, name=name, parent=parent.name, quantization=row.quantization, form=QUANTISED)
             row = replace(row, parent=name)
         result[row.name] = row
         if row.adapter and row.name not in continued:
-            name = f"{row.name} merged"
+            name = f"{row.name} (merged)"
             result[name] = replace(row, name=name, parent=row.name, quantization=None, form=MERGED)
     return list(result.values())
 
@@ -103,7 +105,7 @@ def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
     missing = {row.name for row in rows if not row.weights}
     taken = {name for name in names if (name in wanted if wanted else name not in missing)}
     for row in rows:
-        if (row.form == ROUNDED and any(by_name[name].parent == row.name for name in taken)) or (
+        if (row.form == QUANTISED and any(by_name[name].parent == row.name for name in taken)) or (
             row.form == MERGED and row.parent in taken
         ):
             taken.add(row.name)
@@ -155,11 +157,21 @@ def load_model(
     dtype: torch.dtype,
     quantization: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The full model, in evaluation mode. Raises BadInput when it cannot be read, or has fewer rows than tokens."""
-    rounded = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization) if quantization else None
+    """The full model, in evaluation mode. Raises BadInput when it cannot be read, or has fewer rows than tokens.
+
+    Attention is torch's whatever the model's config asks for: Transformers would fetch another kernel from the hub.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(f"--device {device}: torch finds no CUDA device here; use --device cpu")
+    quantised = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization) if quantization else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, quantization_config=rounded, device_map={"": device}
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            quantization_config=quantised,
+            device_map={"": device},
+            attn_implementation="sdpa",
         )
     except Exception as error:  # safetensors, json and Transformers each raise their own on a torn file
         raise BadInput(f"the model in {folder} cannot be read: {brief(error)}") from error
@@ -203,28 +215,16 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: PreTrainedTo
 def loaded(
     rows: list[Candidate], device: str, dtype: torch.dtype
 ) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
-    """Each row's model and tokenizer in turn, a full model read once for itself and once for all adapters on it.
+    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it.
 
-    An adapter stands on its base as its recipe quantises it: it was trained to make up for that rounding too, and on
-    other weights it would be another model.
+    An adapter's base is quantised as its recipe says: it was trained to make up for the quantisation error too.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    groups: dict[tuple[Any, ...], list[Candidate]] = {}
     for row in rows:
-        alone = row.name if row.form == MERGED else None  # merging changes the base for good
-        groups.setdefault((row.model, str(row.quantization), alone), []).append(row)
-    for on_it in groups.values():
-        tokenizer = load_tokenizer(on_it[0].model)
-        model = load_model(on_it[0].model, tokenizer, device, dtype, on_it[0].quantization)
-        for row in sorted(on_it, key=lambda row: row.adapter is not None):  # an adapter changes the model in place
-            if row.adapter is None:
-                yield row, model, tokenizer
-            else:
-                adapted = load_adapter(model, row, tokenizer)
-                if row.form == MERGED:
-                    yield row, adapted.merge_and_unload(), tokenizer
-                else:
-                    yield row, adapted, tokenizer
-                    model = adapted.unload()
+        tokenizer = load_tokenizer(row.model)
+        model: Any = load_model(row.model, tokenizer, device, dtype, row.quantization)
+        if row.adapter:
+            model = load_adapter(model, row, tokenizer)
+        yield row, model.merge_and_unload() if row.form == MERGED else model, tokenizer
         del model

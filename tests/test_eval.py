@@ -134,30 +134,33 @@ def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(in_four_bits):
     """And the other forms: the model below it rounded alike, and the last adapter merged, unrounded."""
     rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
     assert [(row.name, row.parent) for row in rows] == [
-        ("base", None), ("2a", "base"), ("2a 4-bit", "2a"), ("2b", "2a 4-bit"), ("2c", "2b"), ("2c merged", "2c")
+        ("base", None), ("2a", "base"), ("2a (nf4)", "2a"), ("2b", "2a (nf4)"), ("2c", "2b"), ("2c (merged)", "2c")
     ]  # fmt: skip
     bits, layers = {}, {}
     for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32):
         layers[row.name] = {type(module).__name__ for module in model.modules()}
         bits[row.name] = scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2a 4-bit", "2b", "2c"}
+    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2a (nf4)", "2b", "2c"}
     assert {name for name, types in layers.items() if "PeftModel" in types} == {"2b", "2c"}
     assert len(set(bits.values())) == len(rows) and all(0 < value < 12 for value in bits.values())
 
+    # A row's score does not depend on what was scored before it.
+    [(_, model, tokenizer)] = models.loaded([row for row in rows if row.name == "2c"], "cpu", torch.float32)
+    assert scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"] == bits["2c"]
+
     plain = LlamaForCausalLM.from_pretrained("outputs/2a")
-    tokenizer = AutoTokenizer.from_pretrained("models/base")
     by_hand = PeftModel.from_pretrained(plain, "outputs/2c").eval()
     expected = scores_of(by_hand, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-    assert bits["2c merged"] == pytest.approx(expected, rel=1e-5)
+    assert bits["2c (merged)"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
     rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
     assert [row.name for row in models.present(rows, ["base", "2a"])] == ["base", "2a"]
-    assert [row.name for row in models.present(rows, ["2b"])] == ["2a 4-bit", "2b"]
-    assert [row.name for row in models.present(rows, ["2c"])] == ["2c", "2c merged"]
-    with pytest.raises(BadInput, match="no stage 2a 4-bit in the recipes"):
-        models.present(rows, ["2a 4-bit"])
+    assert [row.name for row in models.present(rows, ["2b"])] == ["2a (nf4)", "2b"]
+    assert [row.name for row in models.present(rows, ["2c"])] == ["2c", "2c (merged)"]
+    with pytest.raises(BadInput, match=r"no stage 2a \(nf4\) in the recipes"):
+        models.present(rows, ["2a (nf4)"])
     for name in ("2b", "2c"):
         shutil.rmtree(f"outputs/{name}")
     assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
@@ -166,18 +169,45 @@ def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
 def test_the_report_prices_rounding_and_merging(in_four_bits):
     result = evaluate("--tasks", "gallica_heldout", "novel_heldout", "--samples", "1", "--limit", "1")
     bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}
-    for name, against in (("2a 4-bit", "2a"), ("2b", "2a 4-bit"), ("2c merged", "2c")):
+    for name, against in (("2a (nf4)", "2a"), ("2b", "2a (nf4)"), ("2c (merged)", "2c")):
         change = result["differences"][name]
         assert change["against"] == against
         assert change["scores"]["novel_heldout"]["bits_per_byte"] == pytest.approx(bits[name] - bits[against], abs=1e-6)
-    for name in ("2a 4-bit", "2c merged"):
+    for name in ("2a (nf4)", "2c (merged)"):
         stage = result["stages"][name]
         assert (stage["samples"], stage["degeneration"], stage["gate"], stage["training"]) == ([], None, None, None)
     lines = verdict.lines(result)
-    assert lines["2a 4-bit"].startswith("the weights of 2a in another form: gallica_heldout ")
-    assert "against 2a 4-bit" in lines["2b"]
+    assert lines["2a (nf4)"].startswith("the weights of 2a in another form: gallica_heldout ")
+    assert "against 2a (nf4)" in lines["2b"]
     page = Path("eval/reports/tiny.md").read_text(encoding="utf-8")
-    assert "2c merged less 2c" in page and "**2c merged**" in page
+    assert "2c (merged) less 2c" in page and "**2c (merged)**" in page
+
+    # Some stages alone add to the report, and take nothing from it; with other settings they are refused.
+    alone = evaluate(
+        "--tasks", "gallica_heldout", "novel_heldout", "--samples", "1", "--limit", "1", "--stages", "2b", "--fresh"
+    )
+    assert {name: stage and stage["scores"] for name, stage in alone["stages"].items()} == {
+        name: stage["scores"] for name, stage in result["stages"].items()
+    }
+    with pytest.raises(BadInput, match="has other arguments and tasks, and .*2c.* would be lost"):
+        evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "1", "--stages", "2b")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda: Path("outputs/2b/trained.json").write_text("{"), "trained.json is damaged"),
+        (
+            lambda: shutil.rmtree("eval", ignore_errors=True) or Path("eval").write_text(""),
+            "File exists|Not a directory",
+        ),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_scoring(in_four_bits, monkeypatch, spoil, message):
+    monkeypatch.setattr(models, "loaded", lambda *_: pytest.fail("scored"))
+    spoil()
+    with pytest.raises((BadInput, OSError), match=message):
+        evaluate("--tasks", "gallica_heldout", "--limit", "1")
 
 
 # --- by position ------------------------------------------------------------------------------------------------------
@@ -499,7 +529,7 @@ def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
 
 @pytest.mark.slow
 def test_the_report_holds_every_stage(evaluated):
-    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c", "2c merged"]
+    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c", "2c (merged)"]
     for stage in evaluated["stages"].values():
         assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
         assert all(score["bits_per_byte"] > 0 for score in stage["scores"].values())
@@ -508,7 +538,7 @@ def test_the_report_holds_every_stage(evaluated):
         "2a": "base",
         "2b": "2a",
         "2c": "2b",
-        "2c merged": "2c",
+        "2c (merged)": "2c",
     }
     change = evaluated["differences"]["2c"]["scores"]["novel_heldout"]["bits_per_byte"]
     bits = [evaluated["stages"][name]["scores"]["novel_heldout"]["bits_per_byte"] for name in ("2b", "2c")]
@@ -549,7 +579,7 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
         }
         Path("outputs", name, "trained.json").write_text(json.dumps(record))
     same = evaluate("--positions", "4")
-    assert "not measured again: base, 2a, 2b, 2c, 2c merged" in capsys.readouterr().err
+    assert "not measured again: base, 2a, 2b, 2c, 2c (merged)" in capsys.readouterr().err
     assert same["stages"]["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
     assert [stage["gate"] and stage["gate"]["passed"] for stage in same["stages"].values()] == [
         *(None, None, True, True, None)
@@ -702,7 +732,7 @@ def test_the_memorisation_picture_holds_every_span_and_copy():
     samples = [{"copied": {"words": words}} for words in (3, 21)]
     stages = {
         "2c": {"form": None, "scores": scores, "samples": samples},
-        "2c merged": {"form": "merged", "scores": scores, "samples": []},
+        "2c (merged)": {"form": "merged", "scores": scores, "samples": []},
     }
     picture = plots.draw_memory({"stages": stages, "reference": {"copied": [4]}})
     assert picture is not None
