@@ -180,7 +180,7 @@ def test_the_report_prices_rounding_and_merging(in_four_bits):
     assert lines["2a (nf4)"].startswith("the weights of 2a in another form: gallica_heldout ")
     assert "against 2a (nf4)" in lines["2b"]
     page = Path("eval/reports/tiny.md").read_text(encoding="utf-8")
-    assert "2c (merged) less 2c" in page and "**2c (merged)**" in page
+    assert "2c (merged) - 2c" in page and "**2c (merged)**" in page
 
     # Some stages alone add to the report, and take nothing from it; with other settings they are refused.
     alone = evaluate(
@@ -189,7 +189,7 @@ def test_the_report_prices_rounding_and_merging(in_four_bits):
     assert {name: stage and stage["scores"] for name, stage in alone["stages"].items()} == {
         name: stage["scores"] for name, stage in result["stages"].items()
     }
-    with pytest.raises(BadInput, match="has other arguments and tasks, and .*2c.* would be lost"):
+    with pytest.raises(BadInput, match=r"has other arguments and tasks, and .*2c.* would be lost"):
         evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "1", "--stages", "2b")
 
 
