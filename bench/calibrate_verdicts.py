@@ -35,7 +35,7 @@ KINDS = {  # of alarm: what the verdict's line says, the figure it looks at
     "samples that loop": ("of samples loop", "looping"),
     "repeated 4-grams": ("of 4-grams", "rep_4"),
     "not French": ("not French", "not_french"),
-    "page noise": ("page noise", "artefacts"),
+    "OCR debris": ("OCR debris", "artefacts"),
 }
 
 
@@ -100,7 +100,7 @@ def table(result: dict[str, Any], novels: int, words: int) -> str:
         "samples that loop": f"{verdict.LOOPING:.0%} above the author's",
         "repeated 4-grams": f"{verdict.REPEATED:.0%} above the author's",
         "not French": f"{verdict.NOT_FRENCH:.0%} above the author's",
-        "page noise": f"{verdict.ARTEFACTS} lines above the author's",
+        "OCR debris": f"{verdict.ARTEFACTS} lines above the author's",
     }
     lines = [
         f"| {novels} novels, {reports:,} reports of {SAMPLES} pieces of {words} words | threshold | highest seen | false alarms |",

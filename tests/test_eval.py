@@ -651,13 +651,13 @@ def judged(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "learned (gallica_heldout -0.100 bits a byte against 2b); did not memorise; did not degenerate."),
+        ({}, "learned (gallica_heldout -0.100 bits per byte against 2b); did not memorise; did not degenerate."),
         ({"scores": {"novel_heldout": {"bits_per_byte": -0.1, "interval": [-0.2, 0.01]}}}, "did not learn"),
         (
             {"scores": {"novel_heldout": {"bits_per_byte": 0.1, "interval": [0.05, 0.2]}}},
             "worse on novel_heldout +0.100",
         ),
-        ({"train": {"extractable": 0.06}}, "memorised (6% of trained passages"),
+        ({"train": {"extractable": 0.06}}, "memorised (6% of trained chunks"),
         ({"train": {"extractable": 0.04}}, "did not memorise"),
         ({"copied": 14, "usual": [3]}, "did not memorise"),
         ({"copied": 15, "usual": [3]}, "memorised (a sample copies 15 words)"),
@@ -669,7 +669,7 @@ def judged(**changes: Any) -> str:
         ({"degeneration": {"rep_4": 0.08}}, "degenerated (8% of 4-grams"),
         ({"degeneration": {"not_french": 0.14}}, "did not degenerate"),
         ({"degeneration": {"not_french": 0.16}}, "degenerated (16% of words are not French)"),
-        ({"degeneration": {"artefacts": 0.6}}, "degenerated (0.6 lines of page noise"),
+        ({"degeneration": {"artefacts": 0.6}}, "degenerated (0.6 lines of OCR debris"),
     ],
 )
 def test_verdicts(changes, words):
