@@ -7,7 +7,7 @@ Reads a book in any format of prep/formats.py, takes out what belongs to the pag
 note calls), and writes beside --out: the rows, `2c.heldout.jsonl`, `2c.manifest.json`, and `2c.txt`, the cleaned book,
 a paragraph a block. Read that one before training on it.
 
-Windows that overlap make every random split a leak, so one block is held out before any window is cut. It lies in
+Windows that overlap make every random split a leak, so one block is held out before any window is cut. It is in
 the middle: the opening says who the people are, the end is where the continuation starts, and training needs both.
 It begins and ends with a paragraph, holds whole windows, and is the same for every seed, so that runs compare. The text
 before it and the text after it are cut separately; each is written once for each start (0, 512, 1024, 1536 tokens in,
@@ -17,6 +17,7 @@ cannot load an empty file, so that run has to leave out the recipe's `test_datas
 """
 
 import argparse
+import hashlib
 import random
 import re
 import sys
@@ -25,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from prep.common import BadInput, atomic_write, run, sha256, source_files
+from prep.common import BadInput, run, source_files
 from prep.formats import BookText, read_book
 from prep.page_layout import Cleaned, clean_pages
 from prep.rows import Cutter, Row, Tokens, load_tokenizer, write_prepared
@@ -170,9 +171,7 @@ def main() -> None:
         (held_tokens,) = cutter.encode(["\n\n".join(paragraphs[block.start : block.end])])
         heldout = list(rows(held_tokens, cutter, "heldout 1/1", range(1), title))
 
-    text_path = args.out.with_suffix(".txt")
-    with atomic_write(text_path) as handle:
-        handle.write("\n\n".join(paragraphs) + "\n")
+    text, text_path = "\n\n".join(paragraphs) + "\n", args.out.with_suffix(".txt")
     manifest = write_prepared(
         args.out,
         train,
@@ -190,8 +189,9 @@ def main() -> None:
             "paragraphs": len(paragraphs),
             "heldout_paragraphs": [block.start, block.end] if block else None,  # from, up to but without
             "cleaning": counts,
-            "text": {"path": text_path.name, "sha256": sha256(text_path)},
+            "text": {"path": text_path.name, "sha256": hashlib.sha256(text.encode()).hexdigest()},
         },
+        text=text,
         packages=["pypdfium2", "lxml", "striprtf", "rapidfuzz"],
     )
     print(f"{args.book}: {len(paragraphs):,} paragraphs; {', '.join(f'{v:,} {k}' for k, v in counts.items())}")

@@ -356,7 +356,11 @@ def collect_gallica(arguments: argparse.Namespace) -> None:
         count = 12 if count is None else count
         wanted = {"repo": arguments.repo, "revision": arguments.revision, "files": count, "seed": arguments.seed}
     before = recorded(out)
-    more = before is not None and before["wanted"]["files"] < count and {**before["wanted"], "files": count} == wanted
+    more = (
+        before is not None
+        and before["wanted"].get("files", 0) < count
+        and {**before["wanted"], "files": count} == wanted
+    )
     if not more and already(out, wanted):
         return
 
@@ -455,7 +459,7 @@ def collect_book(arguments: argparse.Namespace) -> None:
         if remote:
             file.unlink()
         raise
-    # A run killed between the copy and source.json left the same file; anything else is somebody's own.
+    # A run killed between the copy and source.json left the same file; anything else is the user's own.
     others = [path for path in out.glob("book.*") if path.name != name or sha256(path) != sha256(file)]
     if others:
         raise BadInput(f"{others[0]} is there, and is another book: remove it, or give another --out")

@@ -491,20 +491,22 @@ def write_prepared(
     arguments: dict[str, Any],
     seed: int,
     documents: dict[str, Any],
+    text: str | None = None,
     packages: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Write rows, held-out rows and manifest; returns the manifest.
+    """Write rows, held-out rows, the `text` they are cut from (`2c.txt`) if given, and the manifest; returns the manifest.
 
     All are written under temporary names and renamed at the end, the manifest last: if the command is killed in between,
-    the old manifest's sha256 does not match the new rows. `tokens` counts those in full windows (special tokens
+    the old manifest's sha256s do not match the new files. `tokens` counts those in full windows (special tokens
     included), `tail_tokens` those that `min_sample_len` drops.
     """
     if Path(out).suffix != ".jsonl":
         raise BadInput(f"--out {out} must end in .jsonl")
     held, manifest_file = heldout_path(out), manifest_path(out)
-    # Contexts leave in reverse order: rows, held-out rows, manifest.
+    # Contexts leave in reverse order: rows, held-out rows, text, manifest.
     with (
         atomic_write(manifest_file) as manifest_handle,
+        contextlib.nullcontext() if text is None else atomic_write(Path(out).with_suffix(".txt")) as text_handle,
         atomic_write(held, "wb") as held_handle,
         atomic_write(out, "wb") as train_handle,
     ):
@@ -519,6 +521,8 @@ def write_prepared(
             "heldout": _write_rows(held, held_handle, heldout, sequence_len),
             "versions": versions("tokenizers", "transformers", *packages),
         }
+        if text_handle and text is not None:
+            text_handle.write(text)
         json.dump(manifest, manifest_handle, ensure_ascii=False, indent=2)
         manifest_handle.write("\n")
     return manifest

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from axolotl_preprocessing import axolotl_windows
 from reportlab.lib.pagesizes import A5
 from reportlab.pdfgen.canvas import Canvas
-from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from test_rows import axolotl_windows
+from small_tokenizers import tales
 
 from bench.score_cleaning import paragraphs_of, score
 from prep.castle import drop_note_calls, main
@@ -35,12 +35,6 @@ def novel() -> list[str]:
     doubled = [f"{p} ({turn} {n})" for turn in ("Un", "Deux") for n, p in enumerate(paragraphs)]
     assert sum(map(len, doubled)) > 400_000
     return doubled
-
-
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def tokenizer(request, tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("tokenizer") / request.param
-    return save_llama_like(place) if request.param == "llama" else save_gpt2_like(place)
 
 
 class Result(NamedTuple):
@@ -286,7 +280,7 @@ def test_bad_books(tmp_path, tokenizer):
         "scans.pdf": "no text layer",
         "empty.txt": "is empty",
         "blank.txt": "is empty",
-        "binary.txt": "neither a PDF nor a text",
+        "binary.txt": "convert it to UTF-8",
         "broken.pdf": "cannot be read as a PDF",
         "short.txt": "too few",
         "missing.txt": "no such book",
