@@ -1,8 +1,6 @@
 """False alarms of the verdicts: on texts made by hand, and, where there is a corpus, as eval/README.md gives them."""
 
-import os
 import random
-import re
 import sys
 from pathlib import Path
 
@@ -73,20 +71,3 @@ def test_bad_input_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "short.txt").write_text("Un mot. " * 40, encoding="utf-8")
     with pytest.raises(BadInput, match="short is too short"):
         thresholds.main()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [250, 40])
-def test_the_readmes_figures_are_what_the_novels_give(
-    words: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    corpus = os.environ.get("CORPUS_DIR")
-    if not corpus:
-        pytest.skip("needs CORPUS_DIR, a folder with gallica/truth and gallica/SOURCES.csv")
-    novels = Path(corpus) / "gallica"
-    arguments = ["--texts", str(novels / "truth"), "--works", str(novels / "SOURCES.csv"), "--words", str(words)]
-    monkeypatch.setattr(sys, "argv", ["thresholds.py", *arguments])
-    thresholds.main()
-    readme = (ROOT / "eval/README.md").read_text(encoding="utf-8")
-    block = re.search(rf"<!-- thresholds-{words}:begin -->\n(.*?)\n<!-- thresholds-{words}:end -->", readme, re.S)
-    assert block and capsys.readouterr().out.strip() == block[1]
