@@ -193,12 +193,17 @@ def test_the_report_prices_rounding_and_merging(in_four_bits):
         evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "1", "--stages", "2b")
 
 
+def a_file_in_the_way() -> None:
+    shutil.rmtree("eval", ignore_errors=True)
+    Path("eval").write_text("")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda: Path("outputs/2b/trained.json").write_text("{"), "trained.json is damaged"),
         (
-            lambda: shutil.rmtree("eval", ignore_errors=True) or Path("eval").write_text(""),
+            a_file_in_the_way,
             "File exists|Not a directory",
         ),
     ],
