@@ -49,10 +49,14 @@ CARD = 11.0  # GiB free on a 12 GB card: 12 less what the driver and a desktop t
 WINDOWS_PER_ROW = 16  # as the rows of the recipes have at most
 SPECIALS = ["<unk>", "<s>", "</s>"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "torchao")
-TINY = LlamaConfig(
-    vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+
+
+def tiny_config() -> PretrainedConfig:
+    """A Llama that a CPU trains in seconds."""
+    return LlamaConfig(
+        vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -460,14 +464,12 @@ def measure(item: Run, base: PretrainedConfig, args: argparse.Namespace, limit: 
     except BadInput as error:
         result = {"status": "failed", "reason": str(error), "wall_s": 0.0, "driver_peak": None}
     shutil.rmtree(args.work / item.folder / "output", ignore_errors=True)
-    return {"fingerprint": fingerprint(item, base, args.tiny), **expected, **result}
+    return {**expected, **result}
 
 
-def fingerprint(item: Run, base: PretrainedConfig, tiny: bool) -> str:
+def fingerprint(item: Run, model: dict[str, Any], tiny: bool) -> str:
     """A hash of what a run's figures depend on: recipe with changes, environment, model."""
-    return config_hash({"config": item.trained(tiny), "environment": item.environment, "model": base.to_diff_dict()})[
-        :16
-    ]
+    return config_hash({"config": item.trained(tiny), "environment": item.environment, "model": model})[:16]
 
 
 def parse() -> argparse.Namespace:
@@ -512,7 +514,7 @@ def main() -> None:
     chosen = [item for item in everything if fnmatch.fnmatchcase(item.id, args.only)]
     if not chosen:
         raise BadInput(f"no run matches {args.only!r}; --list prints every run")
-    base = TINY if args.tiny else planner.load_config(args.base)
+    base = tiny_config() if args.tiny else planner.load_config(args.base)
     report = load(args.out)
     if args.list:
         for item in chosen:
@@ -523,7 +525,7 @@ def main() -> None:
         "what": "A tiny model: no measurement of the recipes." if args.tiny else "A model with random weights.",
         "machine": machine(gpu=not args.tiny),
         "versions": versions(*PACKAGES),
-        "model": json.loads(base.to_json_string()),
+        "model": json.loads(base.to_json_string()),  # before it is built: Transformers adds to it
         "parameters": planner.build(base, {}).num_parameters(),
         "settings": {"seconds": args.seconds, "warmup": args.warmup},
     }
@@ -531,8 +533,8 @@ def main() -> None:
     differing = [key for key in facts if report["facts"].get(key) != facts[key]]
     if differing:  # such figures cannot be compared
         raise BadInput(f"{args.out} was made with another {', '.join(differing)}; name another file with --out")
-    done = {name: result["fingerprint"] for name, result in report["runs"].items()}
-    todo = [item for item in chosen if done.get(item.id) != fingerprint(item, base, args.tiny)]
+    marks = {item.id: fingerprint(item, facts["model"], args.tiny) for item in chosen}
+    todo = [item for item in chosen if report["runs"].get(item.id, {}).get("fingerprint") != marks[item.id]]
     if not todo:
         print(f"all {len(chosen)} runs are in {args.out}")
         return None
@@ -554,7 +556,7 @@ def main() -> None:
         if result["status"] == "timed out" and limit < args.limit:
             break  # --minutes ended it: no result
         report["commit"] = git_state()
-        report["runs"][item.id] = result
+        report["runs"][item.id] = {"fingerprint": marks[item.id], **result}
         save(args.out, report)
         left -= 1
         speed_said = f"{result['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in result else result.get("reason", "")
