@@ -36,7 +36,7 @@ def curve(stages: dict[str, dict[str, Any]]) -> tuple[list[Point], list[str]]:
             uncounted.append(name)
             continue
         if points:
-            points.append((before, math.nan, None))
+            points.append((before, math.nan, math.nan))
         points += [(before + seen, loss, check) for seen, loss, check in logs.curve(stage["training"], "tokens")]
         before = points[-1][0]
     return points, uncounted

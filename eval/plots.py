@@ -48,7 +48,7 @@ def svg(picture: Figure, name: str) -> str:
 def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens", legend: str = "best") -> None:
     """Loss curves on one axis, a colour a name: training solid, validation dashed with marks.
 
-    A NaN breaks a line. A single series may have the name "", which leaves its name out of the legend.
+    A NaN breaks a line. A single series may have the name "": it needs no name in the legend, and gets a colour a kind.
     """
     points = [point for each in series.values() for point in each]
     both = all(any(point[column] is not None for point in points) for column in (1, 2))
@@ -61,7 +61,7 @@ def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens"
                 axis.plot(
                     *zip(*line, strict=True),
                     label=label,
-                    color=colour,
+                    color=colour if name or column == 1 else COLOURS[1],
                     linewidth=1.4,
                     linestyle="--" if dashed else "-",
                     marker=mark if column == 2 else None,

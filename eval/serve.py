@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -73,31 +72,32 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def status(address: str) -> int:
-    """The HTTP status of an address, asked without token, proxy or redirects."""
+def ask(address: str) -> tuple[int, str]:
+    """The HTTP status of an address, and where it redirects to, asked without token or proxy."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
     try:
-        return opener.open(address, timeout=30).status
+        return opener.open(address, timeout=30).status, ""
     except urllib.error.HTTPError as error:
-        return error.code
+        return error.code, error.headers.get("Location") or ""
 
 
 def check_refused(address: str, server: subprocess.Popen) -> None:
-    """Wait until the server answers, and ask for its pages without a token. Raises BadInput when one is served."""
+    """Wait until the server answers, and ask for its pages without a token. Raises BadInput unless each is refused."""
     while server.poll() is None:
         try:
-            status(f"{address}api")
+            ask(f"{address}api")
             break
         except OSError:  # not listening yet
             time.sleep(0.2)
     else:
         raise BadInput(f"JupyterLab ended with status {server.returncode} before it answered")
-    served = [path for path in ("lab", "api/contents", PAGE[1:]) if status(address + path) == 200]
-    if served:
-        raise BadInput(
-            f"the server gives {served[0]} to anybody, without the token, and was stopped: "
-            "look for Jupyter settings in this environment (JUPYTER_* variables, etc/jupyter)"
-        )
+    for path in ("lab", "api/contents", PAGE[1:]):
+        status, target = ask(address + path)
+        if status not in (401, 403) and not target.startswith("/login"):
+            raise BadInput(
+                f"the server was stopped: without the token it answers /{path} with status {status} instead of refusing; "
+                "look for Jupyter settings in this environment (JUPYTER_* variables, etc/jupyter)"
+            )
 
 
 def end_with_parent() -> None:
@@ -127,34 +127,31 @@ def main() -> int:
     # An empty token would switch authentication off: it counts as none given.
     given = os.environ.get("JUPYTER_TOKEN", "").strip()
     token = given or secrets.token_urlsafe(24)
-    with tempfile.TemporaryDirectory(prefix="workbench-") as empty:
-        # No Jupyter settings of this user or machine: Jupyter also reads them from the current directory.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER_CONFIG")}
-        environment = own | {
-            "JUPYTER_NO_CONFIG": "1",
-            "JUPYTER_TOKEN": token,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        }
-        if args.dir:
-            environment["WORKBENCH_DIR"] = str(args.dir.resolve())
-        # In a session of its own: two signals at once, as from a terminal's Ctrl-C, keep JupyterLab from ending.
-        server = subprocess.Popen(
-            command(args.ip, args.port), env=environment, cwd=empty, start_new_session=True, preexec_fn=end_with_parent
-        )
-        for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(name, lambda *_: sys.exit(0))
+    environment = os.environ | {
+        "JUPYTER_NO_CONFIG": "1",  # no settings of this user or machine
+        "JUPYTER_TOKEN": token,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    if args.dir:
+        environment["WORKBENCH_DIR"] = str(args.dir.resolve())
+    # In a session of its own: two signals at once, as from a terminal's Ctrl-C, keep JupyterLab from ending.
+    server = subprocess.Popen(
+        command(args.ip, args.port), env=environment, start_new_session=True, preexec_fn=end_with_parent
+    )
+    for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(name, lambda *_: sys.exit(0))
+    try:
+        check_refused(f"http://{'127.0.0.1' if args.ip == '0.0.0.0' else args.ip}:{args.port}/", server)
+        host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0", "::1") else args.ip
+        address = f"http://{host}:{args.port}/"
+        print(f"workbench: {address}" + ("  (token: JUPYTER_TOKEN)" if given else f"?token={token}"), flush=True)
+        return server.wait()
+    finally:
+        server.terminate()
         try:
-            check_refused(f"http://{'127.0.0.1' if args.ip == '0.0.0.0' else args.ip}:{args.port}/", server)
-            host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0", "::1") else args.ip
-            address = f"http://{host}:{args.port}/"
-            print(f"workbench: {address}" + ("  (token: JUPYTER_TOKEN)" if given else f"?token={token}"), flush=True)
-            return server.wait()
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

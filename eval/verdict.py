@@ -7,22 +7,24 @@ from typing import Any
 
 HELDOUT = ("gallica_heldout", "novel_heldout")
 EXTRACTABLE = 0.05  # share of the trained chunks of 50 tokens; stock phrases do not explain one in twenty
-# The six below are calibrated on novels by people (bench/calibrate_verdicts.py, false alarms in eval/README.md).
+# Those below are calibrated on novels by people: bench/calibrate_verdicts.py, false alarms in bench/reports/verdicts.md.
 COPY_WORDS = 15  # 46 of 49 novels repeat no sequence of so many words; two novels of one author share at most 9
 COPY_TIMES = 2  # and this many times the longest sequence that the author's held-out pages share with the rest
-# The four below are compared with the author's own pages, which contain refrains, names and headings too.
-LOOPING = 0.1  # share of samples
-REPEATED = 0.05  # rep-4; people reach 0.03
-NOT_FRENCH = 0.1  # share of words; people reach 0.08
-ARTEFACTS = 0.5  # lines like a page number or a running header, per sample
+# How far above the author's own pages, which contain refrains, names and headings too; and what is said.
+DEGENERATED = {
+    "looping": (0.1, "{:.0%} of samples loop"),
+    "rep_4": (0.05, "{:.0%} of 4-grams are repeated"),  # people reach 0.03
+    "not_french": (0.1, "{:.0%} of words are not French"),  # people reach 0.08
+    "artefacts": (0.5, "{:.1f} lines of OCR debris per sample"),
+}
 
 EXPLAINED = (
     "Learned: on a held-out text the 95 % interval of the paired difference to the stage before is below zero. "
     f"Memorised: {EXTRACTABLE:.0%} or more of the trained chunks of 50 tokens are extractable (drawn word for word once in a "
     "thousand draws), and at least twice as many as of the held-out ones; or a sample copies "
     f"{COPY_WORDS} words or more, and {COPY_TIMES} times the longest sequence that the author's held-out pages share with the "
-    f"rest. Degenerated: above the author's own pages by more than {LOOPING:.0%} of samples that loop, {REPEATED:.0%} of "
-    f"4-grams repeated, {NOT_FRENCH:.0%} of words that are not French, or {ARTEFACTS} lines of OCR debris per sample."
+    "rest. Degenerated: above the author's own pages by more than "
+    f"{', '.join(text.format(threshold) for threshold, text in DEGENERATED.values())}."
 )
 
 
@@ -71,20 +73,16 @@ def memorised(stage: dict[str, Any], report: dict[str, Any]) -> str | None:
     return "did not memorise" if memory or copies else None
 
 
+def alarms(found: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """The figures of DEGENERATED that are above their threshold; `usual` has the author's own."""
+    return [key for key, (limit, _) in DEGENERATED.items() if (found[key] or 0) > limit + (usual.get(key) or 0)]
+
+
 def degenerated(stage: dict[str, Any], report: dict[str, Any]) -> str:
     """From the samples, against the author's own pages."""
-    usual = report["reference"]["degeneration"] if report["reference"] else {}
-    found = {key: value or 0 for key, value in stage["degeneration"].items()}
-    reasons = [
-        text.format(found[key])
-        for key, threshold, text in (
-            ("looping", LOOPING, "{:.0%} of samples loop"),
-            ("rep_4", REPEATED, "{:.0%} of 4-grams are repeated"),
-            ("not_french", NOT_FRENCH, "{:.0%} of words are not French"),
-            ("artefacts", ARTEFACTS, "{:.1f} lines of OCR debris per sample"),
-        )
-        if found[key] > threshold + (usual.get(key) or 0)
-    ]
+    found = stage["degeneration"]
+    raised = alarms(found, report["reference"]["degeneration"] if report["reference"] else {})
+    reasons = [DEGENERATED[key][1].format(found[key]) for key in raised]
     return f"degenerated ({', '.join(reasons)})" if reasons else "did not degenerate"
 
 

@@ -1,11 +1,17 @@
-"""What the cells of eval/workbench.ipynb stand on: models kept in memory while they fit, text as it is written, pages."""
+"""What eval/workbench.ipynb calls: models kept in memory while they fit, text as it is written, pages as HTML.
+
+model, tokenizer = workbench.Models("cpu").get("2b", print)
+"""
 
 import contextlib
+import errno
+import fcntl
 import gc
 import html
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,25 +30,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
-KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all of its paths
+KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all paths here
 CONTINUED = Path("outputs/continuation")  # where eval/continuation.py writes
 PAGES = 900  # words of the continued novel that are shown, about three pages of a book
+SAMPLE = ("stage", "seed", "temperature", "date", "prompt", "text")  # what a kept sample has, besides parameters
 HEADROOM = 1.25  # of the bytes of 16- or 32-bit weights, for what is computed with them and the cache of a context
 
 
 def places() -> list[Path]:
-    """The working directories there are: the one asked for, or else the repository and, once there is one, the demo's.
-
-    The one in which something was last trained comes first.
-    """
+    """WORKBENCH_DIR, or the repository and the demo's folder; the one in which something was last trained comes first."""
     if asked := os.environ.get("WORKBENCH_DIR"):
         return [Path(asked)]
-    found = [ROOT, *(path for path in [ROOT / "demo/run"] if (path / "outputs").is_dir())]
-    return sorted(found, key=lambda path: latest(path / "outputs"), reverse=True)
+    found = [path for path in (ROOT, ROOT / "demo/run") if path == ROOT or (path / "outputs").is_dir()]
+
+    def latest(path: Path) -> float:
+        return max(newest_first(path.glob("outputs/*/runs/**/events.out.tfevents.*")).values(), default=0.0)
+
+    return sorted(found, key=latest, reverse=True)
 
 
 def newest_first(paths: Iterable[Path]) -> dict[Path, float]:
-    """Files, and when each was last written; those removed since they were listed are left out."""
+    """{file: when it was last written}, without those removed since they were listed."""
     times = {}
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -50,43 +58,33 @@ def newest_first(paths: Iterable[Path]) -> dict[Path, float]:
     return dict(sorted(times.items(), key=lambda item: item[1], reverse=True))
 
 
-def latest(outputs: Path) -> float:
-    """When anything under `outputs` was last logged; 0 when nothing was."""
-    return max(newest_first(outputs.glob("*/runs/**/events.out.tfevents.*")).values(), default=0.0)
-
-
 def table(runs: list[logs.Run]) -> str:
     """The state of each run that has logged anything, as an HTML table."""
-    known = epochs()
-    found = [logs.status(run, float(known.get(run.folder.name, 1))) for run in runs]
+    epochs = {stage.name: float(stage.config.get("num_epochs", 1)) for stage in load_chain(ROOT / "recipes")}
+    found = [logs.status(run, epochs.get(run.folder.name, 1.0)) for run in runs]
     return logs.table([one for one in found if one])
 
 
-def epochs() -> dict[str, Any]:
-    """How many epochs each recipe asks for."""
-    return {stage.name: stage.config.get("num_epochs", 1) for stage in load_chain(ROOT / "recipes")}
-
-
 def free_memory() -> int:
-    """Bytes that a model can still take: of this machine, or of what the container may use of it."""
+    """Bytes of memory that are free, on this machine or within the container's limit."""
     free = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
     except (OSError, ValueError):
-        pass  # no limit of its own: no such file, or the word `max` in it
+        pass  # no limit: no such file, or the word `max` in it
     return max(0, free)
 
 
 def stages() -> dict[str, str]:
-    """The rows that have weights, {name: what to show}, in the chain's order. Heavy libraries are loaded here."""
+    """{shown name: row} of the rows that have weights, in the chain's order. Imports the heavy libraries."""
     from eval import models
 
     found = {}
     for row in models.candidates(load_chain(ROOT / "recipes")):
         if row.weights and (row.adapter is None or list(row.model.glob("model*.safetensors"))):
             judged = row.stage is None or row.stage.verdict.is_file()
-            found[row.name] = row.name if judged else f"{row.name} (no verdict: half trained?)"
+            found[row.name if judged else f"{row.name} (no verdict: half trained?)"] = row.name
     return found
 
 
@@ -106,9 +104,9 @@ class Models:
         return torch.cuda.mem_get_info()[0]
 
     def get(self, name: str, say: Callable[[str], None]) -> tuple[Any, Any]:
-        """The model and tokenizer of a stage, as the evaluation has them, read anew when its files have changed.
+        """The model and tokenizer of a stage, as the evaluation loads them, read again when its files have changed.
 
-        When memory does not hold it beside the others, those are dropped first, and `say` tells.
+        When memory does not hold it beside the others, those are dropped first, and `say` is told.
         Raises BadInput when the stage is not there (any more), is not whole, or does not fit at all.
         """
         import torch
@@ -138,13 +136,11 @@ class Models:
         tokenizer = models.load_tokenizer(row.model)
         model: Any = models.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
         if row.quantization and self.device == "cpu":
-            model = (
-                model.dequantize()
-            )  # the same rounded numbers; a CPU unpacks them too slowly to do it at every token
+            model = model.dequantize()  # the same numbers; a CPU unpacks them too slowly to do it at every token
         if row.adapter:
             model = models.load_adapter(model, row, tokenizer)
         for parameter in model.parameters():
-            # What safetensors reads stays tied to the file; a training that writes over it would change, or end, this.
+            # safetensors maps the file into memory: a training that writes over it would change this, or end it.
             parameter.data = parameter.data.clone()
         self.held[name] = (files, model, tokenizer)
         return model, tokenizer
@@ -176,17 +172,17 @@ def size(count: int) -> str:
 
 
 class Stopped(Exception):
-    """The reader has pressed Stop."""
+    """The user pressed Stop."""
 
 
 def stream(
     model: Any, tokenizer: Any, prompt: str, seed: int, parameters: dict[str, Any],
     show: Callable[[str], None], stop: threading.Event,
 ) -> str:  # fmt: skip
-    """Continue `prompt`, handing the text so far to `show` as it grows; returns the whole continuation.
+    """The continuation of `prompt`; `show` gets the text so far as it grows.
 
-    Drawn by eval/generation.py, one text from one seed: the same seed and parameters give the same text. Raises BadInput
-    when the prompt is empty or too long; returns what there is when `stop` is set.
+    The same seed and parameters give the same text as the report's samples. Returns what there is when `stop` is set.
+    Raises BadInput when the prompt is empty or too long.
     """
     from transformers import TextStreamer
 
@@ -211,107 +207,92 @@ def stream(
 
 
 def keep(path: Path, sample: dict[str, Any]) -> None:
-    """Append a sample, one line of JSON. Whole lines, even when two pages keep something at the same moment."""
+    """Append a sample, one line of JSON, also when two pages do so at once. A full disk is an OSError, and no half line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), **sample}, ensure_ascii=False) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
-
-
-def kept(path: Path) -> list[dict[str, Any]]:
-    """The samples kept so far, newest first; lines that are not whole are passed over."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    with path.open("a+b", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        end = file.seek(0, os.SEEK_END)
         try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found[::-1]
+            if end:
+                file.seek(end - 1)
+                line = line if file.read(1) == b"\n" else "\n" + line  # a line that an older version left half written
+            data = line.encode()
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file)
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def kept(path: Path) -> str:
+    """The samples kept so far, newest first, as HTML; lines that are no sample are skipped and counted."""
+    parts, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            sample = json.loads(line)
+            stage, seed, temperature, date, prompt, text = (sample[key] for key in SAMPLE)
+            parts.append(prose(f"{stage}, seed {seed}, temperature {temperature}, {date}", prompt + text))
+        except (ValueError, KeyError, TypeError):
+            damaged += 1
+    skipped = [note(f"{damaged} damaged {'lines' if damaged > 1 else 'line'} of {path} skipped.")] if damaged else []
+    return "<hr>".join(skipped + parts[::-1]) or note("Nothing kept yet.")
 
 
 def reports() -> dict[str, Path]:
-    """The reports there are, newest first: {shown name: JSON file}; those of the working directory hide the repository's."""
+    """{name: page} of the reports and comparisons, newest first; the working directory's hide the repository's."""
     folders = dict.fromkeys(path.resolve() for path in (ROOT / "eval/reports", Path("eval/reports")))
-    by_name = {path.stem: path for folder in folders for path in folder.glob("*.json")}
+    by_name = {path.stem: path for folder in folders for path in folder.glob("*.html")}
     return {path.stem: path for path in newest_first(by_name.values())}
 
 
+def report_page(path: Path) -> str:
+    """A report's page in a frame, without scripts. Raises BadInput when it was removed."""
+    try:
+        page = html.escape(path.read_text(encoding="utf-8"), quote=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} was removed a moment ago") from error
+    return f'<iframe sandbox class="report" srcdoc="{page}"></iframe>'
+
+
 def continued() -> dict[str, Path]:
-    """The novels that eval/continuation.py has begun here, newest first: {shown name: its record}."""
+    """{name: record} of the continuations that eval/continuation.py has begun here, newest first."""
     return {path.stem: path for path in newest_first(CONTINUED.glob("*.json"))}
 
 
 def latest_pages(path: Path) -> str:
-    """The last pages of a continued novel, from its record, as HTML, under a line on how they came about.
+    """The last pages of a continued novel, from its record, as HTML. It may be read while it is written.
 
-    The record is replaced whole after every passage, so this can be read while it is written.
-    Raises BadInput when the record is gone, torn, or of another version.
+    Raises BadInput when the record was removed, is damaged, or of another version.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         parts = "".join(passage["chosen"]["text"] for passage in record["passages"]).strip().split("\n\n")
-        faulty, number = record["passages_with_faults"], len(record["passages"])
         by = (
-            f"{record['stage']} goes on from {record['beginning']['source']}, seed {record['settings']['seed']}: "
-            f"{record['words']:,} words in {number} passages, "
-            f"{faulty or 'none'} of which {'break' if faulty > 1 else 'breaks'} a rule."
+            f"{record['stage']} continues {record['beginning']['source']}, seed {record['settings']['seed']}: "
+            f"{record['words']:,} words in {len(record['passages'])} steps, {record['passages_with_faults']} with a fault. "
         )
+        total = record["words"]
     except FileNotFoundError as error:
         raise BadInput(f"{path} was removed a moment ago") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}): remove it, and `make continue` begins anew") from error
+        raise BadInput(f"{path} is damaged ({error!r}): remove it, and `make continue` starts again") from error
     words, start = 0, len(parts)
     while start and words < PAGES:
         start -= 1
         words += len(parts[start].split())
-    earlier = record["words"] - words
+    shown = f"These are its last {words:,} words. " if words < total else ""
     whole = f"The whole text: {path.with_suffix('.txt')}, and .epub once it is done."
-    if earlier > 0:
-        whole = f"Its last {words:,} words; {earlier:,} stand before them. {whole}"
-    return (
-        f'<div class="prose"><p class="by">{html.escape(by)}<br>{html.escape(whole)}</p>'
-        + paragraphs("\n\n".join(parts[start:]))
-        + "</div>"
-    )
+    return prose(by + shown + whole, "\n\n".join(parts[start:]))
 
 
-def report_page(path: Path, height: int = 900) -> str:
-    """A report's own page, made from its JSON, in a frame. Raises BadInput when it is torn or of another version."""
-    from eval import report
-
-    content = report.load(path)
-    page = html.escape(report.html(content, report.draw(content)), quote=True)
-    return f'<iframe sandbox class="report" style="height:{height}px" srcdoc="{page}"></iframe>'
+def prose(by: str, text: str) -> str:
+    """A text as HTML, under a line on where it is from."""
+    return f'<div class="prose"><p class="by">{html.escape(by)}</p>{html.escape(text.strip())}</div>'
 
 
-def novel(path: Path) -> str:
-    """What the last measured stage of a report wrote where the novel breaks off, as HTML; empty when nothing did."""
-    from eval import report
-
-    content = report.load(path)
-    after = [prompt for prompt in content["prompts"] if prompt["name"] == "suite"]
-    written = [
-        (name, sample)
-        for name, stage in content["stages"].items()
-        if stage
-        for sample in stage["samples"]
-        if after and sample["prompt"] == "suite"
-    ]
-    if not written:
-        return ""
-    last = written[-1][0]
-    pages = [paragraphs(sample["text"]) for name, sample in written if name == last]
-    return (
-        f'<div class="prose"><div class="given">{paragraphs(after[0]["text"])}</div>'
-        + f"<p class='by'>{html.escape(last)} goes on:</p>"
-        + "<hr>".join(pages)
-        + "</div>"
-    )
-
-
-def paragraphs(text: str) -> str:
-    """Text as HTML paragraphs."""
-    return "".join(f"<p>{html.escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip())
+def note(text: str) -> str:
+    """A message as HTML; `code` between backticks."""
+    marked = re.sub("`(.+?)`", r"<code>\1</code>", html.escape(text, quote=False))
+    return f'<div class="note">{marked}</div>'

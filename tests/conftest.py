@@ -1,7 +1,8 @@
 """What several test files start from."""
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,56 @@ def axolotl_validates() -> Callable[[dict[str, Any]], dict[str, Any]]:
     return validate
 
 
-def log_step(
-    writer: Any, step: int, loss: float, at: float | None = None, memory: float = 0.0, steps: int = 40
-) -> None:
-    """Write to TensorBoard what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
-    for name, value in (
-        ("train/loss", loss),
-        ("train/learning_rate", 1e-4),
-        ("train/epoch", step / steps),
-        ("train/tokens/total", step * 2048),
-        ("train/tokens/train_per_sec_per_gpu", 150.0),
-        ("train/memory/device_reserved (GiB)", memory),
-    ):
-        writer.add_scalar(name, value, step, walltime=at)
-    writer.flush()
+@pytest.fixture(scope="session")
+def log_step() -> Callable[..., None]:
+    """Writes to TensorBoard what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
+
+    def log(writer: Any, step: int, loss: float, at: float | None = None, memory: float = 0, steps: int = 40) -> None:
+        for name, value in (
+            ("train/loss", loss),
+            ("train/learning_rate", 1e-4),
+            ("train/epoch", step / steps),
+            ("train/tokens/total", step * 2048),
+            ("train/tokens/train_per_sec_per_gpu", 150.0),
+            ("train/memory/device_reserved (GiB)", memory),
+        ):
+            writer.add_scalar(name, value, step, walltime=at)
+        writer.flush()
+
+    return log
+
+
+@pytest.fixture(scope="session")
+def open_browser() -> Iterator[Callable[[], Any]]:
+    """Each call opens another headless Chromium, which can reach nothing but this machine and logs what it asks for.
+
+    Skips where there is none, but on CI, where it fails.
+    """
+    driver, binary = shutil.which("chromedriver"), shutil.which("chromium")
+    if not driver or not binary:
+        message = "needs Debian's packages chromium and chromium-driver"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars",
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    opened: list[Any] = []
+
+    def start() -> Any:
+        opened.append(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
+        return opened[-1]
+
+    yield start
+    for browser in opened:
+        browser.quit()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import log_step
 from torch.utils.tensorboard import SummaryWriter
 
 from eval import logs, plots
@@ -16,7 +16,7 @@ def losses(run: logs.Run) -> list[float]:
     return [point["loss"] for point in run.log if point["loss"] is not None]
 
 
-def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
+def test_a_run_is_read_while_it_grows(tmp_path: Path, log_step: Callable[..., None]) -> None:
     run = logs.Run(tmp_path / "outputs/2a")
     run.refresh()
     assert logs.status(run, 1) is None
@@ -33,7 +33,7 @@ def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
     assert logs.curve(run.log, "tokens") == [(2048, 4.0, None), (4096, 3.5, 3.75), (4096, None, 3.5)]
 
 
-def test_a_record_that_is_being_written_waits(tmp_path: Path) -> None:
+def test_a_record_that_is_being_written_waits(tmp_path: Path, log_step: Callable[..., None]) -> None:
     with SummaryWriter(str(tmp_path / "whole/runs/x")) as writer:
         log_step(writer, 1, 4.0)
         log_step(writer, 2, 3.5)
@@ -50,7 +50,7 @@ def test_a_record_that_is_being_written_waits(tmp_path: Path) -> None:
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 2
 
 
-def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path, log_step: Callable[..., None]) -> None:
     run = logs.Run(tmp_path / "2a")
     for part, steps, loss in (("a", range(1, 8), 4.0), ("b", range(5, 7), 3.0), ("c", range(6, 10), 2.0)):
         with SummaryWriter(str(run.folder / f"runs/{part}")) as writer:
@@ -68,7 +68,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     assert losses(run) == []
 
 
-def test_a_resumed_run_is_followed_from_its_first_record(tmp_path: Path) -> None:
+def test_a_resumed_run_is_followed_from_its_first_record(tmp_path: Path, log_step: Callable[..., None]) -> None:
     """Its file has been read before its first loss is written."""
     run = logs.Run(tmp_path / "2a")
     with SummaryWriter(str(run.folder / "runs/a")) as writer:
@@ -124,7 +124,7 @@ def test_time_left(tmp_path: Path, times: dict[int, float], planned: int, left: 
     assert found.seconds_left == (None if left is None else pytest.approx(left))
 
 
-def test_table_and_plot_of_several_runs(tmp_path: Path) -> None:
+def test_table_and_plot_of_several_runs(tmp_path: Path, log_step: Callable[..., None]) -> None:
     for name, gib in (("2a", 0.0), ("2<b>", 7.5)):
         with SummaryWriter(str(tmp_path / f"{name}/runs/x")) as writer:
             for step in (1, 2, 3):

@@ -2,13 +2,13 @@
 
 import copy
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chromium import chromium, requests
 from PIL import Image
 
 from eval import compare, report
@@ -42,10 +42,23 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"report": page, "compare": both}
 
 
+def test_the_committed_pages_are_those_of_their_json(pages: dict[str, Path]) -> None:
+    made = sorted(pages["report"].parent.glob("demo.*"))
+    assert len(made) == 5  # two pages and three plots
+    for path in made:
+        same = path.read_bytes() == (ROOT / "eval/reports" / path.name).read_bytes()
+        assert same, f"{path.name}: run python eval/report.py eval/reports/demo.json"
+
+
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as one:
-        yield one
+def browser(open_browser: Callable[[], Any]) -> Any:
+    return open_browser()
+
+
+def requests(browser: Any) -> list[str]:
+    """The addresses asked for since the last call."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
 def show(browser: Any, page: Path, width: int, scheme: str, height: int = 1000) -> np.ndarray:

@@ -54,9 +54,9 @@ def test_each_alarm_is_counted() -> None:
     looping = f"{'dormir ' * 400}{middle} {'dormir ' * 400}"
     strange = " ".join(["xqzt wrfg", *(["bvnk tplm"] * 199)]) + f" {middle} " + "xqzt bvnk " * 200
     result = thresholds.measured({"l": looping, "s": strange}, {}, 10, seed=0)
-    assert result["alarms"]["samples that loop"] == 40 and result["alarms"]["not French"] == 20
+    assert result["alarms"]["looping"] == 40 and result["alarms"]["not_french"] == 20
     noisy = f"{quiet} {middle} " + "neige\n\n12\n\nporte " * 200
-    assert thresholds.measured({"n": noisy}, {}, 10, seed=0)["alarms"]["OCR debris"] > 0
+    assert thresholds.measured({"n": noisy}, {}, 10, seed=0)["alarms"]["artefacts"] > 0
     page = " ".join(middle.split()[40:70])
     twice = f"{quiet} {middle} {quiet} {page}"
     found = thresholds.measured({"t": twice}, {}, 10, seed=0)

@@ -1,20 +1,19 @@
-"""The workbench: live logs, models that fit or do not, the notebook run from top to bottom, and the page in a real browser."""
+"""The workbench: models that fit or do not, what it shows, its server, the notebook, and the page in a real browser."""
 
+import errno
 import html
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from typing import Any
 import nbformat
 import pytest
 import torch
-import yaml
-from conftest import log_step
 from nbclient import NotebookClient
 from tiny_curriculum import save_adapter, save_base
 from torch.utils.tensorboard import SummaryWriter
@@ -31,6 +28,7 @@ from transformers import AutoTokenizer
 
 from docker import health
 from eval import workbench
+from eval.serve import ask
 from prep.common import BadInput
 from train.stages import load_chain
 
@@ -40,11 +38,8 @@ SCREENSHOTS = ROOT / "tests/screenshots"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
-# --- stages -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, log_step: Callable[..., None]) -> Path:
     """A working directory as a small training leaves it: base, 2a, 2b on it, their logs; nothing of 2c."""
     cwd = tmp_path_factory.mktemp("trained")
     save_base(cwd / "models/base", hidden=256, layers=8)
@@ -76,29 +71,19 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(scope="module")
 def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What eval/continuation.py leaves when it has gone on with a few passages."""
+    """What eval/continuation.py writes in a few steps."""
     out = tmp_path_factory.mktemp("continued")
+    arguments = "--stage 2a --words 40 --candidates 2 --passage-tokens 24 --from".split()  # noqa: SIM905
     call: list[str | Path] = [
         sys.executable,
         ROOT / "eval/continuation.py",
         "--recipes",
         ROOT / "recipes",
-        "--stage",
-        "2a",
-    ]
-    call += [
-        "--from",
-        "K. ouvrit la porte.",
-        "--words",
-        "40",
-        "--candidates",
-        "2",
-        "--passage-tokens",
-        "24",
         "--out",
         out,
+        *arguments,
     ]
-    subprocess.run(call, cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
+    subprocess.run([*call, "K. ouvrit la porte."], cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
     return out
 
 
@@ -116,11 +101,6 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert workbench.places()[0] == place  # logged last
     monkeypatch.setenv("WORKBENCH_DIR", "/elsewhere")
     assert workbench.places() == [Path("/elsewhere")]
-
-
-def test_epochs_are_the_recipes() -> None:
-    stated = {path.stem: yaml.safe_load(path.read_text()).get("num_epochs", 1) for path in ROOT.glob("recipes/2*.yml")}
-    assert workbench.epochs() == stated and len(stated) == 3
 
 
 def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,16 +209,46 @@ def test_a_stream_is_the_report_s_text_and_stops(folder: Path) -> None:
             workbench.stream(model, tokenizer, bad, 7, parameters, shown.append, threading.Event())
 
 
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+SAMPLE = {"stage": "2b", "seed": 1, "temperature": 0.8, "prompt": "K. ", "text": "dit."}
+
+
 def test_two_pages_keep_at_once(tmp_path: Path) -> None:
     path = tmp_path / "outputs/kept.jsonl"
-    code = f"from eval.workbench import keep\nfrom pathlib import Path\nfor n in range(300): keep(Path({str(path)!r}), {{'text': 'é' * 3000, 'n': n}})"
+    code = f"from eval.workbench import keep\nfrom pathlib import Path\nfor n in range(200): keep(Path({str(path)!r}), {{'text': 'é' * 3000, 'n': n}})"
     writers = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]
-    assert len(path.read_text().splitlines()) == len(workbench.kept(path)) == 600
-    workbench.keep(path, {"text": "last", "n": 300})
-    with path.open("a") as file:
-        file.write('{"text": "half')
-    assert len(workbench.kept(path)) == 601 and workbench.kept(path)[0]["n"] == 300  # newest first
+    assert sorted(json.loads(line)["n"] for line in path.read_text().splitlines()) == sorted([*range(200)] * 2)
+
+
+def test_kept_samples_are_shown_and_damaged_lines_counted(tmp_path: Path) -> None:
+    path = tmp_path / "kept.jsonl"
+    assert "Nothing kept yet" in workbench.kept(path)
+    path.write_bytes(b'{}\n[1]\n{"stage": "2b", "text": "ha\xff\n' + b'{"text": "half')
+    workbench.keep(path, SAMPLE)  # after a line without an end
+    workbench.keep(path, SAMPLE | {"text": "<b>plus tard</b>"})
+    page = workbench.kept(path)
+    assert "4 damaged lines" in page and "K. dit." in page
+    assert page.index("K. &lt;b&gt;plus tard") < page.index("K. dit.")  # newest first
+
+
+def test_a_full_disk_loses_nothing_kept_and_says_so(tmp_path: Path) -> None:
+    """A file size limit stops a write in its middle, as a full disk does."""
+    path = tmp_path / "kept.jsonl"
+    workbench.keep(path, SAMPLE)
+    before = path.read_bytes()
+    code = (
+        "import json, resource, signal, sys\nfrom pathlib import Path\nfrom eval.workbench import keep\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 20,) * 2)\n"
+        f"keep(Path({str(path)!r}), {SAMPLE!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"[Errno {errno.ENOSPC}]" in done.stderr
+    assert path.read_bytes() == before
+    workbench.keep(path, SAMPLE)
+    assert workbench.kept(path).count("K. dit.") == 2 and "damaged" not in workbench.kept(path)
 
 
 @pytest.mark.slow
@@ -249,97 +259,51 @@ def test_the_latest_pages(continued: Path, tmp_path: Path, monkeypatch: pytest.M
     ((name, path),) = workbench.continued().items()
     assert name.startswith("2a-42-") and path.suffix == ".json"
     record = json.loads(path.read_text())
-    page = workbench.latest_pages(path)
-    shown = html.unescape(re.sub(r"<[^>]*>", " ", page))
+    shown = html.unescape(re.sub(r"<[^>]*>", " ", workbench.latest_pages(path)))
     assert path.with_suffix(".txt").read_text().split() == shown.split()[-record["words"] :]
-    faulty = record["passages_with_faults"]
-    assert (
-        f"2a goes on from words given, seed 42: {record['words']} words in {len(record['passages'])} passages" in shown
-    )
-    assert f"{faulty or 'none'} of which break" in shown and "stand before" not in shown
+    assert f"2a continues words given, seed 42: {record['words']} words in {len(record['passages'])} steps" in shown
+    assert f"{record['passages_with_faults']} with a fault" in shown and "its last" not in shown
 
-    record["passages"][0]["chosen"]["text"] = "\n\n".join(f"Le mot <b> {n}." for n in range(1, 401))
-    record["passages"][1:] = []
+    record["passages"] = [{"chosen": {"text": "\n\n".join(f"Le mot <b> {n}." for n in range(1, 401))}}]
     record["words"] = 1600
     path.write_text(json.dumps(record))
-    shown = html.unescape(re.sub(r"</?(?!b>)[^>]*>", " ", page := workbench.latest_pages(path)))
-    assert "<b> 400." in shown and "<b> 176." in shown and "<b> 175." not in shown and "<b>" not in page
-    assert "Its last 900 words; 700 stand before them" in shown
+    page = workbench.latest_pages(path)
+    assert "&lt;b&gt; 400." in page and "&lt;b&gt; 176." in page and " 175." not in page and "<b>" not in page
+    assert "its last 900 words" in page
 
     other = path.with_name("2c-1-0.json")
-    other.write_text(json.dumps(record)[:500])
-    os.utime(other, (path.stat().st_mtime + 5,) * 2)
-    assert list(workbench.continued()) == ["2c-1-0", name]  # newest first
-    with pytest.raises(BadInput, match="is damaged"):
-        workbench.latest_pages(other)
-    other.write_text("{}")
-    with pytest.raises(BadInput, match="is damaged"):
-        workbench.latest_pages(other)
+    for content in (json.dumps(record)[:500], "{}"):
+        other.write_text(content)
+        os.utime(other, (path.stat().st_mtime + 5,) * 2)
+        assert list(workbench.continued()) == ["2c-1-0", name]  # newest first
+        with pytest.raises(BadInput, match="is damaged"):
+            workbench.latest_pages(other)
     other.unlink()
     with pytest.raises(BadInput, match="removed a moment ago"):
         workbench.latest_pages(other)
 
 
 def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the working directory and of the repository; whole ones are shown, torn ones are named."""
+    """Newest first; the working directory's hide the repository's; their scripts do not run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(workbench, "ROOT", tmp_path / "repository")
     assert workbench.reports() == {}
-    original = ROOT / "eval/reports/demo.json"
-    for age, path in enumerate(
-        ("repository/eval/reports/old.json", "repository/eval/reports/demo.json", "eval/reports/demo.json")
-    ):
+    pages = ("repository/eval/reports/old.html", "repository/eval/reports/demo.html", "eval/reports/demo.html")
+    for age, path in enumerate(pages):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(original, path)
+        (tmp_path / path).write_text(f'<p class="x">{path}</p>')
         os.utime(path, (10_000 - age, 10_000 - age))
     found = workbench.reports()
-    assert list(found) == ["old", "demo"] and found["demo"] == tmp_path / "eval/reports/demo.json"
-    page = workbench.report_page(found["demo"])
-    assert page.startswith("<iframe sandbox ") and page.count("&lt;svg") == 3 and 'srcdoc="' in page
-    content = json.loads(original.read_text())
-    written = [one["text"] for one in content["stages"]["2c"]["samples"] if one["prompt"] == "suite"]
-    shown = html.unescape(workbench.novel(found["demo"]))
-    assert written and all(text.strip().split("\n\n")[0] in shown for text in written) and "2c goes on" in shown
-    content["prompts"] = [prompt for prompt in content["prompts"] if prompt["name"] != "suite"]
-    found["old"].write_text(json.dumps(content))
-    assert workbench.novel(found["old"]) == ""
-    found["old"].write_text(original.read_text()[:5000])
-    for show in (workbench.report_page, workbench.novel):
-        with pytest.raises(BadInput, match="not whole JSON"):
-            show(found["old"])
+    assert list(found) == ["old", "demo"] and found["demo"] == tmp_path / "eval/reports/demo.html"
+    frame = workbench.report_page(found["demo"])
+    assert frame.startswith("<iframe sandbox ") and frame.count('"') == 4 and "&gt;eval/reports/demo.html" in frame
     found["old"].unlink()
-    assert workbench.newest_first(found.values()) == {found["demo"]: 10_000 - 2}
-    with pytest.raises(BadInput, match="no report"):
+    assert list(workbench.newest_first(found.values())) == [found["demo"]]
+    with pytest.raises(BadInput, match="removed a moment ago"):
         workbench.report_page(found["old"])
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
-
-
-def serve(*arguments: str, token: str | None = None, **more: str) -> subprocess.Popen:
-    settings = ENVIRONMENT | more | ({} if token is None else {"JUPYTER_TOKEN": token})
-    call = [sys.executable, str(ROOT / "eval/serve.py"), "--allow-root", *arguments]
-    return subprocess.Popen(
-        call, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def test_a_taken_port_is_named() -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        process = serve("--port", str(port))
-        output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and "Traceback" not in output
-    assert f"port {port}" in output and f"make notebook PORT={port + 1}" in output
-
-
-def test_a_folder_that_is_not_there_is_named() -> None:
-    process = serve("--port", str(free_port()), "--dir", "/no/such/folder")
-    assert "/no/such/folder is not a folder" in process.communicate(timeout=60)[0] and process.returncode == 1
-    process = serve("--port", "70000")
-    assert "between 1 and 65535" in process.communicate(timeout=60)[0] and process.returncode == 2
 
 
 def free_port() -> int:
@@ -348,89 +312,105 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for(address: str, process: subprocess.Popen) -> None:
-    for _ in range(480):
-        try:
-            fetch(f"{address}api")
-            return
-        except OSError:
-            assert process.poll() is None
-            time.sleep(0.25)
-    raise TimeoutError(address)
+def serve(*arguments: str, **more: str) -> subprocess.Popen:
+    call = [sys.executable, str(ROOT / "eval/serve.py"), "--allow-root", *arguments]
+    return subprocess.Popen(
+        call,
+        env=ENVIRONMENT | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
-def check_health(folder: Path, home: Path, **more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "docker/health.py"], cwd=folder, env=ENVIRONMENT | {"HOME": str(home)} | more,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@contextmanager
+def served(*arguments: str, **more: str) -> Iterator[tuple[str, str]]:
+    """A workbench that runs: its address, and the line it printed."""
+    server = serve(*arguments, **more)
+    assert server.stdout
+    try:
+        line = next(line for line in server.stdout if line.startswith("workbench: "))
+        yield line.split()[1].partition("?")[0], line
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
 
 
-def test_the_server_and_its_health(tmp_path: Path) -> None:
-    """Nothing without the token, which stands nowhere for others to read; the health check knows well from ill."""
-    port = free_port()
-    home, work = tmp_path / "home", tmp_path / "work"
-    home.mkdir()
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--dir", "/no/such/folder"], "/no/such/folder is not a folder", 1),
+        (["--port", "70000"], "between 1 and 65535", 2),
+        (["--port", "{taken}"], "choose another port: make notebook PORT=", 1),
+    ],
+)
+def test_bad_arguments_are_one_message(arguments: list[str], message: str, code: int) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        process = serve(*(part.format(taken=other.getsockname()[1]) for part in arguments))
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == code and message in output and "Traceback" not in output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
+def test_root_is_refused() -> None:
+    call = [sys.executable, str(ROOT / "eval/serve.py"), "--port", str(free_port())]
+    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "--allow-root" in done.stderr
+
+
+def check_health(folder: Path, home: Path) -> subprocess.CompletedProcess:
+    call = [sys.executable, str(ROOT / "docker/health.py")]
+    return subprocess.run(call, cwd=folder, env=ENVIRONMENT | {"HOME": str(home)}, capture_output=True, text=True)
+
+
+def test_the_server_reads_no_settings_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that switch the token off and move the address, everywhere Jupyter looks for them, change nothing; the
+    token is nowhere for others to read; the container's health check knows well from ill."""
+    home, work, port, secret = tmp_path / "home", tmp_path / "work", free_port(), "given-by-the-environment"
+    for folder in (home / ".jupyter", home / ".local/etc/jupyter", work):
+        folder.mkdir(parents=True)
+        settings = "c.ServerApp.token = ''\nc.IdentityProvider.token = ''\nc.ServerApp.password = ''\nc.ServerApp.base_url = '/other/'\n"
+        (folder / "jupyter_server_config.py").write_text(settings + "c.ServerApp.allow_unauthenticated_access = True\n")
     for name in ("models", "data", "outputs", "eval/reports"):
         (work / name).mkdir(parents=True)
+    monkeypatch.chdir(work)
     ill = check_health(work, home)
     assert ill.returncode == 1 and "no notebook server is running" in ill.stderr
-    secret = "given-by-the-environment"
-    server = serve("--port", str(port), token=secret, HOME=str(home))
-    try:
-        address = f"http://127.0.0.1:{port}/"
-        wait_for(address, server)
-        page = "api/contents/eval/workbench.ipynb?content=0"
-        assert fetch(address + page) == 403 and fetch(f"{address}{page}&token=") == 403
-        assert fetch(f"{address}{page}&token={secret}") == 200
+    own = {"JUPYTER_CONFIG_DIR": str(home / ".jupyter"), "JUPYTER_CONFIG_PATH": str(work)}
+    with served("--port", str(port), JUPYTER_TOKEN=secret, HOME=str(home), **own) as (address, line):
+        assert line.strip() == f"workbench: http://localhost:{port}/  (token: JUPYTER_TOKEN)"
         for path in ("lab", "voila/render/eval/workbench.ipynb", "files/README.md", "voila/files/README.md", "api/kernels",
-                     "api/terminals", "api/contents", "nbconvert/html/eval/workbench.ipynb", "lsp/status"):  # fmt: skip
-            try:
-                answer = urllib.request.urlopen(address + path, timeout=60)
-                assert "/login" in answer.url, path
-            except urllib.error.HTTPError as error:
-                assert error.code in (403, 404), path
-        answer = urllib.request.urlopen(f"{address}files/README.md?token={secret}", timeout=60)
-        assert answer.read() == (ROOT / "README.md").read_bytes()
-        answer = urllib.request.urlopen(f"{address}lab?token={secret}", timeout=60)
-        assert answer.headers["Content-Security-Policy"].startswith("default-src 'self'")
-        assert secret not in Path(f"/proc/{server.pid}/cmdline").read_text()
+                     "api/terminals", "api/contents", "nbconvert/html/eval/workbench.ipynb", "lsp/status",
+                     "api/contents?token=", "api/contents?token=wrong"):  # fmt: skip
+            assert ask(address + path)[0] in (302, 403, 404), path  # 302: to the login page
+        assert ask(f"{address}files/README.md?token={secret}")[0] == 200
+        running = subprocess.run(["pgrep", "-fa", str(port)], capture_output=True, text=True).stdout
+        assert "jupyterlab" in running and secret not in running
         with socket.socket() as other, pytest.raises(OSError):
             other.connect(("127.0.0.2", port))  # another address of this machine
-
         assert check_health(work, home).returncode == 0
         (work / "outputs").rmdir()
         ill = check_health(work, home)
         assert ill.returncode == 1 and f"{work / 'outputs'} cannot be written to" in ill.stderr
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)  # and leaves its note in HOME, as a crash does
-    assert server.stdout
-    output = server.stdout.read()
-    assert secret not in output and f"http://localhost:{port}/  (token: JUPYTER_TOKEN)" in output
-    (work / "outputs").mkdir()
-    ill = check_health(work, home)
-    assert ill.returncode == 1 and ill.stderr.count("\n") == 1
 
 
-def test_a_server_that_asks_nobody_is_ill(tmp_path: Path) -> None:
-    port, folder = free_port(), tmp_path / "work"
-    for name in ("models", "data", "outputs", "eval/reports"):
-        (folder / name).mkdir(parents=True)
-    call = [sys.executable, "-m", "jupyter", "server", "--allow-root", f"--port={port}", "--IdentityProvider.token="]
-    for root, complaint in ((ROOT, "served without a token"), (tmp_path, "is not served: status 404")):
-        home = tmp_path / f"home{len(complaint)}"
-        home.mkdir()
-        server = subprocess.Popen(
-            [*call, f"--ServerApp.root_dir={root}"], env=ENVIRONMENT | {"HOME": str(home)}, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        try:
-            wait_for(f"http://127.0.0.1:{port}/", server)
-            ill = check_health(folder, home)
-            assert ill.returncode == 1 and complaint in ill.stderr
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+def test_a_server_that_asks_for_no_token_is_stopped(tmp_path: Path) -> None:
+    """Whatever made it so; here another module is run in JupyterLab's place."""
+    (tmp_path / "jupyterlab.py").write_text(
+        "import http.server, sys\n"
+        "port = next(text.partition('=')[2] for text in sys.argv if text.startswith('--ServerApp.port='))\n"
+        "http.server.test(http.server.SimpleHTTPRequestHandler, port=int(port), bind='127.0.0.1')\n"
+    )
+    process = serve("--port", str(free_port()), PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
+    output = process.communicate(timeout=60)[0]
+    assert (
+        process.returncode == 1
+        and "the server was stopped: without the token it answers /lab with status 404" in output
+    )
+    assert "workbench:" not in output
 
 
 @pytest.mark.parametrize(
@@ -460,14 +440,6 @@ def test_a_gpu_that_is_lost_is_ill(
             health.check_card()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root is asked")
-def test_root_is_asked() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "eval/serve.py"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and "--allow-root" in done.stderr
-
-
 # --- the notebook -----------------------------------------------------------------------------------------------------
 
 
@@ -477,14 +449,14 @@ def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_pat
     working = trained if where == "trained" else tmp_path
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "committed without outputs"
-    last = "assert ready.wait(240)\nrefresh_stages()\nprint(numbers.value, said.value, page.value, [len(c.options) for c in choices], len(chart.value))"
+    last = "assert ready.wait(240)\nwatch()\nread()\nprint(numbers.value, said.value, page.value, [len(c.options) for c in choices], len(chart.value))"
     notebook.cells.append(nbformat.v4.new_code_cell(last))
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
     client.execute(env=ENVIRONMENT | {"WORKBENCH_DIR": str(working)})
     text = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     if where == "empty":
         assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 1] 0" in text
-        assert "No report yet" in text or list((ROOT / "eval/reports").glob("*.json"))
+        assert "No report yet" in text or list((ROOT / "eval/reports").glob("*.html"))
     else:
         assert "trained, gate passed" in text and "[3, 4]" in text
         assert "No stage" not in text
@@ -493,189 +465,123 @@ def test_the_notebook_runs_from_top_to_bottom(where: str, trained: Path, tmp_pat
 # --- the browser ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def browsers() -> Iterator[Callable[[], Any]]:
-    """Each call opens another browser, with nothing of the others' cookies."""
-    driver = shutil.which("chromedriver")
-    if not driver or not shutil.which("chromium"):
-        message = "needs Debian's packages chromium and chromium-driver"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
-    # Nothing but this machine can be reached: the page has to do without.
-    for argument in (
-        "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1900",
-        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE localhost",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    opened: list[Any] = []
-
-    def start() -> Any:
-        opened.append(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
-        return opened[-1]
-
-    yield start
-    for chrome in opened:
-        chrome.quit()
-
-
-def fetch(address: str) -> int:
-    try:
-        return urllib.request.urlopen(address, timeout=30).status
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 @pytest.mark.slow
-def test_the_page_in_a_browser(browsers: Callable[[], Any], folder: Path, continued: Path) -> None:
-    """On port 8000: refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the
-    novel as it grows; a second browser beside the first, and a stage that is removed under both."""
+def test_the_page_in_a_browser(
+    folder: Path, continued: Path, open_browser: Callable[[], Any], log_step: Callable[..., None]
+) -> None:
+    """Refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the novel as it grows;
+    a second browser beside the first, and a stage that is removed under both."""
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
-    browser = browsers()
-    began = time.monotonic()
-    server = serve("--port", "8000", "--dir", str(folder), token="")  # an empty token is none: one is made
-    writing = threading.Event()
-    try:
-        assert server.stdout
-        line = server.stdout.readline()
-        found = re.search(r"(http://localhost:8000/)\?token=(\S+)", line)
-        assert found, line
-        address, token = found.groups()
-        assert len(token) >= 32
-        wait_for(address, server)
-        assert fetch(address + "api/contents/eval/workbench.ipynb") == 403
-        assert fetch(address + "api/kernels?token=wrong") == 403
+    def find(page: Any, selector: str) -> Any:
+        return page.find_element(By.CSS_SELECTOR, selector)
+
+    def until(page: Any, condition: Callable[[Any], Any]) -> Any:
+        # The page may redraw an element between the moment it is found and the moment it is read.
+        return WebDriverWait(page, 120, ignored_exceptions=[StaleElementReferenceException]).until(condition)
+
+    def said(page: Any) -> str:
+        return find(page, ".try-said").text
+
+    def choices(page: Any) -> list[Any]:
+        selects = [Select(element) for element in page.find_elements(By.CSS_SELECTOR, "select")]
+        return [one for one in selects if "base" in [option.text for option in one.options]]
+
+    def write(page: Any, *names: str) -> None:
+        for choice, name in zip(choices(page), names, strict=True):
+            choice.select_by_visible_text(name)
+        find(page, ".try-go").click()
+
+    def picture(page: Any, name: str) -> None:
+        SCREENSHOTS.mkdir(exist_ok=True)
+        tallest = "return Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))"
+        size = {"width": 1280, "height": page.execute_script(tallest) + 20, "deviceScaleFactor": 1, "mobile": False}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        time.sleep(0.5)  # laid out again
+        page.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+    ended = threading.Event()
+
+    def train() -> None:
+        with SummaryWriter(str(folder / "outputs/2c/runs/x")) as writer:
+            step = 0
+            while not ended.wait(0.3):
+                step += 1
+                log_step(writer, step, 2 + 2 * math.exp(-step / 100), steps=1000)
+
+    with ExitStack() as opened:
+        browser, second = open_browser(), open_browser()
+        address, line = opened.enter_context(served("--port", str(free_port()), "--dir", str(folder), JUPYTER_TOKEN=""))
+        opened.callback(ended.set)
+        token = line.strip().partition("?token=")[2]
+        assert len(token) >= 32  # an empty token is none: one is made
         browser.get(address)
         assert "login" in browser.current_url and "Watch" not in browser.page_source
 
         browser.get(f"{address}?token={token}")
-        # The page may draw an element anew between the moment it is found and the moment it is read.
-        wait = WebDriverWait(browser, 180, ignored_exceptions=[StaleElementReferenceException])
-        wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
-        print(f"first page {time.monotonic() - began:.1f} s after the start")
-        assert "Folder" in browser.page_source and browser.find_element(By.ID, "Watch")
-
-        def train() -> None:
-            with SummaryWriter(str(folder / "outputs/2c/runs/x")) as writer:
-                step = 0
-                while not writing.wait(0.3):
-                    step += 1
-                    log_step(writer, step, 2 + 2 * math.exp(-step / 100), steps=1000)
-
+        until(browser, lambda page: find(page, ".runs table"))
         threading.Thread(target=train, daemon=True).start()
-        steps = "return [...document.querySelectorAll('table.runs tr')].map(r => r.innerText).filter(t => t.startsWith('2c')).map(t => parseInt(t.split('\\t')[2]))[0] || 0"
-        curve = "return Math.max(0, ...[...document.querySelectorAll('.chart path[style*=\"#009e73\"]')].map(p => p.getAttribute('d').split('L').length))"
-        wait.until(lambda page: page.execute_script(steps) > 2 and page.execute_script(curve) > 2)
-        before = browser.execute_script(steps), browser.execute_script(curve)
-        wait.until(
-            lambda page: page.execute_script(steps) > before[0] + 5 and page.execute_script(curve) > before[1] + 5
-        )
+        rows = "return [...document.querySelectorAll('.runs tr')].map(r => r.innerText.split('\\t'))"
 
-        def said(page: Any) -> str:
-            return page.find_element(By.CSS_SELECTOR, ".try-said").text
+        def steps(page: Any) -> int:
+            return next((int(cells[2].split()[0]) for cells in page.execute_script(rows) if cells[0] == "2c"), 0)
 
-        def choices(page: Any) -> list[Any]:
-            selects = [Select(element) for element in page.find_elements(By.CSS_SELECTOR, "select")]
-            return [one for one in selects if "base" in [option.text for option in one.options]]
+        def points(page: Any) -> int:
+            longest = "return Math.max(0, ...[...document.querySelectorAll('.chart path[style*=\"#009e73\"]')].map(p => p.getAttribute('d').split('L').length))"
+            return page.execute_script(longest)
 
-        wait.until(lambda page: "Ready" in said(page))
-        assert torch.cuda.is_available() or "CPU, no GPU here" in said(browser)
-        left, right = choices(browser)
-        left.select_by_visible_text("2a")
-        right.select_by_visible_text("2b (no verdict: half trained?)")
+        before = until(browser, lambda page: steps(page) > 2 and points(page) > 2 and (steps(page), points(page)))
+        until(browser, lambda page: steps(page) > before[0] + 5 and points(page) > before[1] + 5)
+
+        until(browser, lambda page: "Ready" in said(page))
         browser.execute_script(
             "window.seen = [[], []]; [0, 1].forEach(i => new MutationObserver(() => window.seen[i].push("
             "document.querySelector('.try-pane-' + i).innerText.length)).observe("
             "document.querySelector('.try-pane-' + i), {childList: true, subtree: true, characterData: true}))"
         )
-        browser.find_element(By.CSS_SELECTOR, ".try-go").click()
-        wait.until(lambda page: "Written" in said(page))
+        write(browser, "2a", "2b (no verdict: half trained?)")
+        until(browser, lambda page: "Written" in said(page))
         for lengths in browser.execute_script("return window.seen"):
-            assert len(set(lengths)) >= 4, lengths  # it grew piece by piece
-            assert lengths[-1] > 60
-        texts = [browser.find_element(By.CSS_SELECTOR, f".try-pane-{place}").text for place in range(2)]
+            assert len(set(lengths)) >= 4 and lengths[-1] > 60, lengths  # it grew
+        texts = [find(browser, f".try-pane-{place}").text for place in range(2)]
         assert texts[0] != texts[1] and all(text.startswith("K. ouvrit la porte.") for text in texts)
-
-        browser.find_element(By.CSS_SELECTOR, ".try-keep-1").click()
-        wait.until(lambda page: "Kept in" in said(page))
+        find(browser, ".try-keep-1").click()
+        until(browser, lambda page: "Kept in" in said(page))
         sample = json.loads((folder / "outputs/kept.jsonl").read_text())
-        assert sample["stage"] == "2b" and sample["seed"] == 42 and sample["temperature"] == 0.8
+        assert (sample["stage"], sample["seed"], sample["temperature"]) == ("2b", 42, 0.8)
         assert (sample["prompt"] + sample["text"]).split() == texts[1].split()
 
-        def picture(name: str) -> None:
-            SCREENSHOTS.mkdir(exist_ok=True)
-            height = browser.execute_script(
-                "return Math.max(...[...document.querySelectorAll('*')].map(e => e.scrollHeight))"
-            )
-            size = {"width": 1280, "height": height + 20, "deviceScaleFactor": 1, "mobile": False}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            time.sleep(0.5)  # laid out anew
-            browser.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
-
-        # The novel goes on elsewhere while the page is open.
-        assert "goes on from words given" not in browser.find_element(By.CSS_SELECTOR, ".continued").text
+        # The novel is continued elsewhere while the page is open.
+        assert "has not been continued" in find(browser, ".continued").text
         shutil.copytree(continued, folder / "outputs/continuation")
-        text = wait.until(
-            lambda page: (
-                "goes on from words given" in (text := page.find_element(By.CSS_SELECTOR, ".continued").text) and text
-            )
-        )
+        shown = until(browser, lambda page: "continues words given" in (t := find(page, ".continued").text) and t)
         novel = next(continued.glob("*.txt")).read_text().split()
-        assert text.split()[-len(novel) :] == novel
-        picture("workbench")
+        assert shown.split()[-len(novel) :] == novel
+        picture(browser, "workbench")
 
         # A second browser beside the first: both write at once, and what one keeps the other shows.
-        second = browsers()
         second.get(f"{address}?token={token}")
-        second_wait = WebDriverWait(second, 180, ignored_exceptions=[StaleElementReferenceException])
-        second_wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "table.runs"))
-        second_wait.until(lambda page: "Ready" in said(page))
+        until(second, lambda page: page.find_elements(By.CSS_SELECTOR, ".try-said") and "Ready" in said(page))
         for page in (browser, second):
-            for choice, name in zip(choices(page), ("base", "nobody"), strict=True):
-                choice.select_by_visible_text(name)
+            write(page, "base", "nobody")
         for page in (browser, second):
-            page.find_element(By.CSS_SELECTOR, ".try-go").click()
-        for waits in (wait, second_wait):
-            waits.until(lambda page: "is writing" in said(page) or "Written" in said(page))
-            waits.until(lambda page: "Written" in said(page))
-        texts = [page.find_element(By.CSS_SELECTOR, ".try-pane-0").text for page in (browser, second)]
-        assert texts[0] == texts[1] and len(texts[0]) > 60
-        second.find_element(By.CSS_SELECTOR, ".try-keep-0").click()
-        wait.until(lambda page: "base, seed 42" in page.page_source)
+            until(page, lambda page: "Written" in said(page) and len(find(page, ".try-pane-0").text) > 60)
+        assert find(browser, ".try-pane-0").text == find(second, ".try-pane-0").text
+        find(second, ".try-keep-0").click()
+        until(browser, lambda page: "base, seed 42" in page.page_source)
 
-        # Reports.
-        title = next(
-            one
-            for one in browser.find_elements(
-                By.CSS_SELECTOR, ".jupyter-widget-Collapse-header, .lm-Collapse-header, .p-Collapse-header"
-            )
-            if "The report" in one.text
-        )
-        title.click()
-        frame = wait.until(lambda page: page.find_element(By.CSS_SELECTOR, "iframe.report"))
+        headers = browser.find_elements(By.CSS_SELECTOR, ".jupyter-widget-Collapse-header, .lm-Collapse-header")
+        next(one for one in headers if "Reports" in one.text).click()
+        frame = until(browser, lambda page: find(page, "iframe.report"))
         assert "bits per byte" in (frame.get_attribute("srcdoc") or "").lower() and frame.size["height"] > 500
-        picture("report")
+        picture(browser, "report")
 
-        # A stage removed while both pages are open.
-        shutil.rmtree(folder / "outputs/2a")
-        for page, waits in ((browser, wait), (second, second_wait)):
-            waits.until(
-                lambda page: not [one for one in choices(page) if "2a" in [option.text for option in one.options]]
-            )
-            page.find_element(By.CSS_SELECTOR, ".try-go").click()
-            waits.until(lambda page: "Written" in said(page))
-        loaded = [
-            entry["message"] for entry in browser.get_log("browser") if "ERR_NAME_NOT_RESOLVED" in entry["message"]
-        ]
-        assert not loaded  # nothing was even asked of another host
-    finally:
-        writing.set()
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        shutil.rmtree(folder / "outputs/2a")  # a stage is removed while both pages are open
+        for page in (browser, second):
+            until(page, lambda page: "2a" not in "".join(o.text for one in choices(page) for o in one.options))
+            find(page, ".try-go").click()
+            until(page, lambda page: "Written" in said(page))
+        messages = [entry["message"] for entry in browser.get_log("browser")]
+        assert not [text for text in messages if "ERR_NAME_NOT_RESOLVED" in text]  # nothing was asked of another host
