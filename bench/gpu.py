@@ -72,6 +72,7 @@ class Run:
     repetition: int
     config: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)  # an ablation's, also of what --tiny overrides
 
     @property
     def id(self) -> str:
@@ -89,7 +90,7 @@ class Run:
             "test_datasets": None, "eval_steps": None, "save_steps": None, "save_strategy": "no",
             "auto_resume_from_checkpoints": False, "use_tensorboard": False,
         }  # fmt: skip
-        config = self.config | overrides | quiet
+        config = self.config | overrides | self.changes | quiet
         config["plugins"] = [name for name in config.get("plugins", []) if name != "train.plugins.Gate"]
         return {key: value for key, value in config.items() if value is not None}
 
@@ -104,8 +105,8 @@ def load_ablations(path: Path, ours: list[Stage]) -> list[Run]:
             raise BadInput(f"{path}: {entry} needs recipe, name, and changes or environment; `card: whole` is optional")
         if entry["recipe"] in recipes:
             free = None if entry.get("card") == "whole" else CARD
-            config = recipes[entry["recipe"]] | entry.get("changes", {})
-            runs.append(Run(entry["recipe"], entry["name"], free, 1, config, entry.get("environment", {})))
+            config, changes = recipes[entry["recipe"]], entry.get("changes", {})
+            runs.append(Run(entry["recipe"], entry["name"], free, 1, config, entry.get("environment", {}), changes))
     return runs
 
 
