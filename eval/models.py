@@ -55,11 +55,6 @@ def quantization_of(stage: Stage) -> dict[str, Any] | None:
     return {**bits, **stage.config.get("bnb_config_kwargs", {})} if stage.adapter and bits else None
 
 
-def scheme(quantization: dict[str, Any]) -> str:
-    """Its usual name: nf4, fp4 or int8."""
-    return str(quantization.get("bnb_4bit_quant_type", "fp4")) if quantization.get("load_in_4bit") else "int8"
-
-
 def candidate(stage: Stage) -> Candidate:
     """The row of one stage, compared with the one it builds on."""
     model = stage.base_model if stage.adapter else stage.output_dir
