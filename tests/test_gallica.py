@@ -262,8 +262,8 @@ def damaged(folder: Path, how: str) -> Path:
     ("how", "message"),
     [
         ("empty", r"no file of books in .*source.*: collect"),
-        ("truncated", r"gallica_mono_1\.parquet is no whole parquet"),
-        ("no parquet", r"gallica_mono_1\.parquet is no whole parquet"),
+        ("truncated", r"gallica_mono_1\.parquet is damaged"),
+        ("no parquet", r"gallica_mono_1\.parquet is damaged"),
         ("rotten", r"gallica_mono_1\.parquet is damaged"),
         ("no text column", "no column complete_text"),
         ("no identifier column", "no column file_id"),
