@@ -137,9 +137,9 @@ def test_an_adapter_stands_on_its_rounded_base(folder: Path) -> None:
 
 
 def test_stages_that_are_there(folder: Path) -> None:
-    assert workbench.stages() == {"base": "base", "2a": "2a", "2b": "2b (no verdict: half trained?)"}
+    assert workbench.stages() == {"base": "base", "2a": "2a", "2b (no verdict: half trained?)": "2b"}
     shutil.rmtree(folder / "outputs/2a")
-    assert list(workbench.stages()) == ["base"]  # 2b stands on 2a
+    assert list(workbench.stages()) == ["base"]  # 2b is an adapter of 2a
 
 
 def test_two_models_or_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
