@@ -773,7 +773,7 @@ def test_an_overfitted_model_is_called_memorised(place):
     arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1")
     lines = verdict.lines(evaluate("--tasks", "novel_heldout", "novel_train", *arguments))
     assert re.search(
-        r"; memorised \((9\d|100)% of trained passages extractable, a sample copies \d\d words\)", lines["2c"]
+        r"; memorised \((9\d|100)% of trained chunks extractable, a sample copies \d\d words\)", lines["2c"]
     )
     for name in ("base", "2a", "2b"):
         assert "did not memorise" in lines[name]
