@@ -15,9 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from eval import metrics, verdict
+from eval.tables import markdown
 from prep.common import BadInput, progress, run
 from prep.typography import to_convention
 
@@ -109,8 +108,8 @@ def table(result: dict[str, Any], novels: int, words: int) -> str:
         "> 12",
     ]
     return "\n\n".join(
-        tabulate(rows, heads, tablefmt="pipe", disable_numparse=True, colalign=["left", *["right"] * (len(heads) - 1)])
-        for heads, rows in (([head, "threshold", "highest seen", "false alarms"], alarms), (columns, sequences))
+        markdown(table)
+        for table in (([head, "threshold", "highest seen", "false alarms"], alarms), (columns, sequences))
     )
 
 

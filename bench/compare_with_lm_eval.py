@@ -21,9 +21,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything evaluated is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tabulate import tabulate
-
-from prep.common import ROOT, BadInput, atomic_write, run
+from eval.tables import markdown
+from prep.common import ROOT, BadInput, atomic_write, digest, run
 
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 AGREE = 1e-3  # bits per byte
@@ -118,7 +117,6 @@ def quantised(row: dict[str, Any], folder: Path) -> Path:
     import torch
 
     from eval import models
-    from eval.evaluation import digest
 
     target = folder / f"quantised-{digest([row['model'], row['quantization']])}"
     if not target.is_dir():
@@ -179,7 +177,7 @@ def page(result: dict[str, Any]) -> str:
     head = ["stage", "tokens scored", "tokens/s", "lm-eval's command, s", "largest difference, bits per byte"]
     return f"""# What evaluation costs
 
-{tabulate(rows, head, tablefmt="pipe", colalign=["left", *["right"] * 4], disable_numparse=True)}
+{markdown((head, rows))}
 
 On {documents} ({where["cpu"]}, {where["threads"]} threads, float32, quantised bases in NF4): all stages in one process
 {compared["seconds_ours"]:.0f} s, lm-eval's command once per stage {compared["seconds_lm_eval"]:.0f} s, loading included. Padding, over all documents: {padding}.

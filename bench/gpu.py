@@ -38,9 +38,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from prep.common import ROOT, BadInput, atomic_write, commit, cpu_name, git_state, run, versions
+from prep.common import ROOT, BadInput, atomic_write, commit, cpu_name, digest, git_state, run, versions
 from train import memory as planner
-from train.gate import config_hash
 from train.stage import load_profile
 from train.stages import Stage, load_chain
 
@@ -470,7 +469,7 @@ def measure(item: Run, base: PretrainedConfig, args: argparse.Namespace, limit: 
 
 def fingerprint(item: Run, model: dict[str, Any], tiny: bool) -> str:
     """A hash of what a run's figures depend on: recipe with changes, environment, model."""
-    return config_hash({"config": item.trained(tiny), "environment": item.environment, "model": model})[:16]
+    return digest({"config": item.trained(tiny), "environment": item.environment, "model": model})[:16]
 
 
 def parse() -> argparse.Namespace:

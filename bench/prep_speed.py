@@ -3,7 +3,7 @@
     python bench/prep_speed.py --source FOLDER --tokenizer models/base     -> bench/reports/prep.json and prep.md
 
 Both make windows of 512 tokens from the same parquet files with the same tokenizer, in turns. The naive method: a random
-slice of a random book, 6 characters a token, tokenised, a window decoded, in one process that holds all books; its start is
+slice of a random book, 6 characters per token, tokenised, a window decoded, in one process that holds all books; its start is
 not counted. Ours is `prep/gallica.py --windows all` from a bare folder, start and all, with two workers.
 
 The corpus of each size is made from the novels of FOLDER: a further book is one of them with three small words in five

@@ -41,9 +41,9 @@ from filelock import FileLock, Timeout
 from bench import sweep_report
 from bench.sweep_report import BASE
 from eval import intervals, logs, metrics, models, scoring
-from eval.evaluation import digest, environment
+from eval.evaluation import environment
 from eval.tasks.texts import read_rows
-from prep.common import ROOT, BadInput, atomic_write, run, sha256
+from prep.common import ROOT, BadInput, atomic_write, digest, run, sha256
 from train.gate import check_steps, checkpoints, movement_of_weights
 from train.resume import prepare_output
 from train.stage import command, launch_and_wait, load_profile

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
 
 from eval import intervals, plots
-from eval.tables import changed, number
+from eval.tables import changed, markdown, number
 from prep.common import BadInput, atomic_write, commit, run
 
 FORMAT = 2
@@ -70,9 +69,8 @@ def dumped(report: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: the first column is text, the others are figures."""
-    align = ["left", *["right"] * (len(head) - 1)]
-    return tabulate(rows, head, tablefmt="pipe", colalign=align, disable_numparse=True) + "\n" if rows else ""
+    """A Markdown table; nothing without rows."""
+    return markdown((head, rows)) + "\n" if rows else ""
 
 
 class Sweep:

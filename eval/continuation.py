@@ -52,7 +52,7 @@ from transformers import (
 from eval import evaluation, generation, metrics, models
 from eval.metrics import SENTENCE_END
 from eval.scoring import MAX_LENGTH
-from prep.common import BadInput, atomic_write, run, sha256
+from prep.common import BadInput, atomic_write, digest, run, sha256
 from prep.typography import to_convention
 from train.stages import Stage, load_chain
 
@@ -472,7 +472,7 @@ def main() -> None:
     about = {
         "stage": row.name,
         "weights": hashes,
-        "beginning": {"source": source, "words": len(beginning.split()), "sha256": evaluation.digest(beginning)},
+        "beginning": {"source": source, "words": len(beginning.split()), "sha256": digest(beginning)},
         "not_copied_from": {"path": str(book), "sha256": sha256(book)} if trained_on else None,
         "settings": asdict(settings),
         "decoding": generation.decoding(args.passage_tokens),
@@ -485,7 +485,7 @@ def main() -> None:
         "weights": sorted(hashes.values()),
         "environment": [args.device, args.dtype, where["versions"]],
     }
-    inputs = evaluation.digest(decisive)
+    inputs = digest(decisive)
     target = args.out / f"{row.name}-{args.seed}-{inputs[:8]}.json"
     record = None if args.fresh else read_record(target, inputs)
     done: list[dict[str, Any]] = record["passages"] if record else []
@@ -507,7 +507,7 @@ def main() -> None:
             "inputs": inputs,
             **about,
             "words": words(),
-            "sha256": evaluation.digest(text),
+            "sha256": digest(text),
             "passages_with_faults": faulty(),
             "seconds": round(seconds + time.perf_counter() - started, 1),
             "passages": done,

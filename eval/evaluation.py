@@ -16,7 +16,6 @@ Paths are relative to the working directory, as in the recipes.
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -36,7 +35,7 @@ import torch
 
 from eval import generation, intervals, logs, metrics, models, report, scoring
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, atomic_write, cpu_name, git_state, run, run_name, sha256
+from prep.common import BadInput, atomic_write, cpu_name, digest, git_state, run, run_name, sha256
 from train.gate import hashed
 from train.stages import load_chain
 
@@ -48,12 +47,6 @@ SCORES_VERSION = 1  # raise it when the same weights give other figures: rows of
 POSITIONED = ("gallica_heldout", "novel_heldout")  # the texts long enough to have far context
 WORDS_A_TOKEN = 0.5  # of French under these tokenizers: TinyLlama's 0.57, SmolLM2's 0.46
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def digest(value: Any) -> str:
-    """sha256 of a JSON-able value, or of a text."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def describe_tasks(tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:

@@ -142,9 +142,8 @@ def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -
         except (OSError, ValueError, KeyError, TypeError):  # being written, or removed since it was listed
             continue
     try:
-        overrides = json.loads((folder / "started.json").read_text())["overrides"]
-        return int(next(text for text in overrides if text.startswith("--max_steps=")).partition("=")[2])
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return int(json.loads((folder / "started.json").read_text())["settings"]["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
         return round(step * epochs / epoch) if epoch else None
 
 

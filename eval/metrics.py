@@ -148,7 +148,7 @@ def degeneration(samples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 SPAN = 50  # tokens whose joint probability tells memorised text
 CONTEXT = 200  # tokens of true text before them, at least
-EXTRACTABLE = 1e-3  # one in a thousand draws would write the 50 tokens: 0.87 a token, where held-out prose has 0.05
+EXTRACTABLE = 1e-3  # one in a thousand draws would write the 50 tokens: 0.87 per token, where held-out prose has 0.05
 
 
 def span_figures(documents: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ itself. JupyterLab, with its editor and terminal, is at /lab of the same address
 """
 
 import argparse
-import ctypes
 import os
 import secrets
 import signal
@@ -21,7 +20,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from prep.common import BadInput, run
+from prep.common import BadInput, end_with_parent, run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "/voila/render/eval/workbench.ipynb"
@@ -100,12 +99,6 @@ def check_refused(address: str, server: subprocess.Popen) -> None:
             )
 
 
-def end_with_parent() -> None:
-    """Linux: a server whose parent is killed gets SIGTERM."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ip", default="127.0.0.1", help="address to listen on (default: this machine only)")
@@ -136,7 +129,10 @@ def main() -> int:
         environment["WORKBENCH_DIR"] = str(args.dir.resolve())
     # In a session of its own: two signals at once, as from a terminal's Ctrl-C, keep JupyterLab from ending.
     server = subprocess.Popen(
-        command(args.ip, args.port), env=environment, start_new_session=True, preexec_fn=end_with_parent
+        command(args.ip, args.port),
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: end_with_parent(signal.SIGTERM),
     )
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(name, lambda *_: sys.exit(0))

@@ -2,11 +2,14 @@
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +64,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def digest(value: Any) -> str:
+    """sha256, hex, of a text or of anything that JSON can hold."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def run_name(text: str) -> str:
     """An argparse type: the name of a report. A path would be written outside the folder of reports."""
     if text in ("", ".", "..") or Path(text).name != text:
@@ -89,6 +98,12 @@ def run(main: Callable[[], int | None]) -> None:
         if error.errno is None:
             raise
         sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
+
+
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when the one that started it ends, however it ends; elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
 
 
 def cpu_name() -> str:

@@ -32,7 +32,7 @@ loguru.logger.remove()  # what a task says goes to its log file
 
 
 class CountBooks(PipelineStep):
-    """Lets every book through, and counts it for the progress bar: a byte a book in one file."""
+    """Lets every book through, and counts it for the progress bar: one byte per book in one file."""
 
     name, type = "counted", "COUNT"
 

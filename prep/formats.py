@@ -363,7 +363,7 @@ def _read_rtf(data: bytes, name: str) -> BookText:
 
 
 def _read_office(data: bytes, name: str) -> BookText:
-    """DOCX and ODT: python-docx is not used, since its paragraphs leave out what lies in insertions and text boxes."""
+    """DOCX and ODT: python-docx is not used, since its paragraphs leave out what is in insertions and text boxes."""
     with _opened(data, name) as archive:
         docx = "word/document.xml" in archive.namelist()
         root = _xml(archive, "word/document.xml" if docx else "content.xml", name)

@@ -17,7 +17,6 @@ command resumes. Sources, filters and clusters: prep/README.md.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from prep.common import BadInput, run, sha256, source_files, versions
+from prep.common import BadInput, digest, run, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import Cluster, CountBooks, alone
 from prep.filters import (
@@ -50,7 +49,9 @@ from prep.readers import Books, source_paths
 from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, load_tokenizer, manifest_path
 
 CORPUS_VERSION = 1  # raised by hand when the code makes other books or rows of the same sources
-PACKAGES = ("datatrove", "numpy", "py3langid", "pyarrow", "pyspellchecker", "rapidfuzz", "xxhash")  # decide them too
+PACKAGES = (  # decide them too
+    "datatrove", "lxml", "numpy", "py3langid", "pyarrow", "pypdfium2", "pyspellchecker", "rapidfuzz", "striprtf", "xxhash"
+)  # fmt: skip
 HELDOUT_TOKENS = 262_144  # the default: enough for a validation loss to two decimals, and read in a minute on a GPU
 
 
@@ -112,11 +113,6 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
         ),
         ("choose", [Choose(corpus, tasks, args.holdout, args.against, described)], 1),
     ]
-
-
-def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def count_or_all(value: str) -> float:
@@ -193,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         "packages": versions(*PACKAGES),
     }
     out = args.out.resolve()
-    corpus = (args.work.resolve() if args.work else out.parent / "gallica") / digest(described)
+    corpus = (args.work.resolve() if args.work else out.parent / "gallica") / digest(described)[:12]
     manifest: dict[str, Any] = {
         "tokenizer": str(args.tokenizer),
         "source": {"path": str(args.source)} | collected_from(args.source) | {"files": described["files"]},
@@ -211,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
                 if path.is_dir():
                     shutil.rmtree(path)
         asked = [draw, str(out), manifest, sha256(args.tokenizer / "tokenizer.json")]
-        rows = corpus / f"rows-{digest([str(part) for part in asked])}"
+        rows = corpus / f"rows-{digest([str(part) for part in asked])[:12]}"
         rows.mkdir(exist_ok=True)
         tokenizer.save(rows / "tokenizer.json")
         steps = [

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from prep.common import BadInput
+from prep.common import BadInput, reason
 from prep.formats import BOOK_SUFFIXES, BookText, read_book, read_members
 
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
@@ -101,9 +101,7 @@ def _book(source: Any, text: Any, title: Any = "", author: Any = "", date: Any =
 
 
 def _damaged(path: Path, error: Exception) -> BadInput:
-    return BadInput(
-        f"{path} is damaged ({next(iter(str(error).splitlines()), type(error).__name__)}): collect it again"
-    )
+    return BadInput(f"{path} is damaged ({reason(error)}): collect it again")
 
 
 # --- the kinds of file -----------------------------------------------------------------------------------------------

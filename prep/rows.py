@@ -27,7 +27,7 @@ from prep.common import BadInput, atomic_write, sha256, versions
 from prep.dedup import Entry, chosen_books, fraction
 
 MAX_WINDOWS = 16  # a row; Axolotl truncates silently at 64 and tokenises 1,000 rows a batch in each process
-# 16 windows of 2048 tokens at 3 characters a token. A chunk's last window is lost by half on average: 1,024 tokens of
+# 16 windows of 2048 tokens at 3 characters per token. A chunk's last window is lost by half on average: 1,024 tokens of
 # 32,768, 3 %. Smaller chunks lose more, and larger ones leave fewer to a book (the average one has 4 of these).
 CHUNK = 98_304
 PIECE = 2_000  # characters tokenised at once, where a text can be tokenised in pieces

@@ -148,8 +148,8 @@ def test_a_record_is_judged() -> None:
     found = gpu.figures(record)
     assert found["status"] == "ok" and found["steps"] == 3 and found["tokens_per_step"] == 64
     assert found["tokens_per_s"] == pytest.approx(64 * 3 / 6.0) and found["step_s"] == 2.0
-    for spoiled in ({"warmup": 5}, {"losses": [7.0, 0.0]}, {"losses": [7.0, float("nan")]}):
-        assert gpu.figures(record | spoiled)["status"] == "failed"
+    for broken in ({"warmup": 5}, {"losses": [7.0, 0.0]}, {"losses": [7.0, float("nan")]}):
+        assert gpu.figures(record | broken)["status"] == "failed"
 
 
 @pytest.mark.parametrize(

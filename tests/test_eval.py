@@ -131,7 +131,7 @@ def in_four_bits(place: Path) -> Path:
 
 
 def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(in_four_bits):
-    """And the other forms: the model below it rounded alike, and the last adapter merged, unrounded."""
+    """And the other forms: the model below it quantised alike, and the last adapter merged into the 16-bit base."""
     rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
     assert [(row.name, row.parent) for row in rows] == [
         ("base", None), ("2a", "base"), ("2a (nf4)", "2a"), ("2b", "2a (nf4)"), ("2c", "2b"), ("2c (merged)", "2c")

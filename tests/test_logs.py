@@ -90,7 +90,7 @@ def test_planned_steps(tmp_path: Path) -> None:
     """From the last whole checkpoint; else from --max_steps; else from the epochs."""
     assert logs.planned_steps(tmp_path, 5, None, 1) is None
     assert logs.planned_steps(tmp_path, 5, 0.5, 2) == 20
-    (tmp_path / "started.json").write_text(json.dumps({"overrides": ["--bf16=False", "--max_steps=7"]}))
+    (tmp_path / "started.json").write_text(json.dumps({"settings": {"bf16": False, "max_steps": 7}}))
     assert logs.planned_steps(tmp_path, 5, 0.5, 2) == 7
     for step, state in (
         (9, '{"max_steps": 20}'),
@@ -118,7 +118,7 @@ def test_time_left(tmp_path: Path, times: dict[int, float], planned: int, left: 
     run = logs.Run(tmp_path)
     empty: dict[str, float | None] = dict.fromkeys(logs.SCALARS.values())
     run.points = {step: {**empty, "step": step, "loss": 1.0, "time": at} for step, at in times.items()}
-    (tmp_path / "started.json").write_text(json.dumps({"overrides": [f"--max_steps={planned}"]}))
+    (tmp_path / "started.json").write_text(json.dumps({"settings": {"max_steps": planned}}))
     found = logs.status(run, 1, now=max(times.values()) + 1)
     assert found and found.state == "running" and found.step == max(times)
     assert found.seconds_left == (None if left is None else pytest.approx(left))

@@ -17,7 +17,6 @@ train/plugins.py calls it at the end of every training. The command checks what 
 
 import argparse
 import functools
-import hashlib
 import json
 import re
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prep.common import BadInput, atomic_write, run, sha256, versions
+from prep.common import BadInput, atomic_write, digest, run, sha256, versions
 from train.stages import Stage, line_of, load_chain
 
 # Least movement of a full-weight stage, by kind of tensor: fraction of elements that changed, and norm of the change
@@ -46,11 +45,6 @@ FULL_WEIGHTS = {
 
 # A loaded adapter keeps its own settings, whatever the recipe says: {recipe's key: adapter_config.json's}.
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "peft_use_rslora": "use_rslora"}
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """Hash of what a recipe says; its comments and layout do not count."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def hashed(path: Path) -> str:
@@ -191,8 +185,8 @@ def check_inputs(stage: Stage, chain: list[Stage]) -> dict[str, dict[str, str]]:
             raise BadInput(f"stage {stage.name} needs {folder}, which has not passed its gate; `make check` says why")
         expected = read(record, remedy, lambda said: {file["name"]: file["sha256"] for file in said["files"]})
         inputs[str(folder)] = {path.name: hashed(path) for path in weight_files(folder)}
-        for name, digest in inputs[str(folder)].items():
-            if expected.get(name) != digest:
+        for name, found in inputs[str(folder)].items():
+            if expected.get(name) != found:
                 raise BadInput(f"{folder / name} is not the file that {record} describes; {remedy} again")
     return inputs
 
@@ -313,7 +307,7 @@ def judge(stage: Stage, chain: list[Stage]) -> dict[str, Any]:
     check_same(stage, stage.output_dir / "started.json", {"data": data, "inputs": inputs})
     verdict = {
         "stage": stage.name,
-        "recipe": {"path": stage.recipe.name, "sha256": config_hash(stage.config)},
+        "recipe": {"path": stage.recipe.name, "sha256": digest(stage.config)},
         "steps": steps,
         "data": data,
         "inputs": inputs,
@@ -369,7 +363,7 @@ def main() -> int:
         try:
             verdict = check(stage, chain)
             print(describe(verdict))
-            if verdict["recipe"]["sha256"] != config_hash(stage.config):
+            if verdict["recipe"]["sha256"] != digest(stage.config):
                 print(f"{stage.name}: note: {stage.recipe} has been edited since", file=sys.stderr)
         except BadInput as error:
             print(f"{stage.name}: NOT TRAINED: {error}", file=sys.stderr)

@@ -22,10 +22,10 @@ from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
 from transformers import TrainerCallback, set_seed
 
-from prep.common import BadInput
+from prep.common import BadInput, end_with_parent
 from train.gate import check_ready, describe, judge, manifest_of, recall
 from train.resume import at_the_end, lock, prepare_output, take_weights
-from train.stage import PROGRESS, end_with_parent
+from train.stage import PROGRESS
 from train.stages import line_of, load_chain
 
 # What a run may say differently when it is resumed: where it logs, what it keeps, how the rows are read.

@@ -11,7 +11,6 @@ do so.
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from typing import IO, Any
 import yaml
 from tqdm import tqdm
 
-from prep.common import BadInput, progress, run
+from prep.common import BadInput, end_with_parent, progress, run
 from train.gate import check_ready, describe, recall
 from train.stages import Stage, line_of, load_chain
 
@@ -64,11 +63,6 @@ def command(stage: Stage, launch: list[str], overrides: dict[str, Any], more: li
     """The plain command that this stage stands for."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launch]
     return [*accelerate, "-m", "axolotl.cli.train", str(stage.recipe), *as_arguments(overrides), *more]
-
-
-def end_with_parent() -> None:
-    """Have Linux kill this process when the one that started it ends, so that no training is left without its launcher."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def launch_and_wait(
