@@ -208,15 +208,13 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def previous(path: Path) -> dict[str, Any] | None:
-    """The report that is there, whose rows need not all be measured again; None when there is none that can be read."""
-    if not path.is_file():
-        return None
+def previous(path: Path) -> dict[str, Any]:
+    """The report that is there, whose rows need not all be measured again; empty when none can be read."""
     try:
-        return report.load(path)
+        return report.load(path) if path.is_file() else {}
     except BadInput as error:
         print(f"not reused: {error}", file=sys.stderr)
-        return None
+        return {}
 
 
 def parse() -> argparse.Namespace:
@@ -301,16 +299,15 @@ def main() -> None:
         pass
     gates = {row.name: gate(row, hashes[row.name]) for row in chosen if row.form is None}
     before = previous(target)
+    there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
+    others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}
     now = {"arguments": settings, "tasks": described, "prompts": prompts}
-    others = {
-        name: stage for name, stage in (before or {"stages": {}})["stages"].items() if stage and name not in inputs
-    }
-    if differing := [key for key in now if args.stages and others and before and before[key] != now[key]]:
+    if others and (differing := [key for key in now if before[key] != now[key]]):
         raise BadInput(
             f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
             "evaluate all stages (without --stages)"
         )
-    known = {} if args.fresh or not before else {name: stage for name, stage in before["stages"].items() if stage}
+    known = {} if args.fresh else there
     measured = {name: known[name] for name in inputs if name in known and known[name]["inputs"] == inputs[name]}
     if measured:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
@@ -320,7 +317,7 @@ def main() -> None:
     )
 
     def write() -> dict[str, Any]:
-        stages: dict[str, Any] = {row.name: others.get(row.name) if args.stages else None for row in rows}
+        stages: dict[str, Any] = {row.name: others.get(row.name) for row in rows}
         for row in chosen:
             if row.name in measured:
                 trained = row.stage if row.form is None else None
