@@ -35,8 +35,7 @@ def settle_tokens(own: Tokens, given: Tokens, vocabulary: dict[str, int]) -> Tok
     """The token of each role: the one given, else the model's own; pad is never one whose loss matters.
 
     Pad falls back to unk when the model has none of its own, or one that is also BOS or EOS: a byte-level or
-    byte-fallback tokenizer never writes unk into a text, so nothing is lost by ignoring it.
-    Raises BadInput where a token is not in the vocabulary, or no EOS or pad can be found.
+    byte-fallback tokenizer never writes unk into a text.
     """
     for role, token in given.items():
         if token not in vocabulary:
@@ -78,14 +77,13 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
     scale, plus an offset) do not fit a 16-bit format, and a CPU, where such small models train, computes in float32.
     """
     try:
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        dtype, folder, own = "auto", source, {}
         if source.suffix.lower() == ".gguf":
-            options: dict[str, Any] = {"gguf_file": source.name, "dtype": torch.float32}
-            folder, own = source.parent, gguf_tokens(source)
-        else:
-            options, folder, own = {"dtype": "auto"}, source, {}
-        local = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(folder, **{k: v for k, v in options.items() if k != "dtype"}, **local)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options, **local, output_loading_info=True)
+            dtype, folder, own = "float32", source.parent, gguf_tokens(source)
+            options["gguf_file"] = source.name
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     except pickle.UnpicklingError as error:
         raise BadInput(
             f"{source}: its pickled weights hold more than tensors, or are damaged; they were not run"
@@ -102,17 +100,13 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
 
 
 def apply_tokens(model: Any, tokenizer: Any, tokens: Tokens) -> None:
-    """Give the tokenizer, the model's config and its generation defaults the same special tokens, and no chat template.
-
-    The trained model continues texts: a template left in its files would make chat servers wrap every prompt in turns.
-    """
+    """Give the tokenizer, the model's config and its generation defaults the same special tokens, and no chat template."""
     for role, token in tokens.items():
         setattr(tokenizer, f"{role}_token", token)
-    tokenizer.chat_template = None
+    tokenizer.chat_template = None  # chat servers would wrap every prompt in turns; the model continues texts
     tokenizer.clean_up_tokenization_spaces = False  # it would remove the space before « ; » and « ! »
     ids = {f"{role}_token_id": tokenizer.convert_tokens_to_ids(tokens[role]) for role in tokens if role != "unk"}
-    for name, value in ids.items():
-        setattr(model.config, name, value)
+    model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)  # a chat model's also holds its sampling
 
 
@@ -165,10 +159,9 @@ def convert(source: Path, folder: Path, given: Tokens) -> dict[str, Any]:
     if not math.isfinite(bits):
         raise BadInput(f"{source}: the model's predictions are not finite numbers; the weights are damaged")
     tensors, written = model.state_dict(), again.state_dict()
-    if tensors.keys() != written.keys() or not all(torch.equal(tensors[name], written[name]) for name in tensors):
-        raise BadInput(f"{source}: the model read back from {folder} is not the one that was written")
-    if tokenizer_again(SAMPLE).input_ids != tokenizer(SAMPLE).input_ids:
-        raise BadInput(f"{source}: the tokenizer read back from {folder} is not the one that was written")
+    same = tensors.keys() == written.keys() and all(torch.equal(tensors[name], written[name]) for name in tensors)
+    if not same or tokenizer_again(SAMPLE).input_ids != tokenizer(SAMPLE).input_ids:
+        raise BadInput(f"{source}: model or tokenizer read back from {folder} is not the one that was written")
 
     for role, token in tokens.items():
         print(f"  {role}: {token}" + ("" if own.get(role) == token else f" (the checkpoint: {own.get(role, 'none')})"))

@@ -48,7 +48,7 @@ def source_paths(folder: Path) -> list[Path]:
         )
     for path in files:
         if path.suffix == ".parquet":
-            _check_columns(path)
+            check_columns(path)
     others = [p.name for p in folder.glob("[!.]*") if p.is_file() and p not in files and p.name != "source.json"]
     if others:
         print(f"{folder}: not read, since they are not books: {', '.join(sorted(others))}", file=sys.stderr)
@@ -115,7 +115,7 @@ def _opened(path: Path) -> pq.ParquetFile:
         raise _damaged(path, error) from error
 
 
-def _check_columns(path: Path) -> None:
+def check_columns(path: Path) -> None:
     schema = _opened(path).schema_arrow
     for column in ("file_id", "complete_text"):
         if column not in schema.names:
