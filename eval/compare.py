@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from eval import logs, plots, report, tables, verdict
 from eval.plots import Point
 from eval.report import Section
-from eval.tables import Table, bracket, measured
+from eval.tables import Table, bits, measured
 from prep.common import BadInput, atomic_write, run, run_name
 
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: on a linear axis the short one is a dot
@@ -68,9 +68,8 @@ def beside(reports: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for stage in in_order(reports, "stages"):
         for task in in_order(reports, "tasks"):
-            scores = [measured(each).get(stage, {}).get("scores", {}).get(task) for each in reports]
-            if any(scores):
-                cells = [bracket(s["bits_per_byte"], s["interval"]["bits_per_byte"]) if s else "–" for s in scores]
+            cells = [bits(each["stages"].get(stage), task) for each in reports]
+            if set(cells) != {"–"}:
                 rows.append([f"{stage}, {task}", *cells])
     return ["stage, text", *(each["run"] for each in reports)], rows
 
@@ -135,6 +134,8 @@ def html(reports: Sequence[dict[str, Any]]) -> str:
     """The page."""
     figure = draw_losses(reports)
     return report.render(
+        sections(reports),
+        {"loss": plots.svg(figure, "losses")} if figure else {},
         title=f"Runs compared: {', '.join(each['run'] for each in reports)}",
         about=[(each["run"], report.about(each)) for each in reports],
         verdicts=[
@@ -144,8 +145,6 @@ def html(reports: Sequence[dict[str, Any]]) -> str:
             if stage in each["stages"]
         ],
         warning=warning(reports),
-        sections=sections(reports),
-        plots={"loss": plots.svg(figure, "losses")} if figure else {},
         decoding="",
         prompts=[],
         versions="",

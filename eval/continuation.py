@@ -440,7 +440,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("outputs/continuation"), help="folder of what is written")
     parser.add_argument("--device", help="default: cuda when there is one")
-    parser.add_argument("--dtype", choices=evaluation.DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", choices=models.DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--fresh", action="store_true", help="begin anew, whatever has been written")
     args = parser.parse_args()
     for name in ("words", "candidates", "passage_tokens", "window", "longest_copy"):
@@ -522,7 +522,7 @@ def main() -> None:
     print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}", end="", flush=True)
     print("".join(written()), end="", flush=True)
     if words() < args.words:
-        _, model, tokenizer = next(models.loaded([row], args.device, evaluation.DTYPES[args.dtype]))
+        _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
         tokens, room = len(tokenizer.encode(beginning, add_special_tokens=False)) + 1, args.window - args.passage_tokens
         if args.source and tokens > room:
             print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)

@@ -15,8 +15,6 @@ Paths are relative to the working directory, as in the recipes.
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -25,6 +23,7 @@ import tempfile
 import time
 import warnings
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,18 @@ import torch
 
 from eval import generation, intervals, logs, metrics, models, report, scoring
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, atomic_write, cpu_name, digest, git_state, run, run_name, sha256
+from prep.common import (
+    BadInput,
+    atomic_write,
+    cpu_name,
+    digest,
+    git_state,
+    positive,
+    run,
+    run_name,
+    sha256,
+    versions,
+)  # fmt: skip
 from train.gate import hashed
 from train.stages import load_chain
 
@@ -44,9 +54,9 @@ LIBRARIES = (
     "lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib", "pyspellchecker"
 )  # fmt: skip
 SCORES_VERSION = 1  # raise it when the same weights give other figures: rows of an older version are measured again
+TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 POSITIONED = ("gallica_heldout", "novel_heldout")  # the texts long enough to have far context
 WORDS_A_TOKEN = 0.5  # of French under these tokenizers: TinyLlama's 0.57, SmolLM2's 0.46
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def describe_tasks(tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
@@ -66,17 +76,13 @@ def describe_tasks(tasks: dict[str, Any], limit: int | None) -> dict[str, dict[s
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
     """Machine, versions and commit."""
-    versions = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "dtype": dtype,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
         "git": git_state(),
     }
 
@@ -84,10 +90,10 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
 def gate(row: models.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
     """What training said of itself; None when it said nothing.
 
-    `passed` is true when the gate's verdict is there (it is written only then) and speaks of the weights measured here,
-    the stage's own and those below it: a verdict outlives the weights that somebody exchanges.
+    `passed` is true when the gate's verdict is there (it is written only then) and is about the weights measured here,
+    the stage's own and those below it: somebody may have exchanged them since.
     """
-    if row.stage is None or not row.stage.verdict.is_file():
+    if row.form or row.stage is None or not row.stage.verdict.is_file():
         return None
     try:
         verdict = json.loads(row.stage.verdict.read_text(encoding="utf-8"))
@@ -100,6 +106,18 @@ def gate(row: models.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None
         raise BadInput(f"{row.stage.verdict} is damaged ({error!r}); run the gate again: make check") from error
 
 
+def files_of(row: models.Candidate) -> list[Path]:
+    """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    files = [*row.weights, *models.full_weights(row.model)]
+    files += [row.model / name for name in names if (row.model / name).is_file()]
+    if row.adapter:
+        files.append(row.adapter / "adapter_config.json")
+        if not files[-1].is_file():
+            raise BadInput(f"stage {row.name} is not whole: {files[-1]} is missing")
+    return list(dict.fromkeys(files))
+
+
 def measure(
     row: models.Candidate,
     model: Any,
@@ -109,53 +127,43 @@ def measure(
     trained_on: metrics.CopyFinder | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Everything that needs the model in memory."""
-    started = time.perf_counter()
+    """Everything that needs the model in memory. Another form of a stage's weights is scored only."""
+    times = [time.perf_counter()]
     scorer = scoring.TokenScorer(model, tokenizer, args.batch_size, row.name)
     scores = scoring.score(scorer, tasks, args.limit)
-    for result in scores.values():
-        result["interval"] = intervals.interval(result["documents"])
-    scored = time.perf_counter()
-    positions = {
-        name: scoring.by_position(scorer, list(task.eval_docs)[: args.limit], args.positions)
-        if args.positions and not row.form
-        else None
-        for name, task in tasks.items()
-        if name in POSITIONED
-    }
-    positioned = time.perf_counter()
+    times.append(time.perf_counter())
+    positions: dict[str, Any] = {name: None for name in tasks if name in POSITIONED}
+    if args.positions and not row.form:
+        for name in positions:
+            positions[name] = scoring.by_position(scorer, list(tasks[name].eval_docs)[: args.limit], args.positions)
+    times.append(time.perf_counter())
     written = []
-    decoding = generation.decoding(args.max_new_tokens)
-    if row.form:
-        prompts = []
-    for number, prompt in enumerate(prompts):
-        print(f"{row.name}: writing after prompt {number + 1} of {len(prompts)}, {prompt['name']}", file=sys.stderr)
+    for number, prompt in enumerate([] if row.form else prompts, 1):
+        print(f"{row.name}: writing after prompt {number} of {len(prompts)}, {prompt['name']}", file=sys.stderr)
+        decoding = generation.decoding(args.max_new_tokens)
         drawn = generation.continuations(model, tokenizer, prompt["text"], args.samples, args.seed, decoding)
         for index, sample in enumerate(drawn):
             copied = trained_on.longest(sample["text"]) if trained_on else None
             written.append({"prompt": prompt["name"], "seed": args.seed, "index": index, **sample, "copied": copied})
-    finished = time.perf_counter()
+    times.append(time.perf_counter())
+    seconds = [round(end - start, 1) for start, end in pairwise(times)]
     return {
         "scores": scores,
         "positions": positions,
         "memorisation": metrics.memorisation(scores),
         "samples": written,
         "degeneration": metrics.degeneration(written) if written else None,
-        "seconds": {
-            "scoring": round(scored - started, 1),
-            "positions": round(positioned - scored, 1),
-            "sampling": round(finished - positioned, 1),
-        },
+        "seconds": dict(zip(("scoring", "positions", "sampling"), seconds, strict=True)),
     }
 
 
-def reference(path: str, trained_on: metrics.CopyFinder | None, max_new_tokens: int) -> dict[str, Any] | None:
+def reference(path: str | None, trained_on: metrics.CopyFinder | None, max_new_tokens: int) -> dict[str, Any] | None:
     """The author's own held-out pages, in pieces as long as samples, under the measures that samples get.
 
-    None when the pages do not fill one piece.
+    None when there are none, or they do not fill one piece.
     """
-    length = round(max_new_tokens * WORDS_A_TOKEN)
-    texts = [piece for row in read_rows(Path(path)) for piece in metrics.chunks(row["text"], max(1, length))]
+    length = max(1, round(max_new_tokens * WORDS_A_TOKEN))
+    texts = [piece for row in rows_of(path) for piece in metrics.chunks(row["text"], length)]
     if not texts:
         return None
     return {
@@ -167,26 +175,22 @@ def reference(path: str, trained_on: metrics.CopyFinder | None, max_new_tokens: 
     }
 
 
+def rows_of(path: str | None) -> list[dict[str, str]]:
+    """The rows of a task's file; none when the task is not evaluated."""
+    return read_rows(Path(path)) if path else []
+
+
 def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, Any] | None:
     """The manner of each stage's samples beside the books'; None when the novel's training text is not among the tasks."""
     if "novel_train" not in paths:
         return None
-
-    def rows(task: str) -> list[dict[str, str]]:
-        path = paths.get(task)
-        return read_rows(Path(path)) if path else []
-
     works: dict[str, list[str]] = {}
-    for row in rows("gallica_heldout"):
+    for row in rows_of(paths.get("gallica_heldout")):
         works.setdefault(row["source"], []).append(row["text"])
     return metrics.style(
-        {
-            name: [sample["text"] for sample in stage["samples"]]
-            for name, stage in stages.items()
-            if stage and stage["samples"]
-        },
-        "\n\n".join(row["text"] for row in rows("novel_train")),
-        "\n\n".join(row["text"] for row in rows("novel_heldout")) or None,
+        {name: [s["text"] for s in stage["samples"]] for name, stage in stages.items() if stage and stage["samples"]},
+        "\n\n".join(row["text"] for row in rows_of(paths["novel_train"])),
+        "\n\n".join(row["text"] for row in rows_of(paths.get("novel_heldout"))) or None,
         {source: "\n\n".join(texts) for source, texts in works.items()},
         models.BASE,
     )
@@ -196,15 +200,12 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     """Each measured stage against what it builds on, text by text."""
     result = {}
     for name, stage in stages.items():
-        parent = stages.get(stage["parent"]) if stage and stage["parent"] else None
-        if parent:
-            result[name] = {
-                "against": stage["parent"],
-                "scores": {
-                    task: intervals.difference(parent["scores"][task]["documents"], score["documents"])
-                    for task, score in stage["scores"].items()
-                },
+        if stage and (parent := stages.get(stage["parent"])):
+            scores = {
+                task: intervals.difference(parent["scores"][task]["documents"], score["documents"])
+                for task, score in stage["scores"].items()
             }
+            result[name] = {"against": stage["parent"], "scores": scores}
     return result
 
 
@@ -219,43 +220,33 @@ def previous(path: Path) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    parser.add_argument("--run", type=run_name, required=True, help="name of the report")
-    parser.add_argument("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
-    parser.add_argument("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
-    parser.add_argument(
-        "--tasks", nargs="+", default=["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
-    )
-    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.yml")
-    parser.add_argument("--samples", type=int, default=2, help="continuations of each prompt (default 2)")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each continuation (default 500)")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument(
+    option = parser.add_argument
+    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
+    option("--run", type=run_name, required=True, help="name of the report")
+    option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
+    option("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
+    option("--tasks", nargs="+", default=TASKS)
+    option("--prompts", type=Path, default=HERE / "prompts.yml")
+    option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")
+    option("--max-new-tokens", type=positive, default=500, help="length of each continuation (default 500)")
+    option("--seed", type=int, default=42)
+    option(
         "--positions",
         type=int,
         metavar="N",
         help="score N pieces of 256 tokens at each range of positions, 0 for none (default: 64 on a GPU, 0 on a CPU; "
         "each piece costs 1,000 to 1,500 tokens)",
     )
-    parser.add_argument("--limit", type=int, help="score only the first N documents of each task")
-    parser.add_argument("--batch-size", type=int, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
-    parser.add_argument("--device", help="default: cuda when there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    args = parser.parse_args()
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    option("--limit", type=positive, help="score only the first N documents of each task")
+    option("--batch-size", type=positive, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
+    option("--fresh", action="store_true", help="measure everything again")
+    args = models.parse_device(parser)
     on_gpu = args.device.startswith("cuda")
-    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     args.batch_size = args.batch_size or (4 if on_gpu else 1)
     if args.positions is None:
         args.positions = 64 if on_gpu else 0
     if args.positions % scoring.GROUP or args.positions < 0:
         parser.error(f"--positions must be a multiple of {scoring.GROUP}, or 0")
-    for name in ("samples", "max_new_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if args.limit is not None and args.limit < 1:
-        parser.error("--limit must be at least 1")
     return args
 
 
@@ -273,9 +264,10 @@ def main() -> None:
     paths = {name: description["path"] for name, description in described.items()}
     trained_on = None
     if "novel_train" in paths:
-        trained_on = metrics.CopyFinder([row["text"] for row in read_rows(Path(paths["novel_train"]))])
+        trained_on = metrics.CopyFinder([row["text"] for row in rows_of(paths["novel_train"])])
+    author = reference(paths.get("novel_heldout"), trained_on, args.max_new_tokens)
     settings = {
-        "tasks": args.tasks,
+        "tasks": list(args.tasks),
         "limit": args.limit,
         "max_length": scoring.MAX_LENGTH,
         "batch_size": args.batch_size,
@@ -288,6 +280,7 @@ def main() -> None:
     }
     where = environment(args.device, args.dtype)
     hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
+    gates = {row.name: gate(row, hashes[row.name]) for row in chosen}
     same_for_all = [settings, described, prompts, where["versions"], SCORES_VERSION]
     inputs = {
         row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
@@ -297,7 +290,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=args.out):  # not writable: an error now, not after hours of scoring
         pass
-    gates = {row.name: gate(row, hashes[row.name]) for row in chosen if row.form is None}
     before = previous(target)
     there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
     others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}
@@ -307,20 +299,19 @@ def main() -> None:
             f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
             "evaluate all stages (without --stages)"
         )
-    known = {} if args.fresh else there
-    measured = {name: known[name] for name in inputs if name in known and known[name]["inputs"] == inputs[name]}
+    measured = (
+        {}
+        if args.fresh
+        else {name: there[name] for name in inputs if there.get(name, {}).get("inputs") == inputs[name]}
+    )
     if measured:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
-
-    authors_own = (
-        reference(paths["novel_heldout"], trained_on, args.max_new_tokens) if "novel_heldout" in paths else None
-    )
 
     def write() -> dict[str, Any]:
         stages: dict[str, Any] = {row.name: others.get(row.name) for row in rows}
         for row in chosen:
             if row.name in measured:
-                trained = row.stage if row.form is None else None
+                trained = None if row.form else row.stage
                 stages[row.name] = {
                     **measured[row.name],
                     "inputs": inputs[row.name],
@@ -330,7 +321,7 @@ def main() -> None:
                     "model": str(row.model),
                     "adapter": str(row.adapter) if row.adapter else None,
                     "weights": hashes[row.name],
-                    "gate": gates.get(row.name),
+                    "gate": gates[row.name],
                     "training": logs.training_log(trained.output_dir) if trained else None,
                 }
         result = {
@@ -342,7 +333,7 @@ def main() -> None:
             "environment": where,
             "tasks": described,
             "prompts": prompts,
-            "reference": authors_own,
+            "reference": author,
             "stages": stages,
             "style": styles(stages, paths),
             "differences": differences(stages),
@@ -354,26 +345,13 @@ def main() -> None:
         return result
 
     waiting = [row for row in chosen if row.name not in measured]
-    for row, model, tokenizer in models.loaded(waiting, args.device, DTYPES[args.dtype]):
+    for row, model, tokenizer in models.loaded(waiting, args.device, models.DTYPES[args.dtype]):
         measured[row.name] = measure(row, model, tokenizer, tasks, prompts, trained_on, args)
-        write()  # after each, so that an interrupted run goes on where it was
+        write()  # after each, so that an interrupted run continues where it was
     result = write()
     page = report.write(result, args.out)
     print(report.terminal(result))
     print(f"report: {page}, {page.with_suffix('.html')}")
-
-
-def files_of(row: models.Candidate) -> list[Path]:
-    """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
-    files = [*row.weights, *sorted(row.model.glob("model*.safetensors"))]
-    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    files += [row.model / name for name in names if (row.model / name).is_file()]
-    if row.adapter:
-        files.append(row.adapter / "adapter_config.json")
-    missing = [path for path in files if not path.is_file()]
-    if missing:
-        raise BadInput(f"stage {row.name} is not whole: {missing[0]} is missing")
-    return list(dict.fromkeys(files))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Confidence intervals for bits per byte, and for the difference of two stages on the same text.
 
-Both are percentile bootstraps (Efron & Tibshirani 1993, chapters 13 and 16): the text's units are drawn with
-replacement, each draw gives the ratio of sums, and the middle 95 % of the draws is the interval. A unit is a whole
+Both are scipy's percentile bootstrap (Efron & Tibshirani 1993, chapters 13 and 16) of a ratio of sums. A unit is a whole
 work where there are enough of them, otherwise a block of consecutive tokens; eval/README.md says what that means.
 """
 
@@ -9,9 +8,9 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
 DRAWS = 2_000
-LEVEL = 0.95
 ENOUGH_WORKS = 10  # below, an interval over works would rest on too few
 
 
@@ -28,31 +27,27 @@ def units(documents: list[dict[str, Any]]) -> tuple[str, np.ndarray]:
     return "block", np.array(blocks, dtype=float)
 
 
-def bits_per_byte(nll: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Ratio of sums over the last axis, in bits per byte; nll in nats."""
-    return nll.sum(-1) / size.sum(-1) / math.log(2)
+def bits_per_byte(nll: np.ndarray, size: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Ratio of sums, in bits per byte; nll in nats."""
+    return nll.sum(axis) / size.sum(axis) / math.log(2)
 
 
-def draws(count: int) -> np.ndarray:
-    """Indices of shape (DRAWS, count): the same draws for every stage, which is what pairs them."""
-    return np.random.default_rng(0).integers(0, count, size=(DRAWS, count))
+def percentiles(nll: np.ndarray, size: np.ndarray) -> list[float] | None:
+    """The 95 % interval of bits per byte over units that are drawn together; None for a single one.
 
-
-def middle(values: np.ndarray) -> list[float]:
-    """The interval that holds the middle LEVEL of the values."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return [float(low), float(high)]
+    One seed, so the same draws for every stage.
+    """
+    if len(size) < 2:
+        return None
+    settings = {"paired": True, "vectorized": True, "n_resamples": DRAWS, "method": "percentile"}
+    result = bootstrap((nll, size), bits_per_byte, rng=np.random.default_rng(0), **settings)
+    return [float(limit) for limit in result.confidence_interval]
 
 
 def interval(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """95 % interval of bits per byte over the documents' units."""
     unit, table = units(documents)
-    drawn = table[draws(len(table))]
-    return {
-        "unit": unit,
-        "units": len(table),
-        "bits_per_byte": middle(bits_per_byte(drawn[..., 0], drawn[..., 1])) if len(table) > 1 else None,
-    }
+    return {"unit": unit, "units": len(table), "bits_per_byte": percentiles(*table.T)}
 
 
 def difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -60,15 +55,9 @@ def difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dic
 
     Both must be scores of one text under one tokenizer; None when the units do not match.
     """
-    unit, first = units(before)
-    _, second = units(after)
-    if first.shape != second.shape or not np.array_equal(first[:, 1], second[:, 1]):
+    (unit, first), (_, second) = units(before), units(after)
+    if not np.array_equal(first[:, 1], second[:, 1]):
         return None
     change, size = second[:, 0] - first[:, 0], first[:, 1]
-    index = draws(len(size))
-    return {
-        "unit": unit,
-        "units": len(size),
-        "bits_per_byte": float(bits_per_byte(change, size)),
-        "interval": middle(bits_per_byte(change[index], size[index])) if len(size) > 1 else None,
-    }
+    bits = float(bits_per_byte(change, size))
+    return {"unit": unit, "units": len(size), "bits_per_byte": bits, "interval": percentiles(change, size)}

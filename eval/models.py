@@ -1,32 +1,25 @@
 """From the chain of recipes to models in memory: what is there, what it is made of, and that it fits together."""
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from prep.common import BadInput
 from train.stages import Stage
 
 BASE = "base"  # the report's name for what the first stage starts from
-
-
-QUANTISED, MERGED = (
-    "quantised",
-    "merged",
-)  # the forms in which weights are measured besides the one they were trained in
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTISED, MERGED = "quantised", "merged"  # forms of weights that are measured besides the trained one
 
 
 @dataclass(frozen=True)
@@ -44,22 +37,21 @@ class Candidate:
     @property
     def weights(self) -> list[Path]:
         """The safetensors files that make this row, adapter or model."""
-        if self.adapter:
-            return sorted(self.adapter.glob("adapter_model.safetensors"))
-        return sorted(self.model.glob("model*.safetensors"))
+        return sorted(self.adapter.glob("adapter_model.safetensors")) if self.adapter else full_weights(self.model)
 
 
-def quantization_of(stage: Stage) -> dict[str, Any] | None:
-    """How a recipe rounds the base under its adapter; None for full precision."""
-    bits = {key: True for key in ("load_in_4bit", "load_in_8bit") if stage.config.get(key)}
-    return {**bits, **stage.config.get("bnb_config_kwargs", {})} if stage.adapter and bits else None
+def full_weights(model: Path) -> list[Path]:
+    """The safetensors files of a full model."""
+    return sorted(model.glob("model*.safetensors"))
 
 
 def candidate(stage: Stage) -> Candidate:
-    """The row of one stage, compared with the one it builds on."""
-    model = stage.base_model if stage.adapter else stage.output_dir
-    adapter = stage.output_dir if stage.adapter else None
-    return Candidate(stage.name, model, adapter, stage.parent or BASE, stage, quantization_of(stage))
+    """The row of one stage, compared with the one it builds on; an adapter's base is quantised as its recipe says."""
+    if not stage.adapter:
+        return Candidate(stage.name, stage.output_dir, None, stage.parent or BASE, stage)
+    bits = {key: True for key in ("load_in_4bit", "load_in_8bit") if stage.config.get(key)}
+    quantization = {**bits, **stage.config.get("bnb_config_kwargs", {})} if bits else None
+    return Candidate(stage.name, stage.base_model, stage.output_dir, stage.parent or BASE, stage, quantization)
 
 
 def candidates(chain: list[Stage]) -> list[Candidate]:
@@ -97,72 +89,72 @@ def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
 
     Raises BadInput when a wanted row has none, or when one is missing that a later one builds on.
     """
-    names = [row.name for row in rows if row.form is None]
-    unknown = sorted(set(wanted or []) - set(names))
-    if unknown:
-        raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(names)}")
     by_name = {row.name: row for row in rows}
-    missing = {row.name for row in rows if not row.weights}
-    taken = {name for name in names if (name in wanted if wanted else name not in missing)}
-    for row in rows:
-        if (row.form == QUANTISED and any(by_name[name].parent == row.name for name in taken)) or (
-            row.form == MERGED and row.parent in taken
-        ):
-            taken.add(row.name)
-    chosen = [row for row in rows if row.name in taken]
+    names = [row.name for row in rows if not row.form]
+    if unknown := sorted(set(wanted or []) - set(names)):
+        raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(names)}")
+    taken = set(wanted or [name for name in names if by_name[name].weights])
+    parents = {by_name[name].parent for name in taken}
+    chosen = [
+        row
+        for row in rows
+        if row.name in taken
+        or (row.form == QUANTISED and row.name in parents)
+        or (row.form == MERGED and row.parent in taken)
+    ]
     for row in chosen:
-        ancestor: Candidate | None = row
-        while ancestor:
-            if ancestor.name in missing:
-                why = "" if ancestor is row else f", and stage {row.name} builds on it"
-                raise BadInput(
-                    f"stage {ancestor.name} is missing: no safetensors weights in {ancestor.adapter or ancestor.model} "
-                    f"(looked from {Path.cwd()}){why}; {how_to_make(ancestor)}, or choose others with --stages"
-                )
-            ancestor = by_name[ancestor.parent] if ancestor.parent else None
+        missing: Candidate | None = row
+        while missing and missing.weights:
+            missing = by_name.get(missing.parent or "")
+        if missing:
+            why = "" if missing is row else f", and stage {row.name} builds on it"
+            stage = missing.stage
+            how = f"train it: accelerate launch -m axolotl.cli.train {stage.recipe}" if stage else "collect it first"
+            raise BadInput(
+                f"stage {missing.name} is missing: no safetensors weights in {missing.adapter or missing.model} "
+                f"(looked from {Path.cwd()}){why}; {how}, or choose others with --stages"
+            )
     return chosen
 
 
-def how_to_make(row: Candidate) -> str:
-    """The command that makes a missing row."""
-    return f"train it: accelerate launch -m axolotl.cli.train {row.stage.recipe}" if row.stage else "collect it first"
+def parse_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the two options that say where models run."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    return args
 
 
 def brief(error: Exception) -> str:
     """The start of an error on one line; PEFT lists every tensor that does not fit."""
-    text = " ".join(str(error).split())
-    return text if len(text) < 200 else f"{text[:200]} ..."
+    return shorten(str(error), 200, placeholder=" ...")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The fast tokenizer of a model folder. Raises BadInput when there is none, or when it has no BOS token."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         raise BadInput(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model): collect or train it again")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise BadInput(f"the tokenizer of {folder} cannot be read: {brief(error)}") from error
     if tokenizer.bos_token_id is None:
-        raise BadInput(
-            f"the tokenizer of {folder} has no BOS token: a text's first token would be predicted from nothing; "
-            "set bos_token in its tokenizer_config.json"
-        )
+        raise BadInput(f"the tokenizer of {folder} has no BOS token; set bos_token in its tokenizer_config.json")
     return tokenizer
 
 
 def load_model(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    device: str,
-    dtype: torch.dtype,
-    quantization: dict[str, Any] | None = None,
+    folder: Path, tokenizer: Tokenizer, device: str, dtype: torch.dtype, quantization: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The full model, in evaluation mode. Raises BadInput when it cannot be read, or has fewer rows than tokens.
 
     Attention is torch's whatever the model's config asks for: Transformers would fetch another kernel from the hub.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: torch finds no CUDA device here; use --device cpu")
     quantised = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization) if quantization else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -175,21 +167,18 @@ def load_model(
         )
     except Exception as error:  # safetensors, json and Transformers each raise their own on a torn file
         raise BadInput(f"the model in {folder} cannot be read: {brief(error)}") from error
-    rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise BadInput(
-            f"the tokenizer of {folder} has {len(tokenizer)} tokens, its model {rows}: they are not of one model"
-        )
+    if len(tokenizer) > (rows := model.config.get_text_config().vocab_size):
+        raise BadInput(f"the tokenizer of {folder} has {len(tokenizer)} tokens, but its model only {rows}")
     return model.eval()
 
 
-def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -> PeftModel:
     """The adapter of `row` on top of `model`; `.unload()` takes it off again.
 
     Raises BadInput when it was trained on another base or another vocabulary, or is not whole.
     """
     assert row.adapter
-    if any((row.adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if has_tokenizer(row.adapter):
         vocabulary = AutoTokenizer.from_pretrained(row.adapter, local_files_only=True).get_vocab()
         if vocabulary != tokenizer.get_vocab():
             raise BadInput(f"adapter {row.adapter} was trained with another vocabulary than {row.model} has")
@@ -214,11 +203,8 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: PreTrainedTo
 
 def loaded(
     rows: list[Candidate], device: str, dtype: torch.dtype
-) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, PreTrainedTokenizerBase]]:
-    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it.
-
-    An adapter's base is quantised as its recipe says: it was trained to make up for the quantisation error too.
-    """
+) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, Tokenizer]]:
+    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for row in rows:

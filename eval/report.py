@@ -7,6 +7,8 @@ The same JSON gives the same bytes, plots included.
 
 import argparse
 import json
+import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +69,14 @@ def about(report: dict[str, Any]) -> str:
 
 def decoding(report: dict[str, Any]) -> str:
     """How the samples were drawn."""
-    parameters = [f"{key.replace('_', ' ')} {value}" for key, value in report["arguments"]["decoding"].items()]
-    return f"Same prompts, seed and decoding for every stage: {', '.join(parameters)}."
+    parameters = ", ".join(f"{key} {value}" for key, value in report["arguments"]["decoding"].items())
+    return f"Same prompts, seed and decoding for every stage: {parameters.replace('_', ' ')}."
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
     """The page between the verdicts and the samples; the writers leave out what has neither table nor plot."""
     units = {
-        task: f"{score['interval']['units']} {score['interval']['unit']}s of {task}"
+        task: "{units} {unit}s".format(**score["interval"]) + f" of {task}"
         for stage in measured(report).values()
         for task, score in stage["scores"].items()
         if score
@@ -90,7 +92,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "What each stage changed",
             "The difference on the same text, in bits per byte, with its paired 95 % interval; a star where that excludes zero.",
-            table=tables.changes(report) if report["differences"] else None,
+            table=tables.changes(report),
         ),
         Section("Loss", "As the trainer logged it.", "loss"),
         Section(
@@ -125,11 +127,23 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "Perplexity",
             "Token perplexity compares only models that share a tokenizer.",
-            table=tables.perplexities(report),
+            None,
+            tables.perplexities(report),
         ),
         Section("Texts", table=tables.texts(report)),
         Section("Weights", table=tables.files(report)),
     ]
+
+
+def shown(sections: list[Section], drawn: Container[str | None]) -> list[Section]:
+    """Those that have a table or a plot."""
+    return [section for section in sections if section.table or section.plot in drawn]
+
+
+def samples_by_prompt(report: dict[str, Any]) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """Each prompt with the samples of every stage."""
+    samples = [{"stage": name, **sample} for name, stage in measured(report).items() for sample in stage["samples"]]
+    return [(prompt, [s for s in samples if s["prompt"] == prompt["name"]]) for prompt in report["prompts"]]
 
 
 def versions(report: dict[str, Any]) -> str:
@@ -141,77 +155,60 @@ def versions(report: dict[str, Any]) -> str:
 
 def quoted(text: str) -> str:
     """A text as a Markdown quotation, with its own Markdown signs escaped."""
-    for sign in "\\`*_<>#[]|":
-        text = text.replace(sign, "\\" + sign)
-    return "\n".join(f"> {line}".rstrip() for line in text.strip("\n").split("\n"))
-
-
-def sample_pages(report: dict[str, Any]) -> list[str]:
-    """For each prompt, the samples of every stage."""
-    parts = []
-    for prompt in report["prompts"]:
-        parts += [f"### {prompt['name']}", "The prompt:", quoted(prompt["text"])]
-        for name, stage in measured(report).items():
-            for sample in stage["samples"]:
-                if sample["prompt"] == prompt["name"]:
-                    end = ", ended by the model" if sample["ended"] else ""
-                    parts += [
-                        f"**{name}**, seed {sample['seed']}, no. {sample['index'] + 1}, {sample['tokens']} tokens{end}:",
-                        quoted(sample["text"]) if sample["text"].strip() else "> (nothing)",
-                    ]
-    return parts
+    escaped = re.sub(r"[\\`*_<>#\[\]|]", r"\\\g<0>", text.strip("\n"))
+    return "\n".join(f"> {line}".rstrip() for line in escaped.split("\n"))
 
 
 def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
     """The Markdown page; `drawn` has the file names of the plots."""
     parts = [f"# Evaluation: {report['run']}", about(report)]
     parts.append("\n".join(f"- **{name}**: {line}" for name, line in verdict.lines(report).items()))
-    for section in sections(report):
-        plot = drawn.get(section.plot or "")
-        if plot or section.table:
-            parts += [f"## {section.title}", section.text]
-            parts += [tables.markdown(section.table)] if section.table else []
-            parts += [f"![{section.title}]({plot})"] if plot else []
-    parts += ["## Samples", decoding(report), *sample_pages(report), versions(report)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    for section in shown(sections(report), drawn):
+        parts += [f"## {section.title}", section.text]
+        parts += [tables.markdown(section.table)] if section.table else []
+        parts += [f"![{section.title}]({drawn[section.plot]})"] if section.plot in drawn else []
+    parts += ["## Samples", decoding(report)]
+    for prompt, samples in samples_by_prompt(report):
+        parts += [f"### {prompt['name']}", "The prompt:", quoted(prompt["text"])]
+        for sample in samples:
+            end = ", ended by the model" if sample["ended"] else ""
+            number = f"seed {sample['seed']}, no. {sample['index'] + 1}"
+            parts.append(f"**{sample['stage']}**, {number}, {sample['tokens']} tokens{end}:")
+            parts.append(quoted(sample["text"]) if sample["text"].strip() else "> (nothing)")
+    return "\n\n".join(part for part in [*parts, versions(report)] if part) + "\n"
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def marked(stage: str, sample: dict[str, Any]) -> dict[str, Any]:
+def marked(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample as the template needs it, split where its copied words begin and end."""
     text, copied = sample["text"], sample["copied"] or {"start": 0, "end": 0}
     start, end = copied["start"], copied["end"]
-    return {**sample, "stage": stage, "before": text[:start], "shared": text[start:end], "after": text[end:]}
+    return {**sample, "before": text[:start], "shared": text[start:end], "after": text[end:]}
 
 
-def render(**content: Any) -> str:
+def render(sections: list[Section], plots: dict[str, str], **content: Any) -> str:
     """page.html.jinja filled in: one file that needs no other. `plots` has SVG texts by kind."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    drawn = {kind: Markup(text[text.index("<svg") :]) for kind, text in content.pop("plots").items()}
-    shown = [section for section in content.pop("sections") if section.table or section.plot in drawn]
-    template = environment.get_template("page.html.jinja")
-    return template.render(thresholds=verdict.EXPLAINED, plots=drawn, sections=shown, **content)
+    content |= {"sections": shown(sections, plots), "thresholds": verdict.EXPLAINED}
+    content["plots"] = {kind: Markup(text[text.index("<svg") :]) for kind, text in plots.items()}
+    return environment.get_template("page.html.jinja").render(content)
 
 
 def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
     """The HTML page; `drawn` has the plots as SVG."""
-    samples = [marked(name, sample) for name, stage in measured(report).items() for sample in stage["samples"]]
     return render(
+        sections(report),
+        drawn,
         title=f"Evaluation: {report['run']}",
         about=[("", about(report))],
         verdicts=verdict.lines(report).items(),
         warning="",
-        sections=sections(report),
-        plots=drawn,
         decoding=decoding(report),
-        prompts=[
-            (prompt, [sample for sample in samples if sample["prompt"] == prompt["name"]])
-            for prompt in report["prompts"]
-        ],
+        prompts=[(prompt, list(map(marked, samples))) for prompt, samples in samples_by_prompt(report)],
         versions=versions(report),
     )
 
@@ -219,25 +216,16 @@ def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def plot_name(report: dict[str, Any], kind: str) -> str:
-    return f"{report['run']}.{kind}.svg"
-
-
-def draw(report: dict[str, Any]) -> dict[str, str]:
-    """The plots that the report has figures for, as SVG, by their kind."""
+def write(report: dict[str, Any], folder: Path) -> Path:
+    """Write the pages and their plots into `folder`; returns the Markdown page's path."""
     figures = {
         "bpb": plots.draw_bits(report),
         "loss": plots.draw_losses(report),
         "position": plots.draw_positions(report),
         "memory": plots.draw_memory(report),
     }
-    return {kind: plots.svg(figure, plot_name(report, kind)) for kind, figure in figures.items() if figure}
-
-
-def write(report: dict[str, Any], folder: Path) -> Path:
-    """Write the pages and their plots into `folder`; returns the Markdown page's path."""
-    drawn = draw(report)
-    names = {kind: plot_name(report, kind) for kind in drawn}
+    names = {kind: f"{report['run']}.{kind}.svg" for kind in figures}
+    drawn = {kind: plots.svg(figure, names[kind]) for kind, figure in figures.items() if figure}
     target = folder / f"{report['run']}.md"
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
     contents |= {target: markdown(report, names), target.with_suffix(".html"): html(report, drawn)}

@@ -22,8 +22,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval.intervals import difference, interval
 from eval.metrics import CONTEXT, SPAN
@@ -36,6 +38,9 @@ MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model
 FILL = 0.9  # of a batch, at least, is text
 BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
 
+Key = tuple[int, int]  # text, and window in it
+Window = tuple[list[int], list[int]]  # input tokens, and the target tokens that end one later
+
 
 class TokenScorer(HFLM):
     """lm-eval's Hugging Face model, keeping log p(token | window so far) of every token it scores.
@@ -44,61 +49,48 @@ class TokenScorer(HFLM):
     own would have the model predict a BOS after a BOS, and be charged for it.
     """
 
-    def __init__(
-        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, label: str
-    ):
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            max_length=MAX_LENGTH,
-            batch_size=batch_size,
-            add_bos_token=False,
-            backend="causal",
-        )
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, batch_size: int, label: str):
+        settings: dict[str, Any] = {"max_length": MAX_LENGTH, "add_bos_token": False, "backend": "causal"}
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **settings)
         self.label = label  # of the progress bar
         self.screen = sys.stderr  # where the bar goes: lm-eval's own, one a task for no time at all, are left out
         self.logprobs: dict[tuple[str, int], np.ndarray] = {}  # (task, document) -> float32 of shape (tokens,)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each request's text, in nats. Windows go through the model longest first, so that the
-        windows of one batch are nearly equal in length (see `batches`); padding is on the right, where a causal model does not look.
-        """
-        windows = []
+        """Log-probability of each request's text, in nats."""
+        windows = {}
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
             for number, pair in enumerate(get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)):
                 context, target = make_disjoint_window(pair)
-                windows.append(((index, number), context + target[:-1], target))
-        windows.sort(key=lambda window: (-len(window[1]), window[0]))
-
-        scored: list[dict[int, np.ndarray]] = [{} for _ in requests]
-        total = sum(len(target) for _, _, target in windows)
-        with tqdm(
-            total=total, unit="tok", desc=f"{self.label}: scoring", file=self.screen, disable=disable_tqdm
-        ) as bar:
-            for first, end in batches([len(inputs) for _, inputs, _ in windows], self.batch_size):
-                batch = windows[first:end]
-                values = self.batch_logprobs([inputs for _, inputs, _ in batch], [target for _, _, target in batch])
-                for ((index, number), _, target), logprobs in zip(batch, values, strict=True):
-                    scored[index][number] = logprobs
-                    bar.update(len(target))
-
+                windows[index, number] = (context + target[:-1], target)
+        scored = self.window_logprobs(windows, "scoring")
         answers = []
-        for request, parts in zip(requests, scored, strict=True):
-            logprobs = np.concatenate([parts[number] for number in sorted(parts)])
+        for index, request in enumerate(requests):
+            logprobs = np.concatenate([scored[key] for key in sorted(scored) if key[0] == index])
             self.logprobs[request.task_name, request.doc_id] = logprobs
             answers.append(float(logprobs.sum(dtype=np.float64)))
         return answers
 
-    def batch_logprobs(self, inputs: list[list[int]], targets: list[list[int]]) -> list[np.ndarray]:
-        """Natural log-probabilities of `targets`, the tokens that stand after the last len(target) of each input.
+    def window_logprobs(self, windows: dict[Key, Window], what: str) -> dict[Key, np.ndarray]:
+        """Log-probabilities of each window's target, under a progress bar.
 
-        Inputs may have different lengths; each target is at most as long as its input.
+        Windows go through the model longest first, so that those of one batch are nearly equal in length (see `batches`);
+        padding is on the right, where a causal model does not look.
         """
-        width = max(map(len, inputs))
-        padded = torch.zeros((len(inputs), width), dtype=torch.long)
-        for row, tokens in enumerate(inputs):
-            padded[row, : len(tokens)] = torch.tensor(tokens)
+        order = sorted(windows, key=lambda key: (-len(windows[key][0]), key))
+        scored: dict[Key, np.ndarray] = {}
+        total = sum(len(target) for _, target in windows.values())
+        with tqdm(total=total, unit="tok", desc=f"{self.label}: {what}", file=self.screen, disable=not order) as bar:
+            for first, end in batches([len(windows[key][0]) for key in order], self.batch_size):
+                inputs, targets = map(list, zip(*(windows[key] for key in order[first:end]), strict=True))
+                scored |= zip(order[first:end], self.batch_logprobs(inputs, targets), strict=True)
+                bar.update(sum(map(len, targets)))
+        return scored
+
+    def batch_logprobs(self, inputs: list[list[int]], targets: list[list[int]]) -> list[np.ndarray]:
+        """Natural log-probabilities of `targets`, the tokens after the last len(target) of each input."""
+        padded = pad_sequence([torch.tensor(tokens) for tokens in inputs], batch_first=True)
         logits = self._model_call(padded.to(self.device))
         result = []
         for row, (tokens, target) in enumerate(zip(inputs, targets, strict=True)):
@@ -134,16 +126,13 @@ def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict
         results = lm_eval.evaluate(scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     return {
         name: summary(
-            [
-                measured(sample, scorer.logprobs[name, sample["doc_id"]], scorer.tokenizer)
-                for sample in results["samples"][name]
-            ]
+            [measured(s, scorer.logprobs[name, s["doc_id"]], scorer.tokenizer) for s in results["samples"][name]]
         )
         for name in tasks
     }
 
 
-def measured(sample: dict[str, Any], logprobs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def measured(sample: dict[str, Any], logprobs: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
     """One document of lm-eval's log as it stands in the report: its sums, and the same by blocks of BLOCK tokens."""
     loglikelihood, size = sample["bits_per_byte"]
     _, words = sample["word_perplexity"]
@@ -168,7 +157,7 @@ def span_logprobs(logprobs: np.ndarray) -> list[float]:
     return [float(logprobs[i : i + SPAN].sum(dtype=np.float64)) for i in places if i + SPAN <= len(logprobs)]
 
 
-def bytes_by_block(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bytes_by_block(text: str, tokenizer: Tokenizer) -> list[int]:
     """UTF-8 bytes that each successive BLOCK of tokens stands for."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ends = [offsets[min(i + BLOCK, len(offsets)) - 1][1] for i in range(0, len(offsets), BLOCK)]
@@ -176,9 +165,9 @@ def bytes_by_block(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def summary(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums over documents (nll in nats), the four figures that follow from them, and the documents themselves."""
+    """Sums over documents (nll in nats), the figures that follow from them with their interval, and the documents."""
     sums = {key: sum(document[key] for document in documents) for key in ("nll", "tokens", "bytes", "words")}
-    return {**sums, **figures(**sums), "documents": documents}
+    return {**sums, **figures(**sums), "documents": documents, "interval": interval(documents)}
 
 
 def figures(nll: float, tokens: int, bytes: int, words: int) -> dict[str, float | None]:
@@ -206,33 +195,35 @@ GROUP = 4  # pieces that share a full window
 
 
 def window_start(piece: int, ahead: int) -> int:
-    """First piece of the window in which `piece` stands `ahead` to `2 * ahead - 1` pieces in (0: at its start).
+    """First piece of the window in which `piece` has `ahead` to `2 * ahead - 1` pieces before it (0: none).
 
     Such windows start at multiples of `ahead`, so that neighbouring pieces share them.
     """
     return piece - piece % ahead - ahead if ahead else piece
 
 
-def windows(groups: list[int]) -> dict[int, int]:
-    """Start and length, in pieces, of the windows that score these groups of GROUP pieces at every range."""
-    lengths: dict[int, int] = {}
-    for group in groups:
-        for piece in range(group * GROUP, (group + 1) * GROUP):
-            for ahead, _ in RANGES:
-                start = window_start(piece, ahead)
-                lengths[start] = max(lengths.get(start, 0), piece - start + 1)
-    return lengths
+def windows(pieces: list[int]) -> dict[int, int]:
+    """{start: end}, in pieces, of the windows that score these pieces at every range."""
+    ends: dict[int, int] = {}
+    for piece in pieces:
+        for ahead, _ in RANGES:
+            start = window_start(piece, ahead)
+            ends[start] = max(ends.get(start, 0), piece + 1)
+    return ends
 
 
-def choose(pieces: list[int], limit: int) -> list[list[int]]:
-    """Which groups of each text (of so many pieces) to score, at most `limit` pieces in all, spread evenly.
+def choose(counts: list[int], limit: int) -> list[list[int]]:
+    """Which pieces of each text (of so many) to score, in groups of GROUP, at most `limit` in all, spread evenly.
 
     The first group of a text has nothing before it, and is context only.
     """
-    every = [(text, group) for text, count in enumerate(pieces) for group in range(1, count // GROUP)]
-    wanted = min(len(every), limit // GROUP)
-    taken = [every[i * len(every) // wanted] for i in range(wanted)]
-    return [[group for owner, group in taken if owner == text] for text in range(len(pieces))]
+    groups = [(text, group) for text, count in enumerate(counts) for group in range(1, count // GROUP)]
+    wanted = min(len(groups), limit // GROUP)
+    chosen: list[list[int]] = [[] for _ in counts]
+    for i in range(wanted):
+        text, group = groups[i * len(groups) // wanted]
+        chosen[text] += range(group * GROUP, (group + 1) * GROUP)
+    return chosen
 
 
 def by_position(scorer: TokenScorer, documents: list[dict[str, str]], limit: int) -> dict[str, Any] | None:
@@ -242,33 +233,22 @@ def by_position(scorer: TokenScorer, documents: list[dict[str, str]], limit: int
     """
     tokens = [scorer.tok_encode(document["text"]) for document in documents]
     chosen = choose([len(ids) // BLOCK for ids in tokens], limit)
-    jobs = []
-    for text, groups in enumerate(chosen):
-        for start, length in windows(groups).items():
-            first, last = start * BLOCK, (start + length) * BLOCK
-            before = tokens[text][first - 1] if first else scorer.prefix_token_id
-            jobs.append((text, start, [before, *tokens[text][first : last - 1]], tokens[text][first:last]))
-    jobs.sort(key=lambda job: (-len(job[3]), job[:2]))
-
-    scored: dict[tuple[int, int], np.ndarray] = {}
-    total = sum(len(job[3]) for job in jobs)
-    with tqdm(total=total, unit="tok", desc=f"{scorer.label}: by position", disable=not jobs) as bar:
-        for first, end in batches([len(job[2]) for job in jobs], scorer.batch_size):
-            batch = jobs[first:end]
-            values = scorer.batch_logprobs([job[2] for job in batch], [job[3] for job in batch])
-            for (text, start, _, target), logprobs in zip(batch, values, strict=True):
-                scored[text, start] = logprobs
-                bar.update(len(target))
+    jobs = {}
+    for text, pieces in enumerate(chosen):
+        ids = [scorer.prefix_token_id, *tokens[text]]
+        for start, end in windows(pieces).items():
+            first, last = start * BLOCK, end * BLOCK
+            jobs[text, start] = (ids[first:last], ids[first + 1 : last + 1])
+    scored = scorer.window_logprobs(jobs, "by position")
 
     sides: list[list[dict[str, Any]]] = [[] for _ in RANGES]
-    for text, groups in enumerate(chosen):
+    for text, pieces in enumerate(chosen):
         sizes = bytes_by_block(documents[text]["text"], scorer.tokenizer)
-        for piece in (group * GROUP + i for group in groups for i in range(GROUP)):
+        for piece in pieces:
             for side, (ahead, _) in zip(sides, RANGES, strict=True):
                 start = window_start(piece, ahead)
-                place = (piece - start) * BLOCK
-                nll = -float(scored[text, start][place : place + BLOCK].sum(dtype=np.float64))
-                block = {"nll": nll, "bytes": sizes[piece]}
+                logprobs = scored[text, start][(piece - start) * BLOCK :][:BLOCK]
+                block = {"nll": -float(logprobs.sum(dtype=np.float64)), "bytes": sizes[piece]}
                 side.append({"source": documents[text]["source"], **block, "blocks": [block]})
     if not sides[0]:
         return None

@@ -29,20 +29,29 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def bracket(value: float | None, limits: Sequence[float] | None, sign: str = "") -> str:
+def percent(value: float | None, digits: int = 0) -> str:
+    """A share."""
+    return "–" if value is None else f"{value:.{digits}%}"
+
+
+def bracket(value: float, limits: Sequence[float] | None, sign: str = "") -> str:
     """A figure with its interval: 1.234 [1.2, 1.3]."""
-    if value is None:
-        return "–"
     return f"{value:{sign}.3f}" + (f" [{limits[0]:{sign}.3f}, {limits[1]:{sign}.3f}]" if limits else "")
 
 
-def changed(difference: dict[str, Any] | None) -> str:
+def bits(stage: dict[str, Any] | None, task: str) -> str:
+    """A stage's bits per byte on a text, with the interval."""
+    score = stage["scores"].get(task) if stage else None
+    return bracket(score["bits_per_byte"], score["interval"]["bits_per_byte"]) if score else "–"
+
+
+def changed(difference: dict[str, Any] | None, star: str = " *") -> str:
     """A paired difference with its interval, a star where that leaves out zero; a dash for what was not measured."""
     if difference is None:
         return "–"
     interval = difference["interval"]
     sure = interval and interval[0] * interval[1] > 0
-    return bracket(difference["bits_per_byte"], interval, "+") + (" *" if sure else "")
+    return bracket(difference["bits_per_byte"], interval, "+") + (star if sure else "")
 
 
 def passed(stage: dict[str, Any] | None) -> str:
@@ -57,61 +66,51 @@ def passed(stage: dict[str, Any] | None) -> str:
 def overview(report: dict[str, Any]) -> Table:
     """Bits per byte of every stage on every text, with intervals, and its gate."""
     tasks = list(report["tasks"])
-    rows = []
-    for name, stage in report["stages"].items():
-        scores = stage["scores"] if stage else {}
-        cells = []
-        for task in tasks:
-            score = scores.get(task)
-            cells.append(bracket(score["bits_per_byte"], score["interval"]["bits_per_byte"]) if score else "–")
-        rows.append([name, *cells, passed(stage)])
+    rows = [[name, *(bits(stage, task) for task in tasks), passed(stage)] for name, stage in report["stages"].items()]
     return ["bits per byte", *tasks, "training"], rows
 
 
-def changes(report: dict[str, Any]) -> Table:
+def changes(report: dict[str, Any]) -> Table | None:
     """Each stage against the one it builds on, on the same text; a star where the interval leaves out zero."""
     tasks = list(report["tasks"])
-    rows = []
-    for name, difference in report["differences"].items():
-        cells = [changed(difference["scores"].get(task)) for task in tasks]
-        rows.append([f"{name} - {difference['against']}", *cells])
-    return ["change", *tasks], rows
+    rows = [
+        [f"{name} - {difference['against']}", *(changed(difference["scores"].get(task)) for task in tasks)]
+        for name, difference in report["differences"].items()
+    ]
+    return (["change", *tasks], rows) if rows else None
 
 
 def perplexities(report: dict[str, Any]) -> Table:
     """All figures of all texts, a row a stage and text."""
-    rows = []
-    for name, stage in measured(report).items():
-        for task, score in stage["scores"].items():
-            if score:
-                rows.append(
-                    [
-                        f"{name}, {task}",
-                        *(number(score[f"{unit}_perplexity"], 2) for unit in ("token", "word", "byte")),
-                        *(f"{score[key]:,}" for key in ("tokens", "words", "bytes")),
-                    ]
-                )
+    rows = [
+        [
+            f"{name}, {task}",
+            *(number(score[f"{unit}_perplexity"], 2) for unit in ("token", "word", "byte")),
+            *(f"{score[key]:,}" for key in ("tokens", "words", "bytes")),
+        ]
+        for name, stage in measured(report).items()
+        for task, score in stage["scores"].items()
+        if score
+    ]
     return ["stage, text", "per token", "per word", "per byte", "tokens", "words", "bytes"], rows
 
 
 def far_context(report: dict[str, Any]) -> Table | None:
     """Bits per byte of the same chunks by position, a row a stage and text; None when it was not measured."""
-    rows = []
-    ranges: list[str] = []
-    for name, stage in measured(report).items():
-        for task, result in stage["positions"].items():
-            if result:
-                ranges = [f"{part['from']}-{part['to']}" for part in result["ranges"]]
-                cells = [number(part["bits_per_byte"]) for part in result["ranges"]]
-                change = result["change"]
-                gain = bracket(change["bits_per_byte"], change["interval"], "+") if change else "–"
-                rows.append([f"{name}, {task}", *cells, gain])
-    return (["stage, text", *ranges, "last - second"], rows) if rows else None
-
-
-def percent(value: float | None, digits: int = 0) -> str:
-    """A share."""
-    return "–" if value is None else f"{value:.{digits}%}"
+    results = {
+        f"{name}, {task}": result
+        for name, stage in measured(report).items()
+        for task, result in stage["positions"].items()
+        if result
+    }
+    if not results:
+        return None
+    ranges = [f"{part['from']}-{part['to']}" for part in next(iter(results.values()))["ranges"]]
+    rows = [
+        [name, *(number(part["bits_per_byte"]) for part in result["ranges"]), changed(result["change"], star="")]
+        for name, result in results.items()
+    ]
+    return ["stage, text", *ranges, "last - second"], rows
 
 
 def degeneration(report: dict[str, Any]) -> Table:
@@ -136,29 +135,11 @@ def style(report: dict[str, Any]) -> Table | None:
     """Delta, dialogue, sentences and names of samples and books; None when it was not measured."""
     rows = []
     for name, side in (report.get("style") or {}).items():
-        delta = side["delta"] or {}
-        low, middle, high = side["sentence_words"] or (None, None, None)
-        rows.append(
-            [
-                name,
-                f"{side['words']:,}",
-                *(number(delta.get(key), 2) for key in ("novel", "gallica", "base")),
-                percent(side["dialogue"]),
-                f"{middle:.0f} [{low:.0f}, {high:.0f}]" if middle is not None else "–",
-                number(side["names"], 1),
-            ]
-        )
-    head = [
-        "text",
-        "words",
-        "Delta to the novel",
-        "to Gallica",
-        "to the base",
-        "dialogue",
-        "words per sentence",
-        "names",
-    ]
-    return (head, rows) if rows else None
+        delta = [number((side["delta"] or {}).get(key), 2) for key in ("novel", "gallica", "base")]
+        sentence = "{1:.0f} [{0:.0f}, {2:.0f}]".format(*side["sentence_words"]) if side["sentence_words"] else "–"
+        rows.append([name, f"{side['words']:,}", *delta, percent(side["dialogue"]), sentence, number(side["names"], 1)])
+    head = "text|words|Delta to the novel|to Gallica|to the base|dialogue|words per sentence|names"
+    return (head.split("|"), rows) if rows else None
 
 
 def memorisation(report: dict[str, Any]) -> Table | None:
@@ -173,20 +154,12 @@ def memorisation(report: dict[str, Any]) -> Table | None:
         memory = stage["memorisation"]
         if not stage["form"] and (memory or copies):
             sides = [memory[side] if memory else {} for side in ("train", "heldout")]
-            rows.append(
-                [
-                    name,
-                    *(number(side.get("token_probability")) for side in sides),
-                    *(percent(side.get("extractable"), 1) for side in sides),
-                    *copied(copies),
-                ]
-            )
+            probable = [number(side.get("token_probability")) for side in sides]
+            rows.append([name, *probable, *(percent(side.get("extractable"), 1) for side in sides), *copied(copies)])
     if rows and report["reference"] and report["reference"]["copied"]:
         rows.append(["the novel itself", *["–"] * 4, *copied(report["reference"]["copied"])])
-    head = [
-        "stage", "p(token), trained", "held out", "extractable, trained", "held out", "copied words, median", "longest"
-    ]  # fmt: skip
-    return (head, rows) if rows else None
+    head = "stage|p(token), trained|held out|extractable, trained|held out|copied words, median|longest"
+    return (head.split("|"), rows) if rows else None
 
 
 def texts(report: dict[str, Any]) -> Table:

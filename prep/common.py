@@ -77,6 +77,13 @@ def run_name(text: str) -> str:
     return text
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and leave with its status; expected failures become one line on stderr.
 

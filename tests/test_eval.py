@@ -219,22 +219,22 @@ def test_what_can_be_refused_is_refused_before_scoring(in_four_bits, monkeypatch
 
 
 def test_every_piece_is_scored_once_at_each_range():
-    groups = [1, 2, 5]
-    lengths = scoring.windows(groups)
-    for piece in (group * 4 + i for group in groups for i in range(4)):
+    ends = scoring.windows([4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23])
+    for piece in (4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23):
         for ahead, end in scoring.RANGES:
             start = scoring.window_start(piece, ahead)
             assert ahead <= piece - start < max(end, 1) and start >= 0
-            assert lengths[start] > piece - start
-    assert max(lengths.values()) == 8  # no window is longer than 2048 tokens
-    long = scoring.windows(list(range(1, 101)))
-    assert sum(long.values()) / 400 == pytest.approx(4, rel=0.05)  # tokens through the model for each one scored
+            assert ends[start] > piece
+    assert max(end - start for start, end in ends.items()) == 8  # no window is longer than 2048 tokens
+    long = scoring.windows(list(range(4, 404)))
+    through = sum(end - start for start, end in long.items())
+    assert through / 400 == pytest.approx(4, rel=0.05)  # tokens through the model for each one scored
 
 
 def test_pieces_are_spread_over_the_texts():
-    assert scoring.choose([8, 3, 12], 100) == [[1], [], [1, 2]]
-    assert scoring.choose([8, 3, 12], 8) == [[1], [], [1]]
-    assert scoring.choose([12, 12], 8) == [[1], [1]]
+    assert scoring.choose([8, 3, 12], 100) == [[4, 5, 6, 7], [], [4, 5, 6, 7, 8, 9, 10, 11]]
+    assert scoring.choose([8, 3, 12], 8) == [[4, 5, 6, 7], [], [4, 5, 6, 7]]
+    assert scoring.choose([12, 12], 8) == [[4, 5, 6, 7], [4, 5, 6, 7]]
     assert scoring.choose([3], 8) == [[]]
 
 
@@ -629,7 +629,7 @@ def test_markdown_signs_in_samples_are_only_signs():
 
 
 def test_what_was_not_measured_is_a_dash():
-    assert tables.number(None) == "–" and tables.bracket(None, None) == "–"
+    assert tables.number(None) == "–" and tables.bits(None, "code") == "–" and tables.changed(None) == "–"
 
 
 def judged(**changes: Any) -> str:
