@@ -224,7 +224,7 @@ def write(report: dict[str, Any], folder: Path) -> Path:
         "position": plots.draw_positions(report),
         "memory": plots.draw_memory(report),
     }
-    names = {kind: f"{report['run']}.{kind}.svg" for kind in figures}
+    names = {kind: f"{report['run']}.{kind}.svg" for kind, figure in figures.items() if figure}
     drawn = {kind: plots.svg(figure, names[kind]) for kind, figure in figures.items() if figure}
     target = folder / f"{report['run']}.md"
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
