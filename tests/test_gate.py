@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from prep.common import BadInput, sha256
 from train import gate
-from train.resume import is_whole
+from train.resume import is_whole, seal
 from train.stage import check_compiler
 from train.stages import load_chain
 
@@ -60,6 +61,7 @@ def write_checkpoint(name: str, reached: int = 20, planned: int = 20) -> None:
     history = [{"step": reached, "loss": 1.0, "tokens/total": 4096}]
     state = {"global_step": reached, "max_steps": planned, "epoch": 1.0, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
+    seal(folder)
 
 
 def write_rows(name: str, text: str = "Il neigeait.") -> None:
@@ -68,6 +70,9 @@ def write_rows(name: str, text: str = "Il neigeait.") -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"text": f"{text} {part}"}) + "\n")
         manifest[part] = {"sha256": sha256(path)}
+    if name == "2c":
+        Path("data/2c.txt").write_text(text)
+        manifest["documents"] = {"text": {"path": "2c.txt", "sha256": sha256("data/2c.txt")}}
     Path(f"data/{name}.manifest.json").write_text(json.dumps(manifest))
 
 
@@ -85,6 +90,8 @@ def train_2a(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
 def train_adapter(name: str, b: float, **config: object) -> None:
     output = CHAIN[name].output_dir
     write_weights(output, adapter_tensors(b), "adapter_model.safetensors")
+    if name == "2b":
+        write_weights(output / "start", adapter_tensors(0.0), "adapter_model.safetensors")
     settings = {"r": 64, "lora_alpha": 16, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]} | config
     (output / "adapter_config.json").write_text(json.dumps(settings))
     write_checkpoint(name)
@@ -187,7 +194,7 @@ def test_full_weights_that_did_not_train(change: Callable, message: str) -> None
 @pytest.mark.parametrize(
     ("name", "b", "config", "message"),
     [
-        ("2b", 0.0, {}, "is still zero"),
+        ("2b", 0.0, {}, r"trained nothing in .*still that of outputs/2b/start"),
         ("2c", 0.01, {}, r"trained nothing in .*still that of outputs/2b"),
         ("2c", 0.02, {"r": 8}, r"r is 8, but .*2c\.yml says lora_r: 64"),
         ("2c", 0.02, {"use_rslora": False}, "use_rslora is False"),
@@ -207,9 +214,9 @@ TENSORS = [
     ("2a", without("norm"), "lacks 1 tensors"),
     ("2a", lambda old: old | {"extra.weight": torch.ones(2, 2)}, "not the same model"),
     ("2a", lambda old: old | {"model.norm.weight": torch.ones(9)}, "not the same model"),
-    ("2b", lambda old: old | {"odd.weight": torch.ones(2)}, "not a LoRA tensor"),
+    ("2b", lambda old: old | {"odd.weight": torch.ones(2)}, "not the same model or adapter"),
     ("2b", lambda old: {name: tensor * float("inf") for name, tensor in old.items()}, "diverged"),
-    ("2b", without("q_proj.lora_A"), "has only lora_B"),
+    ("2b", without("q_proj.lora_A"), "lacks 1 tensors"),
     ("2c", without("q_proj"), "lacks 2 tensors"),
     ("2c", lambda old: {name.replace("q_proj", "k_proj"): tensor for name, tensor in old.items()}, "not the same"),
     ("2c", lambda old: {n: t[:2].contiguous() if "lora_A" in n else t for n, t in old.items()}, "not the same"),
@@ -307,6 +314,14 @@ def test_an_earlier_stage_that_was_trained_again(trained: None) -> None:
         check("2b")
 
 
+def test_rows_of_one_text_beside_another_text(trained: None) -> None:
+    Path("data/2c.txt").write_text("Un autre livre.")
+    with pytest.raises(
+        BadInput, match=r"2c\.txt is not the file that data/2c\.manifest\.json describes; `make prep-c`"
+    ):
+        check("2c")
+
+
 def test_a_stage_without_its_verdict_is_no_input(trained: None) -> None:
     CHAIN["2a"].verdict.unlink()
     with pytest.raises(BadInput, match="has not passed its gate"):
@@ -352,15 +367,19 @@ def test_a_missing_compiler_is_said_before_the_training(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+    "file", ["trainer_state.json", "model.safetensors", "scheduler.pt", "rng_state.pth", "complete.json"]
 )
-def test_torn_checkpoints_are_found(damaged: str) -> None:
+def test_torn_checkpoints_are_found(file: str) -> None:
+    """Cut, with a flipped byte, or gone."""
     train_2a(nudge)
-    checkpoint = Path("outputs/2a/checkpoint-20")
-    assert is_whole(checkpoint)
-    whole = (checkpoint / damaged).read_bytes()
-    (checkpoint / damaged).write_bytes(whole[: len(whole) // 2])
-    assert not is_whole(checkpoint)
+    damaged = Path("outputs/2a/checkpoint-20") / file
+    whole = damaged.read_bytes()
+    assert is_whole(damaged.parent)
+    for bytes_ in (whole[: len(whole) // 2], whole[:9] + bytes([whole[9] ^ 1]) + whole[10:]):
+        damaged.write_bytes(bytes_)
+        assert not is_whole(damaged.parent)
+    damaged.unlink()
+    assert not is_whole(damaged.parent)
 
 
 # --- the plugin, called as Axolotl calls it --------------------------------------------------------------------------
@@ -418,6 +437,16 @@ def test_only_the_same_run_is_resumed(plugin: None) -> None:
     assert "a run with other data/2a.jsonl, data/2a.heldout.jsonl;" in launch("2a", max_steps=40)
     Path("outputs/2a/started.json").unlink()
     assert "nothing says which run" in launch("2a", max_steps=40)
+
+
+def test_tokenised_rows_that_were_not_written_to_their_end_are_made_again(plugin: None) -> None:
+    cache = Path(registered("2a")[1]["dataset_prepared_path"])
+    for name in ("whole", "torn", "begun"):
+        datasets.Dataset.from_dict({"input_ids": [[1, 2, 3]] * 100}).save_to_disk(cache / name)
+    (cache / "begun/state.json").unlink()
+    (arrow,) = (cache / "torn").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:-1])
+    assert launch("2a") == "" and [folder.name for folder in cache.iterdir()] == ["whole"]
 
 
 def test_a_torn_checkpoint_is_not_resumed(plugin: None) -> None:

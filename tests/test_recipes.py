@@ -166,7 +166,7 @@ def test_a_learning_rate_override_has_its_reason() -> None:
 def test_a_profile_extends_another() -> None:
     launch, overrides = load_profile("smoke", "2b")
     assert "--cpu" in launch and overrides["bf16"] is False and overrides["max_steps"] == 4
-    assert "--plugins=['train.plugins.SeedAdapter', 'train.plugins.Gate']" in as_arguments(overrides)
+    assert "--plugins=['train.adapter_start.StartAdapter', 'train.plugins.Gate']" in as_arguments(overrides)
     with pytest.raises(BadInput, match="no profile tpu"):
         load_profile("tpu", "2a")
 

@@ -6,8 +6,7 @@ saved half-trained by Ctrl-C, a cache of older rows. A stage counts as trained w
   steps      the last checkpoint is at the last planned step, and the final weights are that checkpoint's
   data       the rows are those of their manifest, and those the training started with
   inputs     the model (and adapter) it builds on is, byte for byte, what was collected or trained before
-  movement   full weights moved as far as FULL_WEIGHTS asks, a new adapter's B away from zero, a continued adapter away
-             from where it was: in every module
+  movement   full weights moved as far as FULL_WEIGHTS asks, an adapter away from what it started from: in every module
 
 train/plugins.py calls it at the end of every training. The command checks what is on disk:
 
@@ -100,15 +99,15 @@ def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
             raise BadInput(f"{path} is damaged ({error}); train that stage again") from error
 
 
-def before_and_after(before: Path | None, after: Path) -> Iterator[tuple[str, torch.Tensor | None, torch.Tensor]]:
+def before_and_after(before: Path, after: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each tensor of `after` with its value in `before`. Raises BadInput on NaN and when they are not the same model."""
-    old = dict(tensors(before)) if before else {}
+    old = dict(tensors(before))
     for name, new in tensors(after):
         if not torch.isfinite(new).all():
             raise BadInput(f"{after}: tensor {name} holds NaN or infinity: the training diverged")
-        if before and (name not in old or old[name].shape != new.shape):
+        if name not in old or old[name].shape != new.shape:
             raise BadInput(f"{after}: {before} has no {name} of this shape: not the same model or adapter")
-        yield name, old.pop(name, None), new
+        yield name, old.pop(name), new
     lost = [name for name in old if name != "lm_head.weight"]  # a tied head is saved once
     if lost:
         raise BadInput(f"{after} lacks {len(lost)} tensors of {before}, for example {lost[0]}")
@@ -118,7 +117,6 @@ def movement_of_weights(before: Path, after: Path) -> dict[str, dict[str, Any]]:
     """Per tensor, how far full weights moved: {name: {kind, changed, relative}}, measured in the dtype of `after`."""
     moved = {}
     for name, old, new in before_and_after(before, after):
-        assert old is not None
         was = old.to(new.dtype)
         change = (new.float() - was.float()).norm() / was.float().norm().clamp(min=1e-12)
         moved[name] = {
@@ -129,20 +127,15 @@ def movement_of_weights(before: Path, after: Path) -> dict[str, dict[str, Any]]:
     return moved
 
 
-def movement_of_adapter(before: Path | None, after: Path) -> dict[str, dict[str, Any]]:
-    """Per adapted module, the norm of the change of A and B: {module: {"A": norm, "B": norm}}.
-
-    B of a new adapter moved from zero; its A is None, since its random start is not kept.
-    """
-    moved: dict[str, dict[str, Any]] = {}
+def movement_of_adapter(before: Path, after: Path) -> dict[str, dict[str, float]]:
+    """Per adapted module, the norm of the change of A and B: {module: {"A": norm, "B": norm}}."""
+    moved: dict[str, dict[str, float]] = {}
     for name, old, new in before_and_after(before, after):
         match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if not match:
             raise BadInput(f"{after}: {name} is not a LoRA tensor")
         module, side = match.groups()
-        change = new.float() - (0 if old is None else old.float())
-        known = before is not None or side == "B"
-        moved.setdefault(module, {})[side] = float(f"{change.norm().item():.4g}") if known else None
+        moved.setdefault(module, {})[side] = float(f"{(new.float() - old.float()).norm().item():.4g}")
     return moved
 
 
@@ -154,21 +147,26 @@ def manifest_of(rows: Path) -> Path:
     return rows.parent / f"{rows.name.removesuffix('.jsonl').removesuffix('.heldout')}.manifest.json"
 
 
-def check_rows(path: Path, part: str, remedy: str) -> str:
-    """sha256 of a JSONL, compared with its part ("train" or "heldout") of the manifest. Raises BadInput."""
-    if not path.exists():
-        raise BadInput(f"{path} is missing; {remedy}")
-    manifest = manifest_of(path)
-    if hashed(path) != read(manifest, remedy, lambda said: said[part]["sha256"]):
-        raise BadInput(f"{path} is not the file that {manifest} describes; {remedy} again")
-    return hashed(path)
-
-
 def check_data(stage: Stage) -> dict[str, str]:
-    """{path: sha256} of each JSONL the stage reads, compared with its manifest. Raises BadInput."""
+    """{path: sha256} of each JSONL the stage reads, and of the text it was cut from: as their manifest says, or BadInput."""
     remedy = f"{make('prep', stage)} makes it"
-    parts = {"train": stage.datasets, "heldout": stage.heldout}
-    return {str(path): check_rows(path, part, remedy) for part, paths in parts.items() for path in paths}
+    files: dict[Path, str] = {}
+    for rows in stage.datasets + stage.heldout:
+        part = "train" if rows in stage.datasets else "heldout"
+        sha, text = read(
+            manifest_of(rows),
+            remedy,
+            lambda said, part=part: (said[part]["sha256"], said.get("documents", {}).get("text")),
+        )
+        files[rows] = sha
+        if text:
+            files[rows.parent / text["path"]] = text["sha256"]
+    for path, recorded in files.items():
+        if not path.exists():
+            raise BadInput(f"{path} is missing; {remedy}")
+        if hashed(path) != recorded:
+            raise BadInput(f"{path} is not the file that {manifest_of(stage.datasets[0])} describes; {remedy} again")
+    return {str(path): recorded for path, recorded in files.items()}
 
 
 def check_inputs(stage: Stage, chain: list[Stage]) -> dict[str, dict[str, str]]:
@@ -279,13 +277,12 @@ def check_movement(stage: Stage) -> dict[str, dict[str, Any]]:
                     "Is the learning rate too low, or lost to bf16 rounding?"
                 )
         return moved
-    moved = movement_of_adapter(stage.adapter_from, stage.output_dir)
+    moved = movement_of_adapter(stage.start, stage.output_dir)
     for module, sides in moved.items():
-        if set(sides) != {"A", "B"}:
-            raise BadInput(f"{stage.output_dir}: {module} has only lora_{next(iter(sides))}")
         if not any(sides.values()):
-            start = f"is still that of {stage.adapter_from}" if stage.adapter_from else "is still zero"
-            raise BadInput(f"stage {stage.name} trained nothing in {module}: its adapter {start}")
+            raise BadInput(
+                f"stage {stage.name} trained nothing in {module}: its adapter is still that of {stage.start}"
+            )
     check_adapter_settings(stage, stage.output_dir)
     return moved
 

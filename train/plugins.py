@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.integrations.base import BasePlugin, load_plugin
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
@@ -23,8 +24,8 @@ from axolotl.utils.schemas.datasets import SFTDataset
 from transformers import TrainerCallback, set_seed
 
 from prep.common import BadInput, end_with_parent
-from train.gate import check_ready, describe, judge, manifest_of, recall
-from train.resume import at_the_end, lock, prepare_output, take_weights
+from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
+from train.resume import at_the_end, drop_torn_rows, lock, prepare_output, seal, take_weights
 from train.stage import PROGRESS
 from train.stages import line_of, load_chain
 
@@ -59,6 +60,7 @@ class Gate(BasePlugin):
         if cfg.get("dataset_prepared_path") and all(path.exists() for path in manifests):
             digest = hashlib.sha256(b"".join(path.read_bytes() for path in manifests)).hexdigest()
             cfg["dataset_prepared_path"] += f"-{digest[:12]}"
+        self.rows = cfg.get("dataset_prepared_path") or ""
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """The first call of a training: refuse, or ready the output folder. The rows are loaded by Axolotl."""
@@ -93,9 +95,15 @@ class Gate(BasePlugin):
             return
         run = {key: value for key, value in self.settings.items() if not NOT_THE_RUN.match(key)}
         prepare_output(stage, {"settings": run, **ready})
+        drop_torn_rows(Path(self.rows))
         if at_the_end(stage):
             take_weights(stage)
             self.post_train_unload(None)
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        """Keep what a new adapter starts from: the gate compares the trained one with it."""
+        if os.environ.get("RANK", "0") == "0" and not (cfg.lora_model_dir or checkpoints(self.stage.output_dir)):
+            model.save_pretrained(self.stage.start)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         return [Progress(self.stage.output_dir / PROGRESS)]
@@ -116,7 +124,7 @@ class Gate(BasePlugin):
 
 
 class Progress(TrainerCallback):
-    """Writes {"step", "max_steps", "loss", "tokens_per_s"} to a file after each step, for train/stage.py's bar."""
+    """Writes {"step", "max_steps", "loss", "tokens_per_s"} to a file after each step, and seals each checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,6 +137,12 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             now = {"step": state.global_step, "max_steps": state.max_steps, "loss": self.logs.get("loss")}
             self.path.write_text(json.dumps(now | {"tokens_per_s": self.logs.get("tokens/train_per_sec_per_gpu")}))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its part
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     on_train_begin = on_step_end
 

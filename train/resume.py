@@ -4,15 +4,16 @@ import fcntl
 import json
 import os
 import shutil
-import zipfile
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import safe_open
+from datasets import load_from_disk
 
-from prep.common import BadInput, atomic_write
-from train.gate import checkpoints, read
+from prep.common import BadInput, atomic_write, reason, sha256
+from train.gate import checkpoints, hashed, read
 from train.stages import Stage
+
+SEAL = "complete.json"  # in a checkpoint: {file: sha256}
 
 
 def lock(folder: Path) -> IO[str]:
@@ -30,22 +31,30 @@ def lock(folder: Path) -> IO[str]:
     return handle
 
 
+def seal(checkpoint: Path) -> None:
+    """Record every file of a checkpoint and its sha256 in it, last of all: the Trainer writes checkpoints in place."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    with atomic_write(checkpoint / SEAL) as handle:
+        json.dump({str(path.relative_to(checkpoint)): sha256(path) for path in files}, handle, indent=1)
+
+
 def is_whole(checkpoint: Path) -> bool:
-    """Was this checkpoint written to its end? The Trainer writes it in place, its state last."""
+    """Does a checkpoint hold what was recorded at its end, whatever its layout?"""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        weights = list(checkpoint.glob("*.safetensors"))
-        for path in weights:
-            with safe_open(path, framework="pt") as handle:  # compares the header with the length of the file
-                handle.keys()
-        saved_by_torch = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-        return (
-            {"global_step", "max_steps"} <= set(state)
-            and bool(weights)
-            and all(map(zipfile.is_zipfile, saved_by_torch))
-        )
-    except Exception:
+        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return bool(files) and all(hashed(checkpoint / name) == recorded for name, recorded in files.items())
+    except (OSError, ValueError, AttributeError):
         return False
+
+
+def drop_torn_rows(cache: Path) -> None:
+    """Remove what was not written to its end in Axolotl's cache of tokenised rows: it would fail on it for ever."""
+    for folder in cache.glob("*"):
+        try:
+            load_from_disk(folder)
+        except Exception as error:  # Arrow, datasets and json each raise their own
+            print(f"{folder} is incomplete ({reason(error)}): its rows are tokenised again", flush=True)
+            shutil.rmtree(folder)
 
 
 def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
@@ -95,7 +104,15 @@ def take_weights(stage: Stage) -> None:
 
     The Trainer itself cannot: resumed at `max_steps` it trains one step more.
     """
-    only_to_resume = ("optimizer*", "scheduler*", "rng_state*", "trainer_state*", "training_args*", "tokens_state*")
+    only_to_resume = (
+        "optimizer*",
+        "scheduler*",
+        "rng_state*",
+        "trainer_state*",
+        "training_args*",
+        "tokens_state*",
+        SEAL,
+    )
     shutil.copytree(
         checkpoints(stage.output_dir)[-1],
         stage.output_dir,

@@ -43,6 +43,11 @@ class Stage:
         return Path(self.config["lora_model_dir"]) if self.config.get("lora_model_dir") else None
 
     @property
+    def start(self) -> Path:
+        """Folder of the adapter as the training began: the continued one, or the new one before its first step."""
+        return self.adapter_from or self.output_dir / "start"
+
+    @property
     def datasets(self) -> list[Path]:
         """The JSONL files it trains on."""
         return [Path(dataset["path"]) for dataset in self.config["datasets"]]

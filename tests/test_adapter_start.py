@@ -1,0 +1,127 @@
+"""A new adapter starts as the correction of its base's quantisation error: the mathematics, and real 4 and 8 bits."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_curriculum import tiny_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from train.adapter_start import StartAdapter, calibration_rows, correct, low_rank, unquantised
+from train.dequantise import merge
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(300, seed=0, hidden=128).save_pretrained(folder)
+    return folder
+
+
+def quantised(folder: Path, rank: int, settings: dict[str, Any]) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
+    )
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear"))
+
+
+def rows(count: int = 8) -> list[torch.Tensor]:
+    torch.manual_seed(3)
+    return [torch.randint(300, (length,)) for length in range(60, 60 + count)]
+
+
+def test_no_product_of_that_rank_is_nearer_on_the_inputs() -> None:
+    """Against QERA's own form: the SVD of E R^(1/2), with R the inputs' second moments."""
+    torch.manual_seed(0)
+    error, inputs = (
+        torch.randn(48, 32),
+        torch.randn(200, 32) @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32),
+    )
+    b, a, left = low_rank(error, inputs, 8, damping=0)
+    moments = inputs.T @ inputs / len(inputs)
+    values, vectors = torch.linalg.eigh(moments.double())
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    spectrum = torch.linalg.svdvals(error.double() @ root).square()
+    assert left == pytest.approx((spectrum[8:].sum() / spectrum.sum()).item(), rel=0.01)
+    whole, missed = (error @ inputs.T).square().sum(), ((error - b @ a) @ inputs.T).square().sum()
+    assert left == pytest.approx((missed / whole).item(), rel=1e-3)
+    plain = torch.linalg.svd(error)
+    loftq = plain.U[:, :8] * plain.S[:8] @ plain.Vh[:8]
+    assert missed < 0.5 * ((error - loftq) @ inputs.T).square().sum()
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(5, 16), torch.ones(1, 16), 1e-20 * torch.ones(5, 16)])
+@pytest.mark.parametrize("error", [torch.zeros(16, 16), torch.eye(16)])
+def test_inputs_that_say_little_give_numbers(error: torch.Tensor, inputs: torch.Tensor) -> None:
+    b, a, left = low_rank(error, inputs, 4)
+    assert torch.isfinite(b).all() and torch.isfinite(a).all() and 0 <= left <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "corrected", "nearer"),
+    [(NF4, 14, 3), ({"load_in_8bit": True}, 14, 1.5), (NF4 | {"llm_int8_skip_modules": ["lm_head", "v_proj"]}, 12, 3)],
+    ids=["nf4", "8-bit", "v_proj in 16 bits"],
+)
+@torch.no_grad()
+def test_the_corrected_model_is_nearer_to_the_unquantised(
+    base: Path, settings: dict, corrected: int, nearer: float
+) -> None:
+    ids = torch.stack([row[:60] for row in rows()])
+    target = AutoModelForCausalLM.from_pretrained(base)(ids).logits
+    model = quantised(base, 64, settings)
+    before = (model(ids).logits - target).square().mean()
+    said = correct(model, unquantised(str(base)), rows())
+    after = (model(ids).logits - target).square().mean()
+    assert f"{corrected} quantised layers corrected on {sum(map(len, rows()))} tokens" in said
+    assert after * nearer < before, f"{before} -> {after}"
+
+
+def test_more_rank_than_the_layer_has(base: Path) -> None:
+    model = quantised(base, 200, NF4)  # k_proj is 64 x 128
+    correct(model, unquantised(str(base)), rows())
+    layer = model.get_base_model().model.layers[0].self_attn.k_proj
+    assert layer.lora_B["default"].weight[:, 64:].abs().max() == 0 < layer.lora_B["default"].weight[:, :64].abs().min()
+
+
+def test_rows_are_drawn_by_the_seed() -> None:
+    data = [{"input_ids": [n] * 10} for n in range(50)]
+    first = calibration_rows(data, 42, 35)
+    assert [row.tolist() for row in first] == [row.tolist() for row in calibration_rows(data, 42, 35)]
+    assert len(first) == 4 and not torch.equal(torch.stack(first), torch.stack(calibration_rows(data, 43, 35)))
+    assert sum(map(len, calibration_rows(data, 42, 10_000))) == 500  # all there are
+
+
+@pytest.mark.parametrize("why", ["continued", "resumed", "not quantised"])
+def test_what_is_left_alone(base: Path, tmp_path: Path, why: str, capsys: pytest.CaptureFixture) -> None:
+    model = quantised(base, 4, NF4)
+    if why == "resumed":
+        (tmp_path / "checkpoint-2").mkdir()
+    cfg = {
+        "lora_model_dir": None,
+        "output_dir": str(tmp_path),
+        "load_in_4bit": why != "not quantised",
+        "load_in_8bit": None,
+    }
+    StartAdapter().post_lora_load(
+        SimpleNamespace(**cfg | ({"lora_model_dir": "outputs/2b"} if why == "continued" else {})), model
+    )
+    assert all(value.abs().max() == 0 for name, value in model.named_parameters() if "lora_B" in name)
+    assert ("not quantised" in capsys.readouterr().out) == (why == "not quantised")
+
+
+@pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}], ids=["nf4", "8-bit"])
+@torch.no_grad()
+def test_merged_it_is_what_was_trained(base: Path, settings: dict) -> None:
+    """In the quantised base, not in the unquantised one."""
+    model = quantised(base, 16, settings)
+    correct(model, unquantised(str(base)), rows())
+    ids = rows()[0][None]
+    full = merge(model, AutoModelForCausalLM.from_pretrained(base))
+    trained, wrong = model(ids).logits, model.merge_and_unload()  # PEFT quantises again
+    assert (full(ids).logits - trained).abs().max() < 0.05 * (wrong(ids).logits - trained).abs().max()

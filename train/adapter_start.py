@@ -1,0 +1,138 @@
+"""A new adapter that starts as the correction of its base's quantisation error: `StartAdapter`, an Axolotl plugin."""
+
+import functools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.common.datasets import load_datasets
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from train.dequantise import dequantised, is_quantised
+from train.gate import checkpoints, weight_files
+from train.plugins import SeedAdapter
+
+TOKENS = 4096  # of calibration
+DAMPING = (
+    0.01  # of the inputs' mean square: what the calibration text does not use counts a little, and nothing is 0 / 0
+)
+
+
+class StartAdapter(SeedAdapter):
+    """Sets a new adapter so that quantised base + adapter is as near to the unquantised base as its rank allows.
+
+    For a layer y = W x with W [out, in], quantised to Q, let E = W - Q and X [tokens, in] the layer's inputs on rows that
+    the stage trains on. The product of rank r that minimises the squared error of the outputs, the sum over tokens of
+    |(E - scale B A) x|^2, is scale B A = U U^T E, with U [out, r] the first left singular vectors of E X^T. This is QERA
+    (Zhang et al., ICLR 2025, theorem 1) without its square root of X^T X. Layers are set one after the other while the
+    calibration text runs through the model, so each sees inputs that the layers before it have already corrected.
+
+    Layers that are not quantised keep PEFT's start: A random, by the recipe's seed, and B zero. A continued adapter and a
+    resumed run are left alone. PEFT's own `replace_lora_weights_loftq` needs CUDA and forgets the adapter's scale.
+    """
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        if cfg.lora_model_dir or checkpoints(Path(cfg.output_dir)):
+            return
+        if not (cfg.load_in_4bit or cfg.load_in_8bit):
+            print("adapter start: the base is not quantised, there is nothing to correct", flush=True)
+            return
+        rows = calibration_rows(load_datasets(cfg=cfg).train_dataset, cfg.seed)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(cfg.bf16)):
+            print(correct(model, unquantised(cfg.base_model, cfg.revision_of_model), rows), flush=True)
+
+
+def calibration_rows(dataset: Any, seed: int, tokens: int = TOKENS) -> list[Tensor]:
+    """Token ids [length] of random rows of Axolotl's tokenised data set, until they are `tokens` long or all are taken."""
+    rows: list[Tensor] = []
+    for index in random.Random(seed).sample(range(len(dataset)), min(len(dataset), tokens)):
+        if sum(map(len, rows)) >= tokens:
+            break
+        rows.append(torch.tensor(dataset[index]["input_ids"]))
+    return rows
+
+
+def unquantised(base_model: str, revision: str | None = None) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to its value in the safetensors of a model folder, or of a model of the hub."""
+    folder = Path(base_model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(base_model, revision=revision, allow_patterns="*.safetensors"))
+    files = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+
+    def tensor(name: str) -> Tensor:
+        with safe_open(files[name], "pt") as file:
+            value: Tensor = file.get_tensor(name)
+        return value
+
+    return tensor
+
+
+def low_rank(error: Tensor, inputs: Tensor, rank: int, damping: float = DAMPING) -> tuple[Tensor, Tensor, float]:
+    """B [out, rank] and A [rank, in] whose product is nearest to `error` [out, in] on `inputs` [tokens, in], all float32.
+
+    Also the share of the squared output error that they leave. Each direction's size is shared evenly by A and B.
+    """
+    seen = inputs / len(inputs) ** 0.5
+    little = (damping * seen.square().sum() / seen.shape[1]).sqrt()
+    outputs = torch.cat([error @ seen.T, little * error], dim=1)  # [out, tokens + in]
+    u = torch.svd_lowrank(outputs, q=min(rank + 16, *error.shape), niter=4)[0][:, :rank]
+    a = u.T @ error
+    size = a.norm(dim=1).clamp(min=1e-12).sqrt()
+    left = 1 - (u.T @ outputs).square().sum() / outputs.square().sum().clamp(min=1e-12)
+    return u * size, a / size[:, None], left.item()
+
+
+@torch.no_grad()
+def correct(model: PeftModel, weight: Callable[[str], Tensor], rows: list[Tensor]) -> str:
+    """Set the adapter of `model` in place, layer after layer. Returns a line on the gain."""
+    began, training = time.monotonic(), model.training
+    model.eval()
+    ids = pad_sequence(rows, batch_first=True).to(model.device)  # [rows, length]
+    real = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    left: list[float] = []
+
+    def set_layer(layer: LoraLayer, inputs: tuple[Tensor, ...], name: str) -> None:
+        base, scale = layer.get_base_layer(), layer.scaling["default"] ** 0.5
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        error = weight(f"{name}.weight").to(a.device).float() - dequantised(base)
+        rank = min(a.shape[0], *error.shape)
+        new_b, new_a, share = low_rank(error, inputs[0][real.to(a.device)].float(), rank)
+        b[:, :rank], a[:rank] = new_b / scale, new_a / scale
+        left.append(share)
+
+    before = loss(model, rows)
+    hooks = [
+        layer.register_forward_pre_hook(functools.partial(set_layer, name=name))
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and is_quantised(layer.get_base_layer())
+    ]
+    model.get_base_model().base_model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    after = loss(model, rows)
+    model.train(training)
+    return (
+        f"adapter start: {len(left)} quantised layers corrected on {int(real.sum())} tokens in {time.monotonic() - began:.0f} s, "
+        f"{sum(left) / len(left):.0%} of the squared error of their outputs left; "
+        f"loss on these tokens {before:.4f} -> {after:.4f}"
+    )
+
+
+def loss(model: PeftModel, rows: list[Tensor]) -> float:
+    """Mean negative log-likelihood of the rows' tokens after the first, nats per token."""
+    sums = [
+        model(row[None].to(model.device), labels=row[None].to(model.device)).loss.item() * (len(row) - 1)
+        for row in rows
+    ]
+    return sum(sums) / sum(len(row) - 1 for row in rows)

@@ -1,0 +1,46 @@
+"""Quantised layers back in 16 bits, and an adapter merged into them."""
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.nn import Int8Params, Params4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Does bitsandbytes hold this layer's weight in 4 or 8 bits?"""
+    return isinstance(layer.weight, Params4bit | Int8Params)
+
+
+def dequantised(layer: nn.Module) -> Tensor:
+    """The weight [out, in] that a linear layer computes with, float32.
+
+    PEFT's `dequantize_module_weight` loses the scales of an 8-bit layer that is on a CPU.
+    """
+    weight = layer.weight
+    if isinstance(weight, Params4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if isinstance(weight, Int8Params):
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB  # it moves there with the first forward pass
+        return int8_vectorwise_dequant(weight.data, scales).float()
+    return weight.detach().float()
+
+
+@torch.no_grad()
+def merge(adapted: PeftModel, full: PreTrainedModel) -> PreTrainedModel:
+    """Give `full`, the unquantised base, the weights that quantised base and adapter have together. In place.
+
+    An adapter belongs to the base it was trained on: it makes up for the quantisation error, from its start on
+    (train/adapter_start.py). Merged into unquantised weights it would correct an error that is not there.
+    """
+    base = adapted.get_base_model()
+    for name, linear in full.named_modules():
+        if isinstance(linear, nn.Linear):
+            layer = base.get_submodule(name)
+            if isinstance(layer, LoraLayer):
+                linear.weight.copy_(dequantised(layer.get_base_layer()) + layer.get_delta_weight("default").float())
+            else:
+                linear.weight.copy_(dequantised(layer))
+    return full
