@@ -49,7 +49,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 def drop_torn_rows(cache: Path) -> None:
     """Remove what was not written to its end in Axolotl's cache of tokenised rows: it would fail on it for ever."""
-    for folder in cache.glob("*"):
+    for folder in filter(Path.is_dir, cache.glob("*")):
         try:
             load_from_disk(folder)
         except Exception as error:  # Arrow, datasets and json each raise their own
