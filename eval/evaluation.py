@@ -3,8 +3,9 @@
 The chain is read from the recipes; a stage that has no weights yet is left out, and stands as null in the report.
 Every row is scored on the texts of eval/tasks through lm-eval, in windows of 2048 tokens, and continues the prompts of
 eval/prompts.yml with one seed and one decoding. Adapters are scored on their base as their recipe quantises it (4-bit NF4),
-with which they were trained; full models are scored in the precision of --dtype. Two rows more are scored only: the
-model under an adapter, quantised as the adapter's recipe does, and the last adapter merged into its 16-bit base.
+with which they were trained; full models are scored in the precision of --dtype. Three rows more are scored only: the
+model under a new adapter, quantised as the adapter's recipe does; with the adapter as it was before its first step; and
+the last adapter merged into one 16-bit model.
 
 Writes <out>/<run>.json (the evidence; eval/report.schema.json describes it), then <run>.md and its plots from it.
 A stage whose weights, texts and settings are those of the report already there is not measured again.
@@ -197,15 +198,24 @@ def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, An
 
 
 def differences(stages: dict[str, Any]) -> dict[str, Any]:
-    """Each measured stage against what it builds on, text by text."""
+    """Each measured stage against what it builds on, and each adapter against the full model below it, text by text."""
+
+    def compared(stage: dict[str, Any], against: str) -> dict[str, Any]:
+        before = stages[against]["scores"]
+        scores = {
+            task: intervals.difference(before[task]["documents"], score["documents"])
+            for task, score in stage["scores"].items()
+        }
+        return {"against": against, "scores": scores}
+
     result = {}
+    full = {stage["model"]: name for name, stage in stages.items() if stage and not (stage["adapter"] or stage["form"])}
     for name, stage in stages.items():
-        if stage and (parent := stages.get(stage["parent"])):
-            scores = {
-                task: intervals.difference(parent["scores"][task]["documents"], score["documents"])
-                for task, score in stage["scores"].items()
-            }
-            result[name] = {"against": stage["parent"], "scores": scores}
+        if stage and stages.get(stage["parent"] or ""):
+            result[name] = compared(stage, stage["parent"])
+        below = full.get(stage["model"]) if stage and stage["adapter"] else None
+        if below and below != stage["parent"]:
+            result[f"{name} - {below}"] = compared(stage, below)
     return result
 
 

@@ -15,11 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from prep.common import BadInput
+from train.dequantise import merge
 from train.stages import Stage
 
 BASE = "base"  # the report's name for what the first stage starts from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTISED, MERGED = "quantised", "merged"  # forms of weights that are measured besides the trained one
+MERGED_DTYPE = torch.float16  # bfloat16 keeps 8 bits of a weight, and loses a part of what the adapter learned
+
+# Forms in which weights are measured besides as trained: full weights quantised, an adapter before its first step, an
+# adapter merged into its base.
+QUANTISED, START, MERGED = "quantised", "start", "merged"
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ def candidates(chain: list[Stage]) -> list[Candidate]:
 def with_forms(rows: list[Candidate]) -> list[Candidate]:
     """The rows, and between them the same weights in other forms: the price of each is its own difference.
 
-    A model that an adapter's recipe quantises is also evaluated quantised: the adapter started from that, and is compared
-    with it. An adapter that no other continues is also evaluated merged into its 16-bit base, the model that people share.
+    A model that an adapter's recipe quantises is also evaluated quantised, and with the adapter as it started: what that
+    corrects of the quantisation is not learning, so the trained adapter is compared with it. An adapter that no other
+    continues is also evaluated merged into one 16-bit model (train/dequantise.py), which people can share.
     """
     by_name = {row.name: row for row in rows}
     continued = {row.parent for row in rows}
@@ -76,11 +82,14 @@ def with_forms(rows: list[Candidate]) -> list[Candidate]:
         if row.quantization and parent and not parent.adapter:
             name = f"{parent.name} ({'nf4' if row.quantization.get('load_in_4bit') else '8-bit'})"
             result[name] = replace(parent, name=name, parent=parent.name, quantization=row.quantization, form=QUANTISED)
-            row = replace(row, parent=name)
+            start = f"{row.name} (start)"
+            assert row.stage
+            result[start] = replace(row, name=start, adapter=row.stage.start, parent=name, form=START)
+            row = replace(row, parent=start)
         result[row.name] = row
         if row.adapter and row.name not in continued:
             name = f"{row.name} (merged)"
-            result[name] = replace(row, name=name, parent=row.name, quantization=None, form=MERGED)
+            result[name] = replace(row, name=name, parent=row.name, form=MERGED)
     return list(result.values())
 
 
@@ -94,14 +103,11 @@ def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
     if unknown := sorted(set(wanted or []) - set(names)):
         raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(names)}")
     taken = set(wanted or [name for name in names if by_name[name].weights])
-    parents = {by_name[name].parent for name in taken}
-    chosen = [
-        row
-        for row in rows
-        if row.name in taken
-        or (row.form == QUANTISED and row.name in parents)
-        or (row.form == MERGED and row.parent in taken)
-    ]
+    for row in reversed(rows):
+        compared = {by_name[name].parent for name in taken}
+        if row.form and (row.parent in taken if row.form == MERGED else row.name in compared):
+            taken.add(row.name)
+    chosen = [row for row in rows if row.name in taken]
     for row in chosen:
         missing: Candidate | None = row
         while missing and missing.weights:
@@ -212,5 +218,7 @@ def loaded(
         model: Any = load_model(row.model, tokenizer, device, dtype, row.quantization)
         if row.adapter:
             model = load_adapter(model, row, tokenizer)
-        yield row, model.merge_and_unload() if row.form == MERGED else model, tokenizer
+        if row.form == MERGED:
+            model = merge(model, load_model(row.model, tokenizer, device, MERGED_DTYPE)).to(dtype)
+        yield row, model, tokenizer
         del model

@@ -71,12 +71,12 @@ def overview(report: dict[str, Any]) -> Table:
 
 
 def changes(report: dict[str, Any]) -> Table | None:
-    """Each stage against the one it builds on, on the same text; a star where the interval leaves out zero."""
+    """Each stage against the one it builds on, adapters also against their full model; a star where the interval excludes 0."""
     tasks = list(report["tasks"])
-    rows = [
-        [f"{name} - {difference['against']}", *(changed(difference["scores"].get(task)) for task in tasks)]
-        for name, difference in report["differences"].items()
-    ]
+    rows = []
+    for name, difference in report["differences"].items():
+        label = name if " - " in name else f"{name} - {difference['against']}"
+        rows.append([label, *(changed(difference["scores"].get(task)) for task in tasks)])
     return (["change", *tasks], rows) if rows else None
 
 

@@ -28,11 +28,8 @@ EXPLAINED = (
 )
 
 
-def learned(name: str, report: dict[str, Any]) -> str | None:
-    """From the paired differences on held-out text; None for the base, or when nothing was compared."""
-    difference = report["differences"].get(name)
-    if not difference:
-        return None
+def sides(difference: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Held-out texts on which it is surely better, and on which it is surely worse."""
     better, worse = [], []
     for task in HELDOUT:
         change = difference["scores"].get(task)
@@ -43,9 +40,23 @@ def learned(name: str, report: dict[str, Any]) -> str | None:
                 better.append(text)
             elif low > 0:
                 worse.append(text)
-    against = difference["against"]
+    return better, worse
+
+
+def learned(name: str, report: dict[str, Any]) -> str | None:
+    """From the paired differences on held-out text; None for the base, or when nothing was compared."""
+    difference = report["differences"].get(name)
+    if not difference:
+        return None
+    (better, worse), against = sides(difference), difference["against"]
     line = f"learned ({', '.join(better)} against {against})" if better else f"did not learn (against {against})"
-    return line + (f", worse on {', '.join(worse)}" if worse else "")
+    line += f", worse on {', '.join(worse)}" if worse else ""
+    for key, other in report["differences"].items():
+        if key == f"{name} - {other['against']}":  # an adapter against the full model below it
+            ahead, behind = sides(other)
+            line += f"; ahead of {other['against']} on {', '.join(ahead)}" if ahead else ""
+            line += f"; behind {other['against']} on {', '.join(behind)}" if behind else ""
+    return line
 
 
 def price(name: str, report: dict[str, Any]) -> str:
@@ -55,7 +66,8 @@ def price(name: str, report: dict[str, Any]) -> str:
         return "not compared"
     changes = [(task, difference["scores"].get(task)) for task in HELDOUT]
     figures = [f"{task} {change['bits_per_byte']:+.3f} bits per byte" for task, change in changes if change]
-    return f"the weights of {difference['against']} in another form: {', '.join(figures) or 'not compared'}"
+    form = "with its adapter before the first step" if report["stages"][name]["form"] == "start" else "in another form"
+    return f"the weights of {difference['against']} {form}: {', '.join(figures) or 'not compared'}"
 
 
 def memorised(stage: dict[str, Any], report: dict[str, Any]) -> str | None:

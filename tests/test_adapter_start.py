@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_curriculum import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from train.adapter_start import StartAdapter, calibration_rows, correct, low_rank, unquantised
+from train.adapter_start import StartAdapter, calibration_rows, correct, low_rank, root_of_moments, unquantised
 from train.dequantise import merge
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -43,7 +43,7 @@ def test_no_product_of_that_rank_is_nearer_on_the_inputs() -> None:
         torch.randn(48, 32),
         torch.randn(200, 32) @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32),
     )
-    b, a, left = low_rank(error, inputs, 8, damping=0)
+    b, a, left = low_rank(error, root_of_moments(inputs, damping=0), 8)
     moments = inputs.T @ inputs / len(inputs)
     values, vectors = torch.linalg.eigh(moments.double())
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
@@ -59,7 +59,7 @@ def test_no_product_of_that_rank_is_nearer_on_the_inputs() -> None:
 @pytest.mark.parametrize("inputs", [torch.zeros(5, 16), torch.ones(1, 16), 1e-20 * torch.ones(5, 16)])
 @pytest.mark.parametrize("error", [torch.zeros(16, 16), torch.eye(16)])
 def test_inputs_that_say_little_give_numbers(error: torch.Tensor, inputs: torch.Tensor) -> None:
-    b, a, left = low_rank(error, inputs, 4)
+    b, a, left = low_rank(error, root_of_moments(inputs), 4)
     assert torch.isfinite(b).all() and torch.isfinite(a).all() and 0 <= left <= 1
 
 

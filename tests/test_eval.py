@@ -123,6 +123,7 @@ def in_four_bits(place: Path) -> Path:
     size = len(AutoTokenizer.from_pretrained("models/base"))
     tiny_llama(size, seed=1, hidden=64).save_pretrained("outputs/2a")
     nf4 = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}}
+    save_adapter(place / "outputs/2a", place / "outputs/2b/start", "outputs/2a", seed=4)
     for seed, name in ((2, "2b"), (3, "2c")):
         save_adapter(place / "outputs/2a", place / "outputs" / name, "outputs/2a", seed=seed)
         recipe = Path(f"recipes/{name}.yml")
@@ -134,30 +135,31 @@ def test_an_adapter_stands_on_its_base_as_its_recipe_quantises_it(in_four_bits):
     """And the other forms: the model below it quantised alike, and the last adapter merged into the 16-bit base."""
     rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
     assert [(row.name, row.parent) for row in rows] == [
-        ("base", None), ("2a", "base"), ("2a (nf4)", "2a"), ("2b", "2a (nf4)"), ("2c", "2b"), ("2c (merged)", "2c")
+        ("base", None), ("2a", "base"), ("2a (nf4)", "2a"), ("2b (start)", "2a (nf4)"), ("2b", "2b (start)"), ("2c", "2b"),
+        ("2c (merged)", "2c")
     ]  # fmt: skip
     bits, layers = {}, {}
     for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32):
         layers[row.name] = {type(module).__name__ for module in model.modules()}
         bits[row.name] = scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2a (nf4)", "2b", "2c"}
-    assert {name for name, types in layers.items() if "PeftModel" in types} == {"2b", "2c"}
+    assert {name for name, types in layers.items() if "Linear4bit" in types} == {"2a (nf4)", "2b (start)", "2b", "2c"}
+    assert {name for name, types in layers.items() if "PeftModel" in types} == {"2b (start)", "2b", "2c"}
     assert len(set(bits.values())) == len(rows) and all(0 < value < 12 for value in bits.values())
 
     # A row's score does not depend on what was scored before it.
     [(_, model, tokenizer)] = models.loaded([row for row in rows if row.name == "2c"], "cpu", torch.float32)
     assert scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"] == bits["2c"]
 
-    plain = LlamaForCausalLM.from_pretrained("outputs/2a")
-    by_hand = PeftModel.from_pretrained(plain, "outputs/2c").eval()
-    expected = scores_of(by_hand, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-    assert bits["2c (merged)"] == pytest.approx(expected, rel=1e-5)
+    # An adapter is merged into the base that it was trained on.
+    assert bits["2c (merged)"] == pytest.approx(bits["2c"], abs=1e-4)
+    plain = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("outputs/2a"), "outputs/2c").eval()
+    assert abs(scores_of(plain, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"] - bits["2c"]) > 1e-3
 
 
 def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
     rows = models.with_forms(models.candidates(load_chain(Path("recipes"))))
     assert [row.name for row in models.present(rows, ["base", "2a"])] == ["base", "2a"]
-    assert [row.name for row in models.present(rows, ["2b"])] == ["2a (nf4)", "2b"]
+    assert [row.name for row in models.present(rows, ["2b"])] == ["2a (nf4)", "2b (start)", "2b"]
     assert [row.name for row in models.present(rows, ["2c"])] == ["2c", "2c (merged)"]
     with pytest.raises(BadInput, match=r"no stage 2a \(nf4\) in the recipes"):
         models.present(rows, ["2a (nf4)"])
@@ -169,7 +171,7 @@ def test_other_forms_go_with_the_rows_that_need_them(in_four_bits):
 def test_the_report_prices_rounding_and_merging(in_four_bits):
     result = evaluate("--tasks", "gallica_heldout", "novel_heldout", "--samples", "1", "--limit", "1")
     bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}
-    for name, against in (("2a (nf4)", "2a"), ("2b", "2a (nf4)"), ("2c (merged)", "2c")):
+    for name, against in (("2a (nf4)", "2a"), ("2b", "2b (start)"), ("2c (merged)", "2c")):
         change = result["differences"][name]
         assert change["against"] == against
         assert change["scores"]["novel_heldout"]["bits_per_byte"] == pytest.approx(bits[name] - bits[against], abs=1e-6)
@@ -178,9 +180,9 @@ def test_the_report_prices_rounding_and_merging(in_four_bits):
         assert (stage["samples"], stage["degeneration"], stage["gate"], stage["training"]) == ([], None, None, None)
     lines = verdict.lines(result)
     assert lines["2a (nf4)"].startswith("the weights of 2a in another form: gallica_heldout ")
-    assert "against 2a (nf4)" in lines["2b"]
+    assert "against 2b (start)" in lines["2b"] and "behind 2a on" in lines["2b"] + lines["2c"]
     page = Path("eval/reports/tiny.md").read_text(encoding="utf-8")
-    assert "2c (merged) - 2c" in page and "**2c (merged)**" in page
+    assert "2c (merged) - 2c" in page and "2c (merged) - 2a" in page and "**2c (merged)**" in page
 
     # Some stages alone add to the report, and take nothing from it; with other settings they are refused.
     alone = evaluate(

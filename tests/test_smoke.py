@@ -165,7 +165,7 @@ def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None
     options = ["--recipes", RECIPES, "--run", "smoke", "--out", "reports", "--max-new-tokens", "8", "--limit", "2"]
     python(ROOT / "eval/evaluation.py", *options, cwd=workdir)
     report = json.loads((workdir / "reports/smoke.json").read_text())
-    assert list(report["stages"]) == ["base", "2a", "2a (nf4)", "2b", "2c", "2c (merged)"]
+    assert list(report["stages"]) == ["base", "2a", "2a (nf4)", "2b (start)", "2b", "2c", "2c (merged)"]
     for name, scored in report["stages"].items():
         assert set(scored["scores"]) >= {"gallica_heldout", "novel_heldout", "english", "code"}
         assert all(0 < score["bits_per_byte"] < 12 for score in scored["scores"].values()), name

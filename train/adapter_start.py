@@ -32,7 +32,7 @@ class StartAdapter(SeedAdapter):
     For a layer y = W x with W [out, in], quantised to Q, let E = W - Q and X [tokens, in] the layer's inputs on rows that
     the stage trains on. The product of rank r that minimises the squared error of the outputs, the sum over tokens of
     |(E - scale B A) x|^2, is scale B A = U U^T E, with U [out, r] the first left singular vectors of E X^T. This is QERA
-    (Zhang et al., ICLR 2025, theorem 1) without its square root of X^T X. Layers are set one after the other while the
+    (Zhang et al., ICLR 2025, theorem 1), written without an inverse. Layers are set one after the other while the
     calibration text runs through the model, so each sees inputs that the layers before it have already corrected.
 
     Layers that are not quantised keep PEFT's start: A random, by the recipe's seed, and B zero. A continued adapter and a
@@ -78,18 +78,23 @@ def unquantised(base_model: str, revision: str | None = None) -> Callable[[str],
     return tensor
 
 
-def low_rank(error: Tensor, inputs: Tensor, rank: int, damping: float = DAMPING) -> tuple[Tensor, Tensor, float]:
-    """B [out, rank] and A [rank, in] whose product is nearest to `error` [out, in] on `inputs` [tokens, in], all float32.
+def root_of_moments(inputs: Tensor, damping: float = DAMPING) -> Tensor:
+    """L [in, in] with L L^T = X^T X / tokens, damped, of inputs X [tokens, in], float32."""
+    moments = inputs.T @ inputs / len(inputs)
+    moments.diagonal().add_(damping * moments.diagonal().mean() + 1e-12)
+    return torch.linalg.cholesky(moments)
+
+
+def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """B [out, rank] and A [rank, in] whose product is nearest to `error` [out, in] on inputs of these moments, float32.
 
     Also the share of the squared output error that they leave. Each direction's size is shared evenly by A and B.
     """
-    seen = inputs / len(inputs) ** 0.5
-    little = (damping * seen.square().sum() / seen.shape[1]).sqrt()
-    outputs = torch.cat([error @ seen.T, little * error], dim=1)  # [out, tokens + in]
+    outputs = error @ root  # its left singular vectors and values are those of E X^T / sqrt(tokens)
     u = torch.svd_lowrank(outputs, q=min(rank + 16, *error.shape), niter=4)[0][:, :rank]
     a = u.T @ error
     size = a.norm(dim=1).clamp(min=1e-12).sqrt()
-    left = 1 - (u.T @ outputs).square().sum() / outputs.square().sum().clamp(min=1e-12)
+    left = 1 - (u.T @ outputs).square().sum() / outputs.square().sum().clamp(min=1e-30)
     return u * size, a / size[:, None], left.item()
 
 
@@ -101,13 +106,16 @@ def correct(model: PeftModel, weight: Callable[[str], Tensor], rows: list[Tensor
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # [rows, length]
     real = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
     left: list[float] = []
+    last: list[Tensor] = []  # inputs and the root of their moments: q, k and v have the same, so have gate and up
 
     def set_layer(layer: LoraLayer, inputs: tuple[Tensor, ...], name: str) -> None:
+        if not last or last[0] is not inputs[0]:
+            last[:] = inputs[0], root_of_moments(inputs[0][real.to(inputs[0].device)].float())
         base, scale = layer.get_base_layer(), layer.scaling["default"] ** 0.5
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         error = weight(f"{name}.weight").to(a.device).float() - dequantised(base)
         rank = min(a.shape[0], *error.shape)
-        new_b, new_a, share = low_rank(error, inputs[0][real.to(a.device)].float(), rank)
+        new_b, new_a, share = low_rank(error, last[1], rank)
         b[:, :rank], a[:rank] = new_b / scale, new_a / scale
         left.append(share)
 
