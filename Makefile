@@ -10,6 +10,7 @@ FILES ?= 12#          parquet files of French-PD-Books: about 400 MB and 2,000 b
 HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the whole book
 PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
+STAGE ?= 2c#          of `make merge`
 RUN ?= full#          name of the report
 RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
@@ -21,7 +22,7 @@ ARGS ?=#              more options for the command; words split and quoted as in
 
 # Settings reach the shell as environment variables that recipes quote, never as text of a command: a file name with
 # quotes, $, backticks or ; is a file name. `value` keeps make from expanding a $ in them.
-SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM RUN RUNS WORDS PORT MINUTES CORPUS_DIR TORCH ARGS
+SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM STAGE RUN RUNS WORDS PORT MINUTES CORPUS_DIR TORCH ARGS
 $(foreach name,$(SETTINGS),$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
 export AXOLOTL_DO_NOT_TRACK := 1
 
@@ -110,6 +111,10 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 .PHONY: eval
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
 	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/evaluation.py --recipes recipes --run "$$RUN" --out eval/reports "$${more[@]}"
+
+.PHONY: merge
+merge: $(READY) ## STAGE's adapter and its base as one 16-bit model to share -> outputs/2c/merged
+	@$(SHOW) $(BIN)/python eval/merge.py "$$STAGE"
 
 .PHONY: continue
 continue: $(READY) ## Write WORDS more words of the novel with the last stage -> outputs/continuation

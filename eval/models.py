@@ -67,6 +67,11 @@ def candidates(chain: list[Stage]) -> list[Candidate]:
     return [Candidate(BASE, Path(bases[0]), None, None, None), *map(candidate, chain)]
 
 
+def merged(row: Candidate) -> Candidate:
+    """The row of an adapter merged into its base."""
+    return replace(row, name=f"{row.name} (merged)", parent=row.name, form=MERGED)
+
+
 def with_forms(rows: list[Candidate]) -> list[Candidate]:
     """The rows, and between them the same weights in other forms: the price of each is its own difference.
 
@@ -88,8 +93,7 @@ def with_forms(rows: list[Candidate]) -> list[Candidate]:
             row = replace(row, parent=start)
         result[row.name] = row
         if row.adapter and row.name not in continued:
-            name = f"{row.name} (merged)"
-            result[name] = replace(row, name=name, parent=row.name, form=MERGED)
+            result[f"{row.name} (merged)"] = merged(row)
     return list(result.values())
 
 

@@ -133,7 +133,9 @@ def embeddings_width(recipe: dict[str, Any]) -> int:
 
 def tensors(model: PreTrainedModel, recipe: dict[str, Any]) -> list[Tensors]:
     """Every parameter by kind, as wide as Axolotl holds it. Adapters are fp32 (PEFT, `autocast_adapter_dtype`)."""
-    marks = {"lora_": "adapter", "norm": "norm", "embed_tokens": "embedding", "lm_head": "head", "": "matrix"}
+    kept = (recipe.get("bnb_config_kwargs") or {}).get("llm_int8_skip_modules") or []
+    marks = {"lora_": "adapter", "norm": "norm", "embed_tokens": "embedding", "lm_head": "head"}
+    marks |= {name: "16-bit matrix" for name in kept if name not in marks} | {"": "matrix"}
     found: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         kind = next(kind for mark, kind in marks.items() if mark in name)
