@@ -57,10 +57,15 @@ import sys
 import textwrap
 
 stages = json.load(open(sys.argv[1]))["stages"]
-bits = {name: stages[name]["scores"] for name in ("base", "2a", "2b", "2c")}
-gallica, novel = ({name: f"{score[task]['bits_per_byte']:.3f}" for name, score in bits.items()} for task in ("gallica_heldout", "novel_heldout"))
+
+
+def bits(task, *names):
+    return ", ".join(f"{name} {stages[name]['scores'][task]['bits_per_byte']:.3f}" for name in names)
+
+
 sample = next(sample["text"] for sample in stages["2c"]["samples"] if sample["prompt"] == "suite")
-print(f"Learned (bits per byte on held-out text, lower is better): Gallica {gallica['base']} -> {gallica['2a']} in 2a; novel {novel['2b']} -> {novel['2c']} in 2c")
+tales, novella = bits("gallica_heldout", "base", "2a", "2b"), bits("novel_heldout", "base", "2a", "2b", "2c", "2c (merged)")
+print(f"Learned (bits per byte of held-out text, lower is better): tales: {tales}; novella: {novella}")
 print(f"Writes, after the novella's last line: {textwrap.shorten(sample, 160, placeholder=' ...')}")
 print("Look at eval/reports/demo.html, or at running models: make notebook")
 PY

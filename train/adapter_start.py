@@ -99,8 +99,16 @@ def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor, fl
 
 
 @torch.no_grad()
-def correct(model: PeftModel, weight: Callable[[str], Tensor], rows: list[Tensor]) -> str:
-    """Set the adapter of `model` in place, layer after layer. Returns a line on the gain."""
+def correct(
+    model: PeftModel,
+    weight: Callable[[str], Tensor],
+    rows: list[Tensor],
+    root: Callable[[Tensor], Tensor] = root_of_moments,
+) -> str:
+    """Set the adapter of `model` in place, layer after layer. Returns a line on the gain.
+
+    `weight` gives an unquantised tensor by name, `root` a matrix L [in, in] from a layer's inputs, which weighs its error.
+    """
     began, training = time.monotonic(), model.training
     model.eval()
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # [rows, length]
@@ -108,9 +116,10 @@ def correct(model: PeftModel, weight: Callable[[str], Tensor], rows: list[Tensor
     left: list[float] = []
     last: list[Tensor] = []  # inputs and the root of their moments: q, k and v have the same, so have gate and up
 
+    @torch.autocast(model.device.type, enabled=False)  # bf16 is too coarse for moments
     def set_layer(layer: LoraLayer, inputs: tuple[Tensor, ...], name: str) -> None:
         if not last or last[0] is not inputs[0]:
-            last[:] = inputs[0], root_of_moments(inputs[0][real.to(inputs[0].device)].float())
+            last[:] = inputs[0], root(inputs[0][real.to(inputs[0].device)].float())
         base, scale = layer.get_base_layer(), layer.scaling["default"] ** 0.5
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         error = weight(f"{name}.weight").to(a.device).float() - dequantised(base)

@@ -1,0 +1,134 @@
+"""What quantising a base costs, and what a new adapter's start gives back before any training, on held-out text.
+
+    cd demo/run && python ../../bench/adapter_start.py      # make bench-start; after make demo
+
+Every variant is the demo's 2a, quantised, with an adapter set by train/adapter_start.py or as the variant says; its calibration
+rows are the demo's training rows for 2b. Writes bench/reports/adapter_start.json, then the page from it. Finished variants
+are kept: run it again to continue.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+
+from eval import intervals, models, scoring
+from eval.tables import markdown
+from eval.tasks.texts import read_rows
+from prep.common import atomic_write, commit, cpu_name, git_state, progress, run, sha256, versions
+from train.adapter_start import calibration_rows, correct, root_of_moments, unquantised
+
+REPORT = Path(__file__).with_name("reports") / "adapter_start.json"
+TASKS = ["gallica_heldout", "novel_heldout"]
+WINDOW = 2048
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def kept(*modules: str) -> dict[str, Any]:
+    """NF4 with some layers in 16 bits."""
+    return NF4 | {"llm_int8_skip_modules": ["lm_head", *modules]}
+
+
+WEIGHTINGS = {
+    "second moments": root_of_moments,
+    "mean square of each input": lambda inputs: torch.diag(inputs.square().mean(0).sqrt() + 1e-6),
+    "none (LoftQ)": lambda inputs: torch.eye(inputs.shape[1]),
+}
+# name: quantisation, and of the adapter: rank, calibration tokens, weighting; no adapter where there is no rank
+VARIANTS: dict[str, dict[str, Any]] = {
+    "16 bits": {"base": None},
+    "8 bits": {"base": {"load_in_8bit": True}},
+    "NF4": {"base": NF4},
+    "NF4, v in 16 bits": {"base": kept("v_proj")},
+    "NF4, v and down in 16 bits": {"base": kept("v_proj", "down_proj")},
+    "NF4, unweighted": {"base": NF4, "rank": 64, "weighting": "none (LoftQ)"},
+    "NF4, diagonal": {"base": NF4, "rank": 64, "weighting": "mean square of each input"},
+    "NF4, rank 16": {"base": NF4, "rank": 16},
+    "NF4, rank 64": {"base": NF4, "rank": 64},
+    "NF4, rank 128": {"base": NF4, "rank": 128},
+    "NF4, rank 64, 1k tokens": {"base": NF4, "rank": 64, "tokens": 1024},
+    "NF4, rank 64, 16k tokens": {"base": NF4, "rank": 64, "tokens": 16384},
+    "NF4, v in 16 bits, rank 64": {"base": kept("v_proj"), "rank": 64},
+    "NF4, v and down in 16 bits, rank 64": {"base": kept("v_proj", "down_proj"), "rank": 64},
+}
+
+
+def measure(variant: dict[str, Any], folder: Path, texts: Path) -> dict[str, Any]:
+    """Scores of one variant, and the line that its start printed."""
+    tokenizer = models.load_tokenizer(folder)
+    model: Any = models.load_model(folder, tokenizer, "cpu", torch.float32, variant["base"])
+    said = None
+    if rank := variant.get("rank"):
+        set_seed(42)
+        settings = LoraConfig(
+            r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, settings)
+        tokens = [tokenizer(row["text"])["input_ids"] for row in read_rows(texts)]
+        whole = [
+            {"input_ids": row[at : at + WINDOW]} for row in tokens for at in range(0, len(row) - WINDOW + 1, WINDOW)
+        ]
+        limit = variant.get("tokens", 4096)
+        rows = calibration_rows(whole, 42, limit)
+        weighting = WEIGHTINGS[variant.get("weighting", "second moments")]
+        said = correct(model, unquantised(str(folder)), [row[:limit] for row in rows], weighting)
+    scores = scoring.score(scoring.TokenScorer(model.eval(), tokenizer, 1, "scoring"), scoring.load_tasks(TASKS), None)
+    return {"scores": scores, "said": said}
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    found, rows = report["variants"], []
+    for name, result in found.items():
+        cells = []
+        for task in TASKS:
+            change = intervals.difference(
+                found["16 bits"]["scores"][task]["documents"], result["scores"][task]["documents"]
+            )
+            assert change and change["interval"]
+            low, high = change["interval"]
+            cells += [
+                f"{result['scores'][task]['bits_per_byte']:.3f}",
+                f"{change['bits_per_byte']:+.4f} [{low:+.4f}, {high:+.4f}]",
+            ]
+        rows.append([name, *cells])
+    head = ["base and start", "Gallica", "against 16 bits", "novel", "against 16 bits"]
+    where = f"{report['cpu']}, {commit(report['git'])}, {', '.join(f'{k} {v}' for k, v in report['versions'].items())}"
+    return (
+        "# What quantisation costs, and what the adapter's start gives back\n\nHeld-out bits per byte of the demo's 2a, lower is "
+        "better, with the paired 95 % interval of the difference. Nothing is trained. Where a rank stands, the adapter starts as "
+        f"the correction of the quantisation error.\n\n{markdown(head, rows)}\n\n{where}. Model: {report['model'][:16]}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("outputs/2a"), help="a full model (default: outputs/2a)")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("data/2b.jsonl"), help="training rows (default: data/2b.jsonl)"
+    )
+    args = parser.parse_args()
+    model = sha256(args.model / "model.safetensors")
+    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
+    if report.get("model") != model:
+        report = {"model": model, "variants": {}}
+    report |= {
+        "cpu": cpu_name(),
+        "git": git_state(),
+        "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
+    }
+    for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):
+        report["variants"][name] = measure(VARIANTS[name], args.model, args.rows)
+        with atomic_write(REPORT) as file:
+            json.dump(report, file, ensure_ascii=False)
+    report["variants"] = {name: report["variants"][name] for name in VARIANTS}
+    with atomic_write(REPORT.with_suffix(".md")) as file:
+        file.write(page(report))
+
+
+if __name__ == "__main__":
+    run(main)
