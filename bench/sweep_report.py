@@ -57,15 +57,13 @@ For every variant: `{plan[all]}`, profile `{plan[profile]}`.
 def dumped(report: dict[str, Any]) -> str:
     """The report as JSON with one line per run and variant, so that a diff shows what was measured again."""
 
-    def compact(value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    def lines(value: Any, indent: str, depth: int) -> str:
+        if not depth or not isinstance(value, dict):
+            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        inner = (f'{indent} "{key}": {lines(each, indent + " ", depth - 1)}' for key, each in value.items())
+        return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
 
-    def entry(value: Any) -> str:
-        if not isinstance(value, dict):
-            return compact(value)
-        return "{\n" + ",\n".join(f"  {compact(key)}: {compact(each)}" for key, each in value.items()) + "\n }"
-
-    return "{\n" + ",\n".join(f" {compact(key)}: {entry(value)}" for key, value in report.items()) + "\n}\n"
+    return lines(report, "", 2) + "\n"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -86,8 +84,8 @@ class Sweep:
 
     def runs(self, name: str) -> dict[int, dict[str, Any]]:
         """{seed: result} of a variant's finished runs; the base is the same under every seed."""
-        seeds = {seed for variant in self.variants.values() for seed in variant["seeds"]}
-        found = {seed: self.report["runs"].get(BASE if name == BASE else f"{name}-{seed}") for seed in sorted(seeds)}
+        results = self.report["runs"]
+        found = {seed: results.get(BASE if name == BASE else f"{name}-{seed}") for seed in self.report["plan"]["seeds"]}
         return {seed: run for seed, run in found.items() if run}
 
     def start(self, name: str) -> str:
@@ -110,16 +108,12 @@ class Sweep:
         seeds = [each for each in after if each in before and seed in (None, each)]
         if not seeds:
             return None
-        sides = ([side[each]["nll"][text] for each in seeds] for side in (before, after))
-        return intervals.difference(*(self.documents(text, np.mean(nll, axis=0).tolist()) for nll in sides))
-
-    def documents(self, text: str, nll: list[float]) -> list[dict[str, Any]]:
-        """A text's works, or the blocks of one work, as eval/intervals.py reads them."""
-        facts = self.report["texts"][text]
-        units = [{"nll": value, "bytes": size} for value, size in zip(nll, facts["bytes"], strict=True)]
-        if facts["unit"] == "block":
-            return [{"source": text, "nll": sum(nll), "bytes": sum(facts["bytes"]), "blocks": units}]
-        return [{"source": f"{index:04}", "blocks": [], **unit} for index, unit in enumerate(units)]
+        sizes, sides = self.report["texts"][text]["bytes"], []
+        for side in (before, after):
+            nll = np.mean([side[each]["nll"][text] for each in seeds], axis=0)
+            units = [{"nll": value, "bytes": size} for value, size in zip(nll.tolist(), sizes, strict=True)]
+            sides.append([{"source": text, "nll": sum(nll), "bytes": sum(sizes), "blocks": units}])
+        return intervals.difference(*sides)
 
     def spread(self) -> float | None:
         """The largest change of any difference from one seed to another, in bits per byte."""
@@ -137,10 +131,7 @@ class Sweep:
         reached, differences = [], []
         for name in self.names(stage):
             variant, start, runs = self.variants[name], self.start(name), list(self.runs(name).values())
-            rate = (
-                variant.get("overrides", {}).get("learning_rate")
-                or self.report["recipes"][variant["recipe"]]["learning_rate"]
-            )
+            rate = (self.report["recipes"][variant["recipe"]] | variant.get("overrides", {}))["learning_rate"]
             trained = "–" if variant.get("quantised") else f"{float(rate):.0e}".replace("e-0", "e-")
             steps = f"{runs[0]['steps']} x {runs[0]['tokens_per_step']:,}" if runs and runs[0].get("steps") else "–"
             row = [f"`{name}`", f"`{start}`", trained, steps, str(len(runs))]
@@ -158,6 +149,7 @@ class Sweep:
     def page(self, name: str) -> str:
         """The whole page; `name` is the plan's and the report's."""
         report, movement, memorisation, variants = self.report, [], [], []
+        seeds = ", ".join(map(str, report["plan"]["seeds"]))
         for each, variant in self.variants.items():
             if (share := self.mean(each, "moved", "changed")) is not None:
                 movement.append([f"`{each}`", f"{share:.1%}", f"{self.mean(each, 'moved', 'relative'):.2g}"])
@@ -166,7 +158,6 @@ class Sweep:
                 figures += [self.mean(each, "token_probability", side) for side in ("train", "heldout")]
                 memorisation.append([f"`{each}`", *map(number, figures)])
             overrides = f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else ""
-            seeds = ", ".join(map(str, variant["seeds"]))
             variants.append(f"- `{each}`: {variant['recipe']}, seeds {seeds}. {variant.get('says', '')}{overrides}\n")
         tokens = {stage: rows["train"]["windows"] * rows["sequence_len"] for stage, rows in report["manifests"].items()}
         texts = {text: report["texts"][text] for text in TEXTS if report["runs"]}
@@ -189,8 +180,8 @@ class Sweep:
             commit=commit(report["environment"]["git"]),
         )
 
-    def curve(self, name: str) -> list[tuple[float, float]]:
-        """(tokens seen, bits per byte of the validation rows), mean over seeds; empty when it was not logged."""
+    def curve(self, name: str) -> list[plots.Point]:
+        """(tokens, None, bits per byte of the validation rows), mean over seeds; empty when it was not logged."""
         by_step: dict[int, list[float]] = {}
         runs = list(self.runs(name).values())
         for result in runs:
@@ -199,28 +190,25 @@ class Sweep:
                     by_step.setdefault(step, []).append(validation_loss)
         facts = self.report["validation"][Path(self.variants[name]["recipe"]).stem]
         scale = facts["tokens"] / facts["bytes"] / math.log(2)  # nats per token -> bits per byte
-        return [(step * runs[0]["tokens_per_step"], statistics.fmean(v) * scale) for step, v in sorted(by_step.items())]
+        tokens = runs[0]["tokens_per_step"] if runs else 0
+        return [(step * tokens, None, statistics.fmean(each) * scale) for step, each in sorted(by_step.items())]
 
     def draw(self) -> plots.Figure:
         """Held-out bits per byte over tokens seen: one panel per stage, and one per variant with `curve: apart`."""
-        panels: dict[str, list[str]] = {}
+        panels: dict[str, dict[str, list[plots.Point]]] = {}
         for stage in self.report["plan"]["batch_divisor"]:
-            drawn = [name for name in self.names(stage) if self.variants[name].get("curve") and self.curve(name)]
-            apart = [name for name in drawn if self.variants[name]["curve"] == "apart"]
-            panels |= {stage: [name for name in drawn if name not in apart]} | {name: [name] for name in apart}
+            panels[stage] = {}
+            for name in self.names(stage):
+                if curve := self.variants[name].get("curve") and self.curve(name):
+                    panels.setdefault(name if self.variants[name]["curve"] == "apart" else stage, {})[name] = curve
         picture = plots.figure(3.6 * len(panels), 4.4)
-        for axis, (title, names) in zip(
-            picture.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
-            for name, colour, mark in zip(names, plots.COLOURS, plots.MARKS, strict=False):
-                axis.plot(*zip(*self.curve(name), strict=True), label=name, color=colour, marker=mark, markersize=4)
-            plots.plain(axis, tokens=True)
+        axes = picture.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, series) in zip(axes, panels.items(), strict=True):
+            plots.plot_losses(axis, series)
             axis.set_title(f"{title}: {'the novel' if title.startswith('2c') else 'Gallica'}, held out", fontsize=10)
-            axis.set_xlabel("tokens seen")
-            axis.grid(alpha=0.3)
-            if names:
+            if series:
                 axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-        picture.axes[0].set_ylabel("bits per byte (lower is better)")
+        axes[0].set_ylabel("bits per byte (lower is better)")
         return picture
 
 
@@ -228,10 +216,10 @@ def load(path: Path) -> Sweep:
     """The sweep of a report. Raises BadInput when there is none, or it has another format."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if report.get("format") != FORMAT:
+            raise ValueError(f"format {report.get('format')}, not {FORMAT}")
+    except (OSError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} cannot be read ({error}); `make bench-{path.stem}` makes it") from error
-    if report.get("format") != FORMAT:
-        raise BadInput(f"{path} has format {report.get('format')}, not {FORMAT}; `make bench-{path.stem}` makes it")
     return Sweep(report)
 
 

@@ -1,22 +1,16 @@
 """The sweep: a wrong plan is refused, what is finished is not run again, the page follows from the JSON report."""
 
-import contextlib
 import json
-import os
 import re
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
 from datasets import Dataset, load_from_disk
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_curriculum import save_base
 from transformers import AutoTokenizer
 
@@ -24,10 +18,8 @@ from bench import sweep, sweep_plugin, sweep_report
 from eval.tasks.texts import read_rows
 from prep.common import BadInput
 from train.plugins import unknown_keys
-from train.stages import load_recipe
 
 ROOT = Path(__file__).parent.parent
-REPORTS = sorted((ROOT / "bench/reports").glob("train*.json"))
 DATA = {"2a": "a" * 64, "2b": "b" * 64, "2c": "c" * 64}
 OURS: dict[str, Any] = {"name": "ours", "recipe": "recipes/2a.yml"}
 ADAPTER: dict[str, Any] = {"name": "adapter", "recipe": "recipes/2b.yml", "parent": "ours"}
@@ -43,6 +35,10 @@ def plan_of(folder: Path, *variants: dict[str, Any], **more: Any) -> dict[str, A
     return sweep.load_plan(folder / "plan.yml")
 
 
+def runs_of(folder: Path, *variants: dict[str, Any], data: dict[str, str] = DATA, base: str = "b") -> list[sweep.Run]:
+    return sweep.runs_of(plan_of(folder, *variants), data, base)
+
+
 # --- plan and runs ----------------------------------------------------------------------------------------------------
 
 
@@ -53,8 +49,8 @@ def plan_of(folder: Path, *variants: dict[str, Any], **more: Any) -> dict[str, A
         ([OURS | {"name": "base"}], "a name of its own"),
         ([OURS | {"override": {}}], "unknown key override"),
         ([OURS | {"recipe": "recipes/9z.yml"}], r"no recipe recipes/9z\.yml"),
+        ([{"name": "x"}], "no recipe None"),
         ([ADAPTER, OURS], "ours must be listed before it"),
-        ([OURS | {"seeds": [1]}, ADAPTER], "has not all of its seeds"),
         ([OURS | {"against": ["theirs"]}], "theirs must be listed"),
         ([OURS | {"quantised": {"load_in_8bit": True}}], "`quantised` needs a parent"),
     ],
@@ -74,11 +70,11 @@ def test_a_file_that_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
 def test_the_batch_is_divided_exactly() -> None:
     ours = {"micro_batch_size": 16, "gradient_accumulation_steps": 2, "sequence_len": 512}
     theirs = {"micro_batch_size": 4, "gradient_accumulation_steps": 8, "sequence_len": 2048}
-    assert sweep.divided(ours, 8, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 1}
-    assert sweep.divided(ours, 2, 2048) == {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
-    assert sweep.divided(theirs, 16, 2048) == {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    for recipe, divisor, micro, accumulated in ((ours, 8, 4, 1), (ours, 2, 4, 4), (theirs, 16, 1, 2)):
+        expected = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulated}
+        assert sweep.divided(recipe, divisor, 2048) == expected
     for divisor in (3, 64):
-        with pytest.raises(BadInput, match="cannot be divided"):
+        with pytest.raises(BadInput, match=f"divided by {divisor}"):
             sweep.divided(theirs, divisor, 2048)
 
 
@@ -87,69 +83,70 @@ def test_settings_are_the_recipe_with_overrides(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, variant)
     settings = sweep.settings(variant, plan, 7)
     assert settings["learning_rate"] == 1e-3 and settings["seed"] == 7 and settings["bf16"] is True
-    assert settings["optimizer"] == load_recipe(ROOT / "recipes/2a.yml")["optimizer"]
+    assert settings["optimizer"] == "adamw_torch_8bit"
     assert "optim_args" not in settings and "test_datasets" not in settings
     assert sweep.settings(variant | {"curve": True}, plan, 7)["test_datasets"]
 
 
-def runs_of(
-    folder: Path, *variants: dict[str, Any], data: dict[str, str] = DATA, base: str = "b"
-) -> dict[str, sweep.Run]:
-    return {run.id: run for run in sweep.runs_of(plan_of(folder, *variants), data, base)}
-
-
-def test_first_seeds_come_first_and_parents_before_what_builds_on_them(tmp_path: Path) -> None:
-    runs = runs_of(tmp_path, OURS, ADAPTER, ADAPTER | {"name": "late", "seeds": [2]})
-    assert list(runs) == ["base", "ours-1", "adapter-1", "ours-2", "adapter-2", "late-2"]
+def test_runs_are_in_order_and_train_in_folders_of_their_own(tmp_path: Path) -> None:
+    """Parents come before what builds on them, all of the first seed before the second; null overrides remove keys."""
+    again = {"name": "again", "recipe": "recipes/2c.yml", "parent": "adapter"}
+    merged = again | {"name": "merged", "overrides": {"base_model": "outputs/merged", "lora_model_dir": None}}
+    runs = {run.id: run for run in runs_of(tmp_path, OURS, ADAPTER, again, merged)}
+    first = ["ours-1", "adapter-1", "again-1", "merged-1"]
+    assert list(runs) == ["base", *first, *(name.replace("1", "2") for name in first)]
+    full, adapter, stage, apart = (runs[name].stage for name in first)
+    assert full.base_model == Path("models/base") and full.output_dir == Path("outputs", runs["ours-1"].name)
+    assert adapter.base_model == stage.base_model == full.output_dir
+    assert stage.adapter_from == adapter.output_dir and apart.adapter_from is None
+    assert apart.base_model == Path(f"{apart.output_dir}-merged")
+    assert len({run.stage.output_dir for run in runs.values() if run.parent}) == 8
 
 
 def test_a_result_is_reused_only_when_all_that_decides_it_is_the_same(tmp_path: Path, monkeypatch: Any) -> None:
-    def keys(*variants: dict[str, Any], **more: Any) -> dict[str, str]:
-        return {name: run.key for name, run in runs_of(tmp_path, *variants, **more).items()}
+    def names(*variants: dict[str, Any], **more: Any) -> set[str]:
+        return {run.name for run in runs_of(tmp_path, *variants, **more)}
 
-    before = keys(OURS, ADAPTER, QUANTISED)
-    assert len(set(before.values())) == len(before)
-    assert keys(OURS, ADAPTER | {"says": "x", "against": ["ours"]}, QUANTISED) == before
-    hotter = keys(OURS | {"overrides": {"learning_rate": 1e-3}}, ADAPTER, QUANTISED)
-    assert {name for name in before if before[name] == hotter[name]} == {"base"}  # children of a changed run change too
-    smaller = keys(OURS, ADAPTER | {"overrides": {"lora_r": 8}}, QUANTISED | {"quantised": {"load_in_4bit": True}})
-    assert {name for name in before if before[name] == smaller[name]} == {"base", "ours-1", "ours-2"}
+    before = names(OURS, ADAPTER, QUANTISED)
+    assert len(before) == 7
+    assert names(OURS, ADAPTER | {"says": "x", "against": ["ours"]}, QUANTISED) == before
+    hotter = names(OURS | {"overrides": {"learning_rate": 1e-3}}, ADAPTER, QUANTISED)
+    assert {name.split("-")[0] for name in before & hotter} == {"base"}  # what builds on a changed run changes too
+    smaller = names(OURS, ADAPTER | {"overrides": {"lora_r": 8}}, QUANTISED | {"quantised": {"load_in_4bit": True}})
+    assert {name.split("-")[0] for name in before & smaller} == {"base", "ours"}
     for more in ({"base": "other"}, {"data": DATA | {"2c": "d"}}):
-        assert not set(keys(OURS, ADAPTER, QUANTISED, **more).values()) & set(before.values())
+        assert not names(OURS, ADAPTER, QUANTISED, **more) & before
     monkeypatch.setattr(sweep, "VERSION", 0)
-    assert not set(keys(OURS, ADAPTER, QUANTISED).values()) & set(before.values())
+    assert not names(OURS, ADAPTER, QUANTISED) & before
 
 
-def test_two_processes_share_the_runs(tmp_path: Path) -> None:
+def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each run is had by one process; what builds on it waits for it."""
+    monkeypatch.chdir(tmp_path)
     runs = runs_of(tmp_path, OURS, ADAPTER)
+    by_name = {run.id: run for run in runs}
     locks: dict[str, Any] = {}  # of runs that are being trained
-    (tmp_path / "results").mkdir()
 
     def claim() -> str | None:
-        claimed = sweep.claim(list(runs.values()), tmp_path)
-        if claimed is None:
-            return None
-        locks[claimed[0].id] = claimed[1]
-        return claimed[0].id
+        claimed = sweep.claim(runs)
+        return locks.setdefault(claimed[0].id, claimed) and claimed[0].id if claimed else None
 
+    Path("results").mkdir()
     assert [claim(), claim()] == ["base", None]
-    sweep.store({}, sweep.result_file(runs["base"], tmp_path))
+    sweep.store({}, by_name["base"].result)
     assert [claim(), claim(), claim()] == ["ours-1", "ours-2", None]
-    locks["ours-1"].lock.release()  # as when its process is killed
+    locks.pop("ours-1")[1].release()  # as when its process is killed
     assert [claim(), claim()] == ["ours-1", None]
-    sweep.store({}, sweep.result_file(runs["ours-1"], tmp_path))
+    sweep.store({}, by_name["ours-1"].result)
     assert [claim(), claim()] == ["adapter-1", None]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("train*.yml")), ids=lambda path: path.stem)
 def test_a_shipped_plan_is_good_and_axolotl_knows_its_keys(path: Path) -> None:
     plan = sweep.load_plan(path)
+    liger = ["axolotl.integrations.liger.LigerPlugin"]  # its keys stay in the recipe when a CPU leaves it out
     for variant in plan["variants"].values():
-        settings = sweep.settings(variant | {"curve": True}, plan, 1)
-        assert settings.pop("plugins") == ["bench.sweep_plugin.Plugin"]  # it adds no keys; Liger's need Liger's plugin
-        read = {key: value for key, value in settings.items() if not key.startswith("liger_")}
-        assert unknown_keys({"test_datasets": [], **read}) == []
+        assert unknown_keys({"test_datasets": [], **sweep.settings(variant, plan, 1)}, liger) == []
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -166,8 +163,8 @@ def result(shift: float, trained: bool = True) -> dict[str, Any]:
 
 @pytest.fixture
 def report(tmp_path: Path) -> dict[str, Any]:
-    """Ours with both seeds, the adapter not yet run."""
-    theirs = {"name": "kafka", "recipe": "bench/kafka/2a.yml", "against": ["ours"], "seeds": [1]}
+    """Ours with both seeds, the other side with one, the adapter not yet run."""
+    theirs = {"name": "kafka", "recipe": "bench/kafka/2a.yml", "against": ["ours"]}
     plan = plan_of(tmp_path, OURS | {"curve": True}, QUANTISED, ADAPTER | {"start": "quantised"}, theirs)
     runs = {"base": 0.3, "ours-1": 0.1, "ours-2": 0.15, "quantised-1": 0.12, "quantised-2": 0.12, "kafka-1": 0.2}
     return {
@@ -182,16 +179,19 @@ def report(tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_differences_are_paired_by_seed_and_by_mean(report: dict[str, Any]) -> None:
+def test_differences_are_paired_by_seed_and_curves_are_in_bits_per_byte(report: dict[str, Any]) -> None:
     found = sweep_report.Sweep(report)
-    for name, other, seeds, shift in (("kafka", "ours", 1, 0.1), ("ours", "base", 2, -0.175)):
+    for name, other, shift in (("kafka", "ours", 0.1), ("ours", "base", -0.175)):
         less = found.less(name, other, "gallica_heldout")
         assert less and less["bits_per_byte"] == pytest.approx(shift / 0.693147, rel=0.1)
         low, high = less["interval"]
         assert low <= less["bits_per_byte"] <= high and low * high > 0
-        assert len([seed for seed in (1, 2) if found.less(name, other, "gallica_heldout", seed)]) == seeds
+    assert found.less("kafka", "ours", "gallica_heldout", seed=2) is None
     assert found.less("adapter", "quantised", "gallica_heldout") is None
     assert found.spread() == pytest.approx(0.05 * 1.055 / 0.693147, rel=1e-3)  # ours less base, of its two seeds
+    scale = 10 / 30 / 0.693147
+    assert found.curve("ours") == [(0, None, pytest.approx(3 * scale)), (8192, None, pytest.approx(2.6 * scale))]
+    assert found.curve("adapter") == []
 
 
 def test_the_tables_say_what_was_measured_and_what_not(report: dict[str, Any], tmp_path: Path) -> None:
@@ -210,31 +210,24 @@ def test_the_tables_say_what_was_measured_and_what_not(report: dict[str, Any], t
     assert rows["adapter"][0] == ["adapter", "quantised", "1e-4", "–", "0", *["–"] * 4]
     assert rows["kafka"][1][1] == "ours" and rows["kafka"][1][2].endswith("*") and rows["kafka"][1][4] == "1"
     assert rows["ours"][1] == ["ours", "98.7%", "0.01"] and rows["ours"][2][3:] == ["0.100", "0.200"]
-    assert "400 (12 works)" in page and "tokens seen" in path.with_suffix(".svg").read_text()
+    assert "400 (12 works)" in page and "2a: Gallica" in path.with_suffix(".svg").read_text()
 
 
-def test_the_curve_is_in_bits_per_byte(report: dict[str, Any]) -> None:
-    scale = 10 / 30 / 0.693147
-    expected = [(0, pytest.approx(3 * scale)), (8192, pytest.approx(2.6 * scale))]
-    assert sweep_report.Sweep(report).curve("ours") == expected
-    assert sweep_report.Sweep(report).curve("adapter") == []
-
-
-@pytest.mark.parametrize("text", ["{", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
 def test_a_damaged_or_older_report_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(text)
     with pytest.raises(BadInput, match="make bench-train"):
         sweep_report.load(tmp_path / "train.json")
 
 
-@pytest.mark.parametrize("committed", REPORTS, ids=lambda path: path.stem)
-def test_the_committed_page_and_picture_follow_from_the_json(committed: Path, tmp_path: Path) -> None:
-    copy = tmp_path / committed.name
+@pytest.mark.parametrize("name", ["train", "train-long"])
+def test_the_committed_page_and_picture_follow_from_the_json(name: str, tmp_path: Path) -> None:
+    committed, copy = ROOT / f"bench/reports/{name}.json", tmp_path / f"{name}.json"
     copy.write_text(committed.read_text())
     sweep_report.write(copy)
     for suffix in (".md", ".svg"):
         assert copy.with_suffix(suffix).read_text() == committed.with_suffix(suffix).read_text(), suffix
-    assert '"/' not in committed.read_text()  # no folder of the machine
+    assert sweep_report.dumped(json.loads(copy.read_text())) == committed.read_text()
 
 
 def test_recipes_point_to_variants_that_were_measured() -> None:
@@ -250,96 +243,64 @@ profile: cpu
 seeds: [1]
 threads: 1
 all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.sweep_plugin.Plugin], curriculum_sampling: null}
-batch_divisor: {2a: 16, 2b: 16, 2c: 4}
+batch_divisor: {2b: 16, 2c: 4}
 largest_batch: 2048
 data:
   - '"$PYTHON" "$ROOT/demo/corpus.py" --out sources'
-  - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 512 --windows 8 --split 1/2 --holdout 0.2 --heldout-windows 2 --out data/2a.jsonl'
   - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 2048 --windows 4 --split 2/2 --holdout 0.2 --heldout-windows 2 --out data/2b.jsonl'
   - '"$PYTHON" "$ROOT/prep/castle.py" --book "$ROOT/demo/corpus/novella.txt" --tokenizer models/base --holdout 0.2 --out data/2c.jsonl'
 variants:
-  - {name: full, recipe: recipes/2a.yml, curve: true}
-  - {name: full-4bit, recipe: recipes/2a.yml, parent: full, quantised: {load_in_4bit: true}}
-  - {name: adapter, recipe: recipes/2b.yml, parent: full, start: full-4bit, overrides: {learning_rate: 1e-2}, against: [full]}
-  - {name: merged, recipe: recipes/2c.yml, parent: adapter, overrides: {base_model: outputs/merged, lora_model_dir: null}}
+  - {name: adapter, recipe: recipes/2b.yml, overrides: {base_model: models/base, learning_rate: 1e-2}, curve: true}
+  - name: full # every weight of the adapter's base, the adapter merged into it
+    recipe: recipes/2c.yml
+    parent: adapter
+    overrides: {base_model: outputs/merged, lora_model_dir: null, load_in_4bit: null, bnb_config_kwargs: null, adapter: null, lora_r: null, lora_alpha: null, peft_use_rslora: null, lora_dropout: null, lora_target_linear: null, optimizer: adamw_torch, max_steps: 2}
+    against: [adapter]
+  - {name: full-4bit, recipe: recipes/2c.yml, parent: full, quantised: {load_in_4bit: true}}
 """
 
 
-def bench(folder: Path, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench/sweep.py", "--plan", folder / "tiny.yml", "--base", folder / "base",
-         "--work", folder / "work", "--out", folder / "reports", *map(str, arguments)],
-        env=os.environ | {"CORPUS_DIR": str(folder), "HF_HUB_OFFLINE": "1"}, text=True, capture_output=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
-
-
-def side_by_side(folder: Path) -> tuple[list[str], set[str]]:
-    """What two sweeps at once print, and OMP_NUM_THREADS of the processes that they start."""
-    threads = set()
-    with ThreadPoolExecutor(2) as pool:
-        sweeps = [pool.submit(bench, folder) for _ in range(2)]
-        while not all(each.done() for each in sweeps):
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if any(word in " ".join(process.cmdline()) for word in ("axolotl.cli", "spawn_main")):
-                        threads.add(process.environ().get("OMP_NUM_THREADS", "as many as cores"))
-            time.sleep(0.2)
-        return [each.result() for each in sweeps], threads
-
-
 @pytest.mark.slow
-def test_four_variants_end_to_end(tmp_path: Path) -> None:
-    save_base(tmp_path / "base")
+def test_a_sweep_trains_merges_quantises_and_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    base = save_base(tmp_path / "base")
     (tmp_path / "tiny.yml").write_text(TINY)
+    folders = {"plan": "tiny.yml", "base": "base", "work": "work", "out": "reports"}
+    command = [f"--{option}={tmp_path / name}" for option, name in folders.items()]
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"CORPUS_DIR": ".", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
 
-    def runs() -> dict[str, Any]:
-        return json.loads((tmp_path / "reports/tiny.json").read_text())["runs"]
+    def started(*arguments: str) -> list[tuple[str, str]]:
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *command, *arguments])
+        sweep.main()
+        said = capsys.readouterr().out
+        assert "4 of 4 runs finished" in said or "--list" in arguments
+        return re.findall(r"^([\w-]+)-\w+: started| - ([\w-]+)-\w+", said, re.M)
 
-    assert "2 of 5 runs finished" in bench(tmp_path, "--at-most", 2)
-    assert set(runs()) == {"base", "full-1"}
-    full = runs()["full-1"]
-
-    # Two at once share the rest, and neither trains, merges or scores with more threads than the plan says.
-    both, threads = side_by_side(tmp_path)
-    assert sorted(re.findall(r"^([\w-]+)-1-\w+: started", "".join(both), re.M)) == ["adapter", "full-4bit", "merged"]
-    assert all("5 of 5 runs finished" in each for each in both) and threads == {"1"}
-    assert runs()["full-1"] == full
-    adapter, quantised = runs()["adapter-1"], runs()["full-4bit-1"]
-    assert full["steps"] == 4 and full["tokens_per_step"] == 1024 and full["moved"]["changed"] > 0.5
+    assert [name for name, _ in started()] == ["base", "adapter-1", "full-1", "full-4bit-1"]
+    runs = json.loads((tmp_path / "reports/tiny.json").read_text())["runs"]
+    full, adapter = runs["full-1"], runs["adapter-1"]
     assert adapter["steps"] == 4 and adapter["tokens_per_step"] == 2048 and adapter["moved"] is None
-    assert [loss for step, _, loss in full["log"] if step in (0, 4) and loss] and "steps" not in quantised
-    scores = [
-        sum(runs()[name]["nll"]["gallica_heldout"])
-        for name in ("base", "full-1", "full-4bit-1", "adapter-1", "merged-1")
-    ]
-    assert len(set(scores)) == 5
+    assert full["steps"] == 2 and full["moved"]["changed"] > 0.5 and "steps" not in runs["full-4bit-1"]
+    assert [loss for step, _, loss in adapter["log"] if step in (0, 4) and loss]
+    assert len({sum(run["nll"]["gallica_heldout"]) for run in runs.values()}) == 4
+    (merged,) = Path("outputs").glob("full-1-*-merged/model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(load_file(merged)[name].float(), load_file(base / "model.safetensors")[name].float())
 
     # Axolotl shuffles the rows it keeps by the seed of the run that tokenises them; here every seed has the same order.
-    kept = [load_from_disk(path.parent) for path in (tmp_path / "work/data/prepared").glob("2a-*/*/state.json")]
-    (rows,) = [each["input_ids"] for each in kept if len(each) == 8]
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    windows = [tokenizer(row["text"])["input_ids"][:100] for row in read_rows(tmp_path / "work/data/2a.jsonl")]
+    kept = [load_from_disk(path.parent) for path in Path("data/prepared").glob("2b-*/*/state.json")]
+    (rows,) = [each["input_ids"] for each in kept if len(each) == 4]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    windows = [tokenizer(row["text"])["input_ids"][:100] for row in read_rows(Path("data/2b.jsonl"))]
     # Each window has a tail, its end of text, which is shuffled along and then left out.
     parts = Dataset.from_list([part for window in windows for part in ({"window": window}, {"window": None})])
     order = [window for window in parts.shuffle(seed=sweep_plugin.ORDER)["window"] if window]
     assert [row[:100] for row in rows] == order
 
-    # `merged` trained a new adapter on its parent's, merged into the model below.
-    (merged,) = (tmp_path / "work").glob("merged-1-*/outputs/merged/model.safetensors")
-    (before,) = (tmp_path / "work").glob("full-1-*/outputs/2a/model.safetensors")
-    with safe_open(merged, "pt") as with_adapter, safe_open(before, "pt") as without:
-        name = "model.layers.0.mlp.down_proj.weight"
-        assert not torch.equal(with_adapter.get_tensor(name).float(), without.get_tensor(name).float())
-
-    # A sweep that was killed has no result yet: that run, and no other, is made again.
-    next((tmp_path / "work/results").glob("adapter-*.json")).unlink()
-    assert re.findall(r"^([\w-]+)-1-\w+: started", bench(tmp_path), re.M) == ["adapter"]
-    assert re.findall(r"^finished (\w+)", bench(tmp_path, "--list"), re.M) == [
-        "base",
-        "full",
-        "full",
-        "adapter",
-        "merged",
-    ]
+    # What is finished stays; a run that was killed has no result yet.
+    assert started() == []
+    next(Path("results").glob("full-4bit-*.json")).unlink()
+    assert started("--list") == [("", "full-4bit-1")]
