@@ -14,6 +14,8 @@ from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel
 from transformers import TrainerCallback
 
+from train.memory import CUDA_CONTEXT, GIB
+
 GPU = torch.cuda.is_available()
 
 
@@ -23,11 +25,20 @@ class ProbeArgs(BaseModel):
     probe_record: str  # file for the record
     probe_warmup: int  # steps that do not count: kernels are compiled, memory is claimed
     probe_seconds: float  # how long steps are timed after that
+    probe_free_gib: float | None = None  # of the card, for all that this process takes
 
 
 class Probe(BasePlugin):
     def get_input_args(self) -> str:
         return "bench.gpu_plugin.ProbeArgs"
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Limit the allocator to what a card with `probe_free_gib` free would leave it beside CUDA's own share."""
+        if GPU and cfg.probe_free_gib:
+            wanted, (free, total) = cfg.probe_free_gib * GIB - CUDA_CONTEXT, torch.cuda.mem_get_info()
+            if free < wanted:
+                raise RuntimeError(f"{cfg.probe_free_gib:g} GiB of the card must be free: {free / GIB:.2f} GiB are")
+            torch.cuda.set_per_process_memory_fraction(wanted / total)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         stopwatch = Stopwatch(ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields}))
