@@ -8,12 +8,13 @@ the longest sequence of words that they share with the rest. The same folder and
 """
 
 import argparse
-import csv
 import random
 import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from eval import metrics, verdict
 from eval.tables import markdown
@@ -36,14 +37,6 @@ def figures(chunks: list[str]) -> dict[str, float | None]:
     return metrics.degeneration([{"text": text, "ended": False} for text in chunks])
 
 
-def parts(text: str, words: int) -> tuple[list[str], list[str], str, str]:
-    """A novel's chunks: of the rest, and of its held-out part; then the text before and after that part."""
-    length = len(text)
-    first, last = round(length * (0.5 - HELDOUT / 2)), round(length * (0.5 + HELDOUT / 2))
-    before, heldout, after = text[:first], text[first:last], text[last:]
-    return metrics.chunks(before, words) + metrics.chunks(after, words), metrics.chunks(heldout, words), before, after
-
-
 def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: int) -> dict[str, Any]:
     """Alarms by kind over all reports, the most that a figure was above the author's own, and shared sequences of words."""
     drawn = random.Random(seed)
@@ -51,13 +44,14 @@ def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: 
     above: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     shared: dict[str, list[int]] = {INSIDE: [], OUTSIDE: []}
     for name, text in progress(novels.items(), unit="novel"):
-        chunks, heldout, before, after = parts(text, words)
+        first, last = (round(len(text) * (0.5 + side * HELDOUT / 2)) for side in (-1, 1))
+        heldout = metrics.chunks(text[first:last], words)
+        chunks = metrics.chunks(text[:first], words) + metrics.chunks(text[last:], words)
         if min(len(heldout), len(chunks)) <= SAMPLES:
-            raise BadInput(
-                f"{name} is too short: a tenth of it must fill {SAMPLES + 1} chunks of {words} words; lower --words"
-            )
+            needed = f"a tenth of it must fill {SAMPLES + 1} chunks of {words} words"
+            raise BadInput(f"{name} is too short: {needed}; lower --words")
         usual = figures(heldout)
-        book = metrics.CopyFinder([before, after])
+        book = metrics.CopyFinder([text[:first], text[last:]])
         lengths = [book.longest(chunk)["words"] for chunk in heldout]
         for _ in range(REPORTS):
             found = figures(drawn.sample(chunks, SAMPLES))
@@ -76,41 +70,31 @@ def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: 
     return {"alarms": alarms, "reports": REPORTS * len(novels), "above": above, "shared": shared}
 
 
-def table(result: dict[str, Any], novels: int, words: int) -> str:
+def tables(result: dict[str, Any], novels: int, words: int) -> str:
     """The two tables of bench/reports/verdicts.md."""
-    rate = {kind: f"{result['alarms'][kind] / result['reports']:.1%}" for kind in (*KINDS, "copies")}
     alarms = [
-        [kind, f"{verdict.DEGENERATED[key][0]} above the author's", f"{result['above'][key]:.3f}", rate[key]]
+        [
+            kind,
+            f"{verdict.DEGENERATED[key][0]} above the author's",
+            f"{result['above'][key]:.3f}",
+            result["alarms"][key],
+        ]
         for key, kind in KINDS.items()
     ]
-    alarms.append(
-        ["copies", f"{verdict.COPY_WORDS} words, {verdict.COPY_TIMES} times the author's", "", rate["copies"]]
-    )
-    head = f"{novels} novels, {result['reports']:,} reports of {SAMPLES} chunks of {words} words"
-    sequences = [
-        [
-            name,
-            f"{len(lengths):,}",
-            f"{statistics.median(lengths):.0f}",
-            f"{statistics.quantiles(lengths, n=100)[-1]:.0f}",
-            str(max(lengths)),
-            f"{sum(length > 12 for length in lengths) / len(lengths):.1%}",
-        ]
-        for name, lengths in result["shared"].items()
-        if len(lengths) > 1
-    ]
-    columns = [
-        f"longest shared sequence of words, chunks of {words} words",
-        "chunks",
-        "median",
-        "99 %",
-        "longest",
-        "> 12",
-    ]
-    return "\n\n".join(
-        markdown(table)
-        for table in (([head, "threshold", "highest seen", "false alarms"], alarms), (columns, sequences))
-    )
+    limit = f"{verdict.COPY_WORDS} words, {verdict.COPY_TIMES} times the author's"
+    alarms.append(["copies", limit, "", result["alarms"]["copies"]])
+    rates = [[*row, f"{count / result['reports']:.1%}"] for *row, count in alarms]
+    title = f"{novels} novels, {result['reports']:,} reports of {SAMPLES} chunks of {words} words"
+    sequences = []
+    for name, lengths in result["shared"].items():
+        if len(lengths) > 1:
+            middle, rare = statistics.median(lengths), statistics.quantiles(lengths, n=100)[-1]
+            long = sum(length > 12 for length in lengths) / len(lengths)
+            sequences.append(
+                [name, f"{len(lengths):,}", f"{middle:.0f}", f"{rare:.0f}", str(max(lengths)), f"{long:.1%}"]
+            )
+    head = [f"longest shared sequence of words, chunks of {words} words", "chunks", "median", "99 %", "longest", "> 12"]
+    return f"{markdown(([title, 'threshold', 'highest seen', 'false alarms'], rates))}\n\n{markdown((head, sequences))}"
 
 
 def main() -> None:
@@ -124,11 +108,8 @@ def main() -> None:
     if not paths:
         raise BadInput(f"no .txt in {args.texts} (relative to {Path.cwd()})")
     novels = {path.stem: to_convention(path.read_text(encoding="utf-8")) for path in paths}
-    authors: dict[str, str] = {}
-    if args.works:
-        with args.works.open(encoding="utf-8", newline="") as file:
-            authors = {row["file_id"]: row["author"] for row in csv.DictReader(file)}
-    print(table(measured(novels, authors, args.words, args.seed), len(novels), args.words))
+    authors = pd.read_csv(args.works, index_col="file_id")["author"].dropna().to_dict() if args.works else {}
+    print(tables(measured(novels, authors, args.words, args.seed), len(novels), args.words))
 
 
 if __name__ == "__main__":

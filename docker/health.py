@@ -7,26 +7,14 @@ was given still answers: it can vanish when the host reloads its services.
 import os
 import shutil
 import subprocess
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import requests
 from jupyter_server.serverapp import list_running_servers
 
 from prep.common import BadInput, run
 
 CARD = Path("/dev/nvidiactl")  # in a container it is there if, and only if, a GPU was given
-
-
-def status(url: str) -> int:
-    """The HTTP status of an address. Raises BadInput when nothing answers."""
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError as error:
-        raise BadInput(f"the notebook server does not answer: {error}") from error
 
 
 def check_card() -> None:
@@ -35,7 +23,7 @@ def check_card() -> None:
         return
     if not shutil.which("nvidia-smi"):
         raise BadInput("a GPU is here without nvidia-smi: NVIDIA_DRIVER_CAPABILITIES must have utility")
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     if done.returncode or "GPU" not in done.stdout:
         said = " ".join((done.stdout + done.stderr).split())
         raise BadInput(f"the GPU does not answer ({said}): restart the container")
@@ -47,9 +35,15 @@ def main() -> None:
         raise BadInput("no notebook server is running")
     for server in servers:
         page = f"http://127.0.0.1:{server['port']}{server['base_url']}api/contents/eval/workbench.ipynb?content=0"
-        if (found := status(f"{page}&token={server['token']}")) != 200:
-            raise BadInput(f"the workbench is not served: status {found}")
-        if status(page) == 200:
+        try:
+            status, locked = (
+                requests.get(page + end, timeout=10).status_code for end in (f"&token={server['token']}", "")
+            )
+        except requests.RequestException as error:
+            raise BadInput(f"the notebook server does not answer: {error}") from error
+        if status != 200:
+            raise BadInput(f"the workbench is not served: status {status}")
+        if locked == 200:
             raise BadInput("the workbench is served without a token")
     for folder in ("models", "data", "outputs", "eval/reports"):
         if not os.access(folder, os.W_OK):

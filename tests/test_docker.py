@@ -1,4 +1,4 @@
-"""The container, without an engine: what the Dockerfile, compose.yaml, the entry point and the health check promise."""
+"""The container, without an engine: what the Dockerfile, compose.yaml and the entry point promise."""
 
 import json
 import os
@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 DOCKERFILE = ROOT / "docker/Dockerfile"
 TEXT = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.M).replace("\\\n", " ")
 STEPS = [line.partition(" ")[::2] for line in TEXT.splitlines() if line.strip()]  # (instruction, value)
-SERVICES = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
 
 
 def test_hadolint() -> None:
@@ -25,14 +24,11 @@ def test_hadolint() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_a_recipe_rebuilds_nothing_heavy() -> None:
-    """Before the last pip install only locks are copied: no recipe or script invalidates those layers."""
+def test_packages_are_installed_by_hash_before_anything_but_locks_is_copied() -> None:
+    """So no recipe or script invalidates those layers."""
     last = max(number for number, (_, value) in enumerate(STEPS) if "pip install" in value)
     copied = [value for instruction, value in STEPS[:last] if instruction == "COPY" and "--from" not in value]
     assert copied and all(word.startswith("requirements/") for value in copied for word in value.split())
-
-
-def test_pip_installs_by_hash_alone() -> None:
     calls = re.findall(r"pip (?:install|wheel)[^&;]*", TEXT)
     assert len(calls) >= 5
     for call in calls:
@@ -42,20 +38,15 @@ def test_pip_installs_by_hash_alone() -> None:
 def test_compose_fits_the_image() -> None:
     volumes = json.loads(next(value for instruction, value in STEPS if instruction == "VOLUME"))
     arguments = {value.partition("=")[0] for instruction, value in STEPS if instruction == "ARG"}
-    port = next(value for instruction, value in STEPS if instruction == "EXPOSE")
-    for service in SERVICES.values():
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    for service in services.values():
         mounts = dict(volume.split(":")[::-1] for volume in service["volumes"])
-        assert set(mounts) == set(volumes)
+        assert set(mounts) == set(volumes) and set(service["build"]["args"]) <= arguments
         for target, source in mounts.items():
-            assert source == "hub" or (ROOT / "docker" / source).resolve() == ROOT / Path(target).relative_to(
-                "/chateau"
-            )
-        assert all(each.startswith("127.0.0.1:") and each.endswith(f":{port}") for each in service["ports"])
-        context = (ROOT / "docker" / service["build"]["context"]).resolve()
-        assert (context / service["build"]["dockerfile"]).samefile(DOCKERFILE)
-        assert set(service["build"]["args"]) <= arguments
-    assert SERVICES["workbench"]["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
-    assert "deploy" not in SERVICES["workbench-cpu"]
+            assert source == "hub" or source == target.replace("/chateau", "..")
+        assert all(re.fullmatch(r"127\.0\.0\.1:.*:8000", port) for port in service["ports"])
+    assert services["workbench"]["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
+    assert "deploy" not in services["workbench-cpu"]
 
 
 def test_a_report_names_the_commit_that_the_image_was_built_from(
@@ -75,24 +66,24 @@ def test_a_report_names_the_commit_that_the_image_was_built_from(
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a second user")
 def test_a_folder_of_another_user_is_named(tmp_path: Path) -> None:
     script = (ROOT / "docker/entrypoint").read_text().replace("cd /chateau", f"cd {tmp_path}")
-    folders = [tmp_path / name for name in ("models", "data", "outputs", "eval/reports", "hub")]
+    hub = tmp_path / "hub"
+    folders = [tmp_path / name for name in ("models", "data", "outputs", "eval/reports")] + [hub]
     for folder in folders:
         folder.mkdir(parents=True)
+        folder.chmod(0o777)
     for path in (tmp_path, *tmp_path.parents):
         if str(path).startswith("/tmp/pytest"):
             path.chmod(0o755)
 
     def start() -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", "-c", script, "entrypoint", "echo", "started"],
-            env=os.environ | {"HF_HOME": str(tmp_path / "hub")}, user=65534, capture_output=True, text=True, cwd="/",
-        )  # fmt: skip
+        command = ["bash", "-c", script, "entrypoint", "echo", "started"]
+        environment = os.environ | {"HF_HOME": str(hub)}
+        return subprocess.run(command, env=environment, user=65534, capture_output=True, text=True, cwd="/")
 
-    for locked in folders:
-        for folder in folders:
-            folder.chmod(0o755 if folder == locked else 0o777)
-        refused = start()
-        name = locked if locked.name == "hub" else locked.relative_to(tmp_path)
-        assert refused.returncode == 1 and refused.stderr.startswith(f"{name} belongs to user 0")
-    locked.chmod(0o777)
     assert start().stdout == "started\n"
+    for locked in folders:
+        locked.chmod(0o755)
+        refused = start()
+        name = locked if locked == hub else locked.relative_to(tmp_path)
+        assert refused.returncode == 1 and refused.stderr.startswith(f"{name} belongs to user 0")
+        locked.chmod(0o777)
