@@ -15,14 +15,13 @@ RUN ?= full#          name of the report
 RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
 PORT ?= 8000#         of `make notebook`
-MINUTES ?=#           time limit of `make bench-gpu`; run again to resume
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
 ARGS ?=#              more options for the command; words split and quoted as in a shell
 # CORPUS_DIR=folder with gallica/, tokenizer/ and book/, for some of the bench targets and tests
 
 # Settings reach the shell as environment variables that recipes quote, never as text of a command: a file name with
 # quotes, $, backticks or ; is a file name. `value` keeps make from expanding a $ in them.
-SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM STAGE RUN RUNS WORDS PORT MINUTES CORPUS_DIR TORCH ARGS
+SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM STAGE RUN RUNS WORDS PORT CORPUS_DIR TORCH ARGS
 $(foreach name,$(SETTINGS),$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
 export AXOLOTL_DO_NOT_TRACK := 1
 
@@ -38,14 +37,17 @@ override PIP := $(BIN)/pip install --quiet --disable-pip-version-check --require
 override SPLIT = readarray -d '' -t more < <(xargs -r printf '%s\0' <<<"$$$(1)"); wait $$!;
 # Print each command as it would be typed.
 override SHOW := PS4='$$ '; set -x;
+override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
-.PHONY: help
+.PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
+        eval merge continue compare notebook plan bench-gpu bench-eval bench-train bench-train-long bench-prep \
+        demo clean-demo test test-fast lint
+
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 # --- environment ---
 
-.PHONY: setup
 setup: $(READY) ## .venv from the hash-locked requirements (5 GB with the CPU build of torch, once)
 
 # The locks are complete, so pip resolves nothing. Without an NVIDIA card the CPU build of torch is taken, where the
@@ -61,17 +63,14 @@ $(READY): requirements/base.txt requirements/cuda.txt requirements/torch-cpu.txt
 	@echo "$(CURDIR)" > .venv/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.common
 	@touch $@
 
-.PHONY: setup-gpu
 setup-gpu: $(READY) ## What only a GPU can use: deepspeed, flash-attn (built here by nvcc, an hour); optional
 	$(PIP) --no-build-isolation -r requirements/gpu.txt
 
-.PHONY: lock
 lock: $(READY) ## Resolve requirements/*.in again
 	PATH="$(CURDIR)/$(BIN):$$PATH" requirements/lock.sh
 
 # --- step 0: sources ---
 
-.PHONY: data base gallica book
 data: base gallica book ## Base model, Gallica files and the novel (BOOK=address or file)
 base: $(READY) ## Base model -> models/base
 	@$(SHOW) $(BIN)/python prep/collect.py base
@@ -83,7 +82,6 @@ book: $(READY) ## The novel (BOOK=address or file) -> data/raw/book
 
 # --- steps 1a, 1b, 1c: rows ---
 
-.PHONY: prep prep-a prep-b prep-c
 prep: prep-a prep-b prep-c ## All training rows
 prep-a: $(READY) ## 1,000,000 windows of 512 tokens of Gallica -> data/2a.jsonl
 	@$(SHOW) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 --windows 1000000 --split 1/2 --seed 42 --out data/2a.jsonl
@@ -95,86 +93,70 @@ prep-c: $(READY) ## The novel in four phases -> data/2c.jsonl
 
 # --- steps 2a, 2b, 2c: training ---
 
-.PHONY: stage-a stage-b stage-c
 stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens
 stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, windows of 2048
 stage-c: stage-%: $(READY) ## Train 2c: the same adapter, on the novel
 stage-a stage-b stage-c: stage-%:
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python train/stage.py "$${CURRICULUM}$*" --profile "$$PROFILE" -- "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python train/stage.py "$${CURRICULUM}$*" --profile "$$PROFILE" -- "$${more[@]}"
 
-.PHONY: check
 check: $(READY) ## Did every stage train? The gates, on whatever is there
 	@$(SHOW) $(BIN)/python train/gate.py
 
 # --- evaluation ---
 
-.PHONY: eval
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/evaluation.py --recipes recipes --run "$$RUN" --out eval/reports "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python eval/evaluation.py --recipes recipes --run "$$RUN" --out eval/reports "$${more[@]}"
 
-.PHONY: merge
 merge: $(READY) ## STAGE's adapter and its base as one 16-bit model to share -> outputs/2c/merged
 	@$(SHOW) $(BIN)/python eval/merge.py "$$STAGE"
 
-.PHONY: continue
 continue: $(READY) ## Write WORDS more words of the novel with the last stage -> outputs/continuation
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/continuation.py --recipes recipes --words "$$WORDS" "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python eval/continuation.py --recipes recipes --words "$$WORDS" "$${more[@]}"
 
-.PHONY: compare
 compare: $(READY) ## Several reports in one page: make compare RUNS="small full" -> eval/reports/compare.html
 	@test -n "$$RUNS" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }
 	@$(call SPLIT,RUNS) $(SHOW) $(BIN)/python eval/compare.py --reports eval/reports -- "$${more[@]}"
 
-.PHONY: notebook
 notebook: $(READY) ## Watch trainings, write with the stages, read reports: a page on PORT, for this machine alone
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python eval/serve.py --port "$$PORT" "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python eval/serve.py --port "$$PORT" "$${more[@]}"
 
 # --- measurements ---
 
-.PHONY: plan bench-gpu
 plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--base models/base recipes/2a.yml")
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python train/memory.py "$${more[@]}"
-bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.json, .md (bench/README.md)
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/gpu.py $${MINUTES:+--minutes "$$MINUTES"} "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python train/memory.py "$${more[@]}"
 
-.PHONY: bench-eval
+bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.md (ARGS="--minutes 9": resume later)
+	@$(WITH_ARGS) $(BIN)/python bench/gpu.py "$${more[@]}"
+
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
-	@$(call SPLIT,ARGS) cd demo/run; $(SHOW) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes "$${more[@]}"
+	@cd demo/run; $(WITH_ARGS) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes "$${more[@]}"
 
-.PHONY: bench-train
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/sweep.py "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python bench/sweep.py "$${more[@]}"
 
-.PHONY: bench-train-long
 bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)
-	@$(call SPLIT,ARGS) $(SHOW) $(BIN)/python bench/sweep.py --plan bench/train-long.yml "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python bench/sweep.py --plan bench/train-long.yml "$${more[@]}"
 
-.PHONY: bench-prep
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
 	@test -n "$${CORPUS_DIR-}" || { echo 'say where the corpus is: make bench-prep CORPUS_DIR=folder' >&2; exit 1; }
 	@$(SHOW) $(BIN)/python bench/prep_speed.py --source "$$CORPUS_DIR/gallica" --tokenizer "$$CORPUS_DIR/tokenizer"
 
 # --- small and local ---
 
-.PHONY: demo
 demo: $(READY) ## All of the above, small, on a CPU, in demo/run: about 25 minutes on two cores
 	@demo/demo.sh
 
-.PHONY: clean-demo
 clean-demo: ## Remove what the demo made; texts that you kept or continued stay in demo/run/outputs
 	@[ ! -d demo/run ] || find demo/run -depth -mindepth 1 \
 		! -path demo/run/outputs ! -path 'demo/run/outputs/kept*' ! -path 'demo/run/outputs/continuation*' -delete
 	@[ ! -d demo/run ] || find demo/run -depth -type d -empty -delete
 
-.PHONY: test
 test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds those that need a corpus)
 	$(BIN)/python -m pytest
 
-.PHONY: test-fast
 test-fast: $(READY) ## The tests that load no model
 	$(BIN)/python -m pytest -m "not slow"
 
-.PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .

@@ -3,44 +3,30 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from prep.common import BadInput
 from train.stage import OVERRIDES, as_arguments, load_profile
-from train.stages import line_of, load_chain, load_recipe
+from train.stages import Stage, line_of, load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
 CHAIN = load_chain(ROOT / "recipes")
 
 
-@pytest.fixture(params=CHAIN, ids=lambda stage: stage.name)
-def config(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return dict(request.param.config)
-
-
-def unknown_keys(config: dict[str, Any]) -> list[str]:
+@pytest.mark.parametrize("stage", CHAIN, ids=lambda stage: stage.name)
+def test_axolotl_accepts_it_and_ignores_no_key(stage: Stage, axolotl_validates: Callable) -> None:
     from train.plugins import unknown_keys  # imports all of Axolotl
 
-    return unknown_keys(config)
-
-
-def test_axolotl_accepts_it(config: dict[str, Any], axolotl_validates: Callable) -> None:
+    config = stage.config
     validated = axolotl_validates(config)
     assert validated["sequence_len"] == config["sequence_len"]
     assert validated["learning_rate"] == float(config["learning_rate"])
     with pytest.raises(ValueError, match="micro_batch_size"):
         axolotl_validates(config | {"micro_batch_size": "many"})
-
-
-def test_axolotl_accepts_it_without_held_out_rows(config: dict[str, Any], axolotl_validates: Callable) -> None:
-    """What the gate makes of it when the rows were prepared with --holdout 0."""
+    # What the gate makes of it when the rows were prepared with --holdout 0.
     assert not axolotl_validates(config | {"test_datasets": None, "eval_steps": None})["test_datasets"]
-
-
-def test_no_key_is_ignored(config: dict[str, Any]) -> None:
     assert unknown_keys(config) == []
     wrong = config | {"learning_rat": 1e-4, "datasets": [config["datasets"][0] | {"tpye": "completion"}]}
     assert unknown_keys(wrong) == ["learning_rat", "tpye"]
@@ -60,44 +46,29 @@ def test_what_every_stage_shares() -> None:
         assert not {"special_tokens", "trust_remote_code", "wandb_project", "use_wandb", "hub_model_id"} & set(config)
 
 
-def test_the_chain() -> None:
-    first, second, third = CHAIN
-    assert [stage.name for stage in line_of("2c", CHAIN)] == ["2a", "2b", "2c"]
+def test_the_chain_continues_one_adapter_with_its_settings() -> None:
+    """PEFT takes them from the saved adapter, whatever the later recipe says."""
+    first, second, third = line_of("2c", CHAIN)
     assert first.parent is None and first.adapter is None
     assert second.parent == "2a" and second.base_model == first.output_dir and second.adapter == "qlora"
     assert third.parent == "2b" and third.base_model == first.output_dir and third.adapter_from == second.output_dir
+    pattern = re.compile(r"lora_(?!model_dir)|peft_|adapter|load_in|bnb_")
+    shared = [key for key in {**second.config, **third.config} if pattern.match(key)]
+    assert len(shared) >= 8 and all(second.config.get(key) == third.config.get(key) for key in shared)
 
 
-def test_a_continued_adapter_keeps_its_settings() -> None:
-    """PEFT takes them from the saved adapter, whatever the later recipe says."""
-    stages = {stage.output_dir: stage for stage in CHAIN}
-    for stage in CHAIN:
-        if stage.adapter_from:
-            earlier = stages[stage.adapter_from].config
-            pattern = re.compile(r"lora_(?!model_dir)|peft_|adapter|load_in|bnb_")
-            shared = {key for key in earlier | stage.config if pattern.match(key)}
-            assert len(shared) >= 8
-            assert {key: stage.config.get(key) for key in shared} == {key: earlier.get(key) for key in shared}
-
-
-def test_steps_in_comments_are_true() -> None:
+def test_figures_in_comments_and_lengths_of_rows_are_those_of_the_recipes() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for stage in CHAIN[:2]:
         windows = int(re.search(rf"--windows (\d+) .*data/{stage.name}\.jsonl", makefile)[1])  # type: ignore[index]
-        length, sizes = stage.config["sequence_len"], ("micro_batch_size", "gradient_accumulation_steps")
-        step = stage.config[sizes[0]] * stage.config[sizes[1]] * length
-        text = stage.recipe.read_text()
+        length, config, text = stage.config["sequence_len"], stage.config, stage.recipe.read_text()
+        step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * length
         assert f"= {step:,} tokens per step" in text and f"{windows:,} windows x {length}" in text
         assert f"= {windows * length // step:,} steps" in text
-
-
-def test_rows_are_cut_for_the_recipes() -> None:
-    """The Makefile and the demo give prep the sequence length of the recipe that reads the rows."""
-    for path in (ROOT / "Makefile", ROOT / "demo" / "demo.sh"):
-        text = path.read_text().replace("\\\n", " ")
+    for commands in (makefile, (ROOT / "demo/demo.sh").read_text().replace("\\\n", " ")):
         for stage in CHAIN:
-            lengths = re.findall(rf"--sequence-len (\d+) [^\n]*--out data/{stage.name}\.jsonl", text)
-            assert lengths == [str(stage.config["sequence_len"])], (path, stage.name)
+            lengths = re.findall(rf"--sequence-len (\d+) [^\n]*--out data/{stage.name}\.jsonl", commands)
+            assert lengths == [str(stage.config["sequence_len"])], stage.name
 
 
 # --- a chain is read from YAML, whatever its names -------------------------------------------------------------------
@@ -157,9 +128,7 @@ def test_overrides_are_a_closed_list() -> None:
             if section not in ("launch", "extends"):
                 assert section in {"all", *(stage.name for stage in CHAIN)}
                 assert set(overrides) <= ALLOWED, (name, section)
-
-
-def test_a_learning_rate_override_has_its_reason() -> None:
+    # A learning rate only with its reason.
     assert not re.findall(r"^\s+learning_rate:[^#]*$", OVERRIDES.read_text(), re.M)
 
 

@@ -7,7 +7,7 @@ import pytest
 from eval import metrics, tables
 
 
-def test_delta_by_hand(monkeypatch):
+def test_delta_by_hand():
     """Two words, two known texts: frequencies of « le » 0.75 and 0.25, z-scores +-1/sqrt 2, those of « un » the reverse."""
     reference = {"a": "le le le un", "b": "un un un le"}
     found = metrics.delta({"a": "Le le le, un.", "middle": "un le", "far": "le le"}, reference)
@@ -15,43 +15,35 @@ def test_delta_by_hand(monkeypatch):
     assert found["middle"] == pytest.approx({"a": math.sqrt(0.5), "b": math.sqrt(0.5)})
     # « le » 1.00 is 0.5 / sqrt 0.125 = sqrt 2 deviations above the mean; a is half that
     assert found["far"] == pytest.approx({"a": math.sqrt(0.5), "b": 3 * math.sqrt(0.5)})
-
-
-def test_words_equally_frequent_in_all_are_left_out():
+    # Words equally frequent in all are left out.
     reference = {"a": "le le le un et et", "b": "un un un le et et"}
     assert metrics.delta({"x": "le le le un et et"}, reference)["x"] == pytest.approx({"a": 0, "b": math.sqrt(2)})
 
 
-def test_only_frequent_words_count(monkeypatch):
-    monkeypatch.setattr(metrics, "FREQUENT", 2)
-    reference = {"a": "le le le le le le un un château", "b": "un un un un un un le le village"}
-    alone = metrics.delta({"x": "le le le le le le un un château"}, reference)["x"]["b"]
-    assert metrics.delta({"x": "le le le le le le un un village"}, reference)["x"]["b"] == pytest.approx(alone)
-
-
-def test_a_hundred_words_count():
+def test_the_hundred_most_frequent_words_count(monkeypatch):
     """Ninety-nine words as frequent in both books, and one that tells them apart: seen only if all hundred are."""
     common = " ".join(chr(97 + i // 26) + chr(97 + i % 26) for i in range(99))
     reference = {"a": f"{common} {common} zz", "b": f"{common} {common} zy"}
     assert metrics.delta({"x": reference["a"]}, reference)["x"]["b"] > 0
+    monkeypatch.setattr(metrics, "FREQUENT", 2)
+    reference = {"a": "le le le le le le un un château", "b": "un un un un un un le le village"}
+    alone = metrics.delta({"x": reference["a"]}, reference)["x"]["b"]
+    assert metrics.delta({"x": reference["a"].replace("château", "village")}, reference)["x"]["b"] == pytest.approx(
+        alone
+    )
 
 
 def test_a_text_is_nearest_to_its_own_kind():
     old, new = "il vint et il dit que le soir tombait. " * 150, "tu sais, moi je crois qu'on part ! " * 150
-    books = {"book": "\n\n".join([new] * 2), "other": old}
-    result = metrics.style(
-        {"base": [old], "2a": [new]}, books["book"], new, {"tale": old, "too short": "Un mot."}, "base"
-    )
+    samples, others = {"base": [old], "2a": [new]}, {"tale": old, "too short": "Un mot."}
+    result = metrics.style(samples, f"{new}\n\n{new}", new, others, "base")
     assert result["2a"]["delta"]["novel"] < 0.2 < result["2a"]["delta"]["gallica"]
     assert result["base"]["delta"]["gallica"] < 0.2 < result["base"]["delta"]["novel"]
     assert result["base"]["delta"]["base"] == pytest.approx(0)
     assert result["the novel, held out"]["delta"]["novel"] < 0.2
     assert result["the novel, held out"]["words"] <= max(result["2a"]["words"], result["base"]["words"])
-    longer = metrics.style({"base": [old], "2a": [new]}, books["book"], new * 3, {"tale": old, "second": new}, "base")
+    longer = metrics.style(samples, f"{new}\n\n{new}", new * 3, {"tale": old, "second": new}, "base")
     assert longer["the novel, held out"]["words"] == longer["base"]["words"]  # cut to the size of the largest samples
-    assert longer["base"]["delta"]["gallica"] == pytest.approx(
-        longer["2a"]["delta"]["novel"] / 2 + longer["base"]["delta"]["novel"] / 2, rel=0.1
-    )
     table = tables.style({"style": result})
     assert table and [row[0] for row in table[1]][:2] == ["base", "2a"] and tables.style({}) is None
 
@@ -62,41 +54,44 @@ def test_too_few_words_have_no_delta():
     assert result["the novel"]["delta"] == {"novel": 0, "gallica": pytest.approx(math.sqrt(2)), "base": None}
 
 
-def test_dialogue_is_a_share_of_words():
-    assert metrics.dialogue("Il vint et dit\n\n— Oui non oui\n\n« Non »") == pytest.approx(7 / 11)
-    assert metrics.dialogue("Il vint.\n\n  — Oui.") == pytest.approx(2 / 4)  # the dash is a word of its own here
-    assert metrics.dialogue("Il dit — oui — et vint.") == 0 and metrics.dialogue("") == 0
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("Il vint et dit\n\n— Oui non oui\n\n« Non »", 7 / 11),
+        ("Il vint.\n\n  — Oui.", 2 / 4),  # the dash is a word of its own here
+        ("Il dit — oui — et vint.", 0),
+        ("", 0),
+    ],
+)
+def test_dialogue_is_a_share_of_words(text, share):
+    assert metrics.dialogue(text) == pytest.approx(share)
 
 
-def test_sentences_are_whole_and_an_initial_ends_none():
-    text = "K. vit M. Klamm. Il dit : « Venez ! » Puis rien\n\n— Oui. Non... Et puis il"
-    assert metrics.sentence_lengths(text) == [
-        4,
-        3,
-        2,
-        1,
-        1,
-    ]  # « Puis rien » ends with its paragraph, « Et puis il » nowhere
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        # « Puis rien » ends with its paragraph, « Et puis il » nowhere; an initial ends no sentence.
+        ("K. vit M. Klamm. Il dit : « Venez ! » Puis rien\n\n— Oui. Non... Et puis il", [4, 3, 2, 1, 1]),
+        ("Il dit : « Non. » MM. Durand et Klamm vinrent… Oui. Et", [3, 5, 1]),
+        ("Il vint.\n\n...\n\nNon. Et", [2, 1]),  # dots alone are no sentence
+    ],
+)
+def test_sentences_are_whole(text, lengths):
+    assert metrics.sentence_lengths(text) == lengths
 
 
-def test_a_sentence_ends_with_its_guillemet_and_not_with_a_title():
-    assert metrics.sentence_lengths("Il dit : « Non. » MM. Durand et Klamm vinrent… Oui. Et") == [3, 5, 1]
-    assert metrics.sentence_lengths("Il vint.\n\n...\n\nNon. Et") == [2, 1]  # dots alone are no sentence
-    lengths = (
-        "Un. " * 1 + "Un deux. " * 1 + "Un deux trois. " * 1 + "Un deux trois quatre. " + "Un deux trois quatre cinq. "
-    )
-    result = metrics.style({"base": [lengths]}, "Un mot.", None, {}, "base")
+def test_sentence_lengths_are_quantiles():
+    text = "Un. Un deux. Un deux trois. Un deux trois quatre. Un deux trois quatre cinq. "
+    result = metrics.style({"base": [text]}, "Un mot.", None, {}, "base")
     assert result["base"]["sentence_words"] == pytest.approx([1.4, 3, 4.6])
 
 
 def test_names_are_what_is_capitalised_inside_sentences():
     book = (
-        "Alors Barnabé vint. " * 3
-        + "Puis Olga rit. " * 2
+        "Alors Barnabé vint. " * 3 + "Puis Olga rit. " * 2 + "Il vit Monsieur, vit Madame. " * 4
         + "Un Monsieur dit à M. Klamm, K. et Klamm, que Klamm dort. " * 2
-    )
-    book += "Il vit Monsieur, vit Madame. " * 4 + "Il vint, Hans aussi. " * 3 + "Il dit l'Auberge. " * 3
-    book += "Dans Le Monde. " * 3 + "le monde " * 9
+        + "Il vint, Hans aussi. " * 3 + "Il dit l'Auberge. " * 3 + "Dans Le Monde. " * 3 + "le monde " * 9
+    )  # fmt: skip
     assert metrics.names(book) == {"Barnabé", "Klamm", "Hans", "Auberge"}
     assert metrics.name_frequency("Klamm dit oui à Barnabé.", frozenset({"Klamm", "Barnabé"})) == pytest.approx(400)
     assert metrics.name_frequency("", frozenset()) is None
