@@ -101,7 +101,7 @@ def page(report: dict[str, Any]) -> str:
     return (
         "# What quantisation costs, and what the adapter's start gives back\n\nHeld-out bits per byte of the demo's 2a, lower is "
         "better, with the paired 95 % interval of the difference. Nothing is trained. Where a rank stands, the adapter starts as "
-        f"the correction of the quantisation error.\n\n{markdown(head, rows)}\n\n{where}. Model: {report['model'][:16]}.\n"
+        f"the correction of the quantisation error.\n\n{markdown((head, rows))}\n\n{where}. Model: {report['model'][:16]}.\n"
     )
 
 

@@ -1,11 +1,13 @@
 """The sweep: a wrong plan is refused, what is finished is not run again, the page follows from the JSON report."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -152,74 +154,6 @@ def test_a_shipped_plan_is_good_and_axolotl_knows_its_keys(path: Path) -> None:
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-def result(shift: float, trained: bool = True) -> dict[str, Any]:
-    """Invented: each unit's nats are its own, plus `shift` nats per byte, a little unevenly."""
-    nll = [60 + i + 100 * shift * (1 + i / 100) for i in range(12)]
-    run = {"nll": dict.fromkeys(sweep.TASKS, nll), "token_probability": {"train": 0.1, "heldout": 0.2}}
-    log = [[0, None, 3.0], [1, 2.9, None], [4, 2.7, 2.6]]
-    moved = {"changed": 0.987, "relative": 0.01}
-    return run | ({"steps": 4, "tokens_per_step": 2048, "moved": moved, "log": log} if trained else {})
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> dict[str, Any]:
-    """Ours with both seeds, the other side with one, the adapter not yet run."""
-    theirs = {"name": "kafka", "recipe": "bench/kafka/2a.yml", "against": ["ours"]}
-    plan = plan_of(tmp_path, OURS | {"curve": True}, QUANTISED, ADAPTER | {"start": "quantised"}, theirs)
-    runs = {"base": 0.3, "ours-1": 0.1, "ours-2": 0.15, "quantised-1": 0.12, "quantised-2": 0.12, "kafka-1": 0.2}
-    return {
-        "format": sweep_report.FORMAT, "date": "today", "plan": plan,
-        "environment": {"cpu": "a machine", "threads": 2, "git": None},
-        "manifests": {stage: {"train": {"windows": 4}, "sequence_len": 512} for stage in DATA},
-        "validation": {stage: {"tokens": 10, "bytes": 30} for stage in DATA},
-        "texts": {task: {"tokens": 400, "unit": "work", "bytes": [100] * 12} for task in sweep.TASKS},
-        "recipes": {path: {"learning_rate": 1e-4} for path in ("recipes/2a.yml", "recipes/2b.yml", "bench/kafka/2a.yml")},
-        "variants": plan["variants"],
-        "runs": {name: result(shift, trained="quantised" not in name) for name, shift in runs.items()},
-    }  # fmt: skip
-
-
-def test_differences_are_paired_by_seed_and_curves_are_in_bits_per_byte(report: dict[str, Any]) -> None:
-    found = sweep_report.Sweep(report)
-    for name, other, shift in (("kafka", "ours", 0.1), ("ours", "base", -0.175)):
-        less = found.less(name, other, "gallica_heldout")
-        assert less and less["bits_per_byte"] == pytest.approx(shift / 0.693147, rel=0.1)
-        low, high = less["interval"]
-        assert low <= less["bits_per_byte"] <= high and low * high > 0
-    assert found.less("kafka", "ours", "gallica_heldout", seed=2) is None
-    assert found.less("adapter", "quantised", "gallica_heldout") is None
-    assert found.spread() == pytest.approx(0.05 * 1.055 / 0.693147, rel=1e-3)  # ours less base, of its two seeds
-    scale = 10 / 30 / 0.693147
-    assert found.curve("ours") == [(0, None, pytest.approx(3 * scale)), (8192, None, pytest.approx(2.6 * scale))]
-    assert found.curve("adapter") == []
-
-
-def test_the_tables_say_what_was_measured_and_what_not(report: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "train.json"
-    path.write_text(sweep_report.dumped(report))
-    assert json.loads(path.read_text()) == report
-    sweep_report.write(path)
-    page = path.with_suffix(".md").read_text()
-    rows: dict[str, list[list[str]]] = {}
-    for line in page.splitlines():
-        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
-        rows.setdefault(cells[0], []).append(cells)
-    value = sweep_report.Sweep(report).bits("ours", "gallica_heldout")
-    assert rows["ours"][0][1:6] == ["base", "1e-4", "4 x 2,048", "2", f"{value:.3f}"]
-    assert rows["quantised"][0][1:5] == ["ours", "–", "–", "2"] and "+0.0" not in rows["ours"][0][6]
-    assert rows["adapter"][0] == ["adapter", "quantised", "1e-4", "–", "0", *["–"] * 4]
-    assert rows["kafka"][1][1] == "ours" and rows["kafka"][1][2].endswith("*") and rows["kafka"][1][4] == "1"
-    assert rows["ours"][1] == ["ours", "98.7%", "0.01"] and rows["ours"][2][3:] == ["0.100", "0.200"]
-    assert "400 (12 works)" in page and "2a: Gallica" in path.with_suffix(".svg").read_text()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
-def test_a_damaged_or_older_report_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text(text)
-    with pytest.raises(BadInput, match="make bench-train"):
-        sweep_report.load(tmp_path / "train.json")
-
-
 @pytest.mark.parametrize("name", ["train", "train-long"])
 def test_the_committed_page_and_picture_follow_from_the_json(name: str, tmp_path: Path) -> None:
     committed, copy = ROOT / f"bench/reports/{name}.json", tmp_path / f"{name}.json"
@@ -228,6 +162,46 @@ def test_the_committed_page_and_picture_follow_from_the_json(name: str, tmp_path
     for suffix in (".md", ".svg"):
         assert copy.with_suffix(suffix).read_text() == committed.with_suffix(suffix).read_text(), suffix
     assert sweep_report.dumped(json.loads(copy.read_text())) == committed.read_text()
+
+
+def test_figures_are_means_over_seeds_and_what_was_not_measured_is_a_dash() -> None:
+    report = json.loads((ROOT / "bench/reports/train.json").read_text())
+    runs, text, removed = report["runs"], "gallica_heldout", ("2b-rank-16-43", "2c-full-42", "2c-full-43")
+    for name in removed:
+        del runs[name]
+    found = sweep_report.Sweep(report)
+    size = sum(report["texts"][text]["bytes"]) * math.log(2)
+    ours, kafka = (
+        np.array([runs[f"{name}-{seed}"]["nll"][text] for seed in (42, 43)]) for name in ("2a-ours", "2a-kafka")
+    )
+    assert found.bits("2a-ours", text) == pytest.approx(ours.sum() / 2 / size)
+    less = found.less("2a-ours", "2a-kafka", text)
+    assert less and less["bits_per_byte"] == pytest.approx((ours - kafka).sum() / 2 / size)
+    assert less["interval"][0] < less["bits_per_byte"] < less["interval"][1] < 0
+    rank, shipped = (np.array(runs[f"{name}-42"]["nll"][text]) for name in ("2b-rank-16", "2b-ours-8bit"))
+    less = found.less("2b-rank-16", "2b-ours-8bit", text)  # over the seed that both have
+    assert less and less["bits_per_byte"] == pytest.approx((rank - shipped).sum() / size)
+    assert found.less("2c-full", "2c-ours-8bit", text) is None and found.bits("2c-full", text) is None
+    losses = [runs[f"2c-passes-{seed}"]["log"][0][2] for seed in (42, 43)]
+    tokens, _, bits = found.curve("2c-passes")[0]
+    scale = report["validation"]["2c"]["tokens"] / report["validation"]["2c"]["bytes"] / math.log(2)
+    assert tokens == 0 and bits == pytest.approx(sum(losses) / 2 * scale) and found.curve("2c-full") == []
+
+    lines = [line.split("|")[1:-1] for line in found.page("train").splitlines() if line.startswith("| `")]
+    rows = [[cell.strip(" `") for cell in line] for line in lines]
+    first: dict[str, list[str]] = {}
+    for row in rows:
+        first.setdefault(row[0], row)
+    assert first["2c-full"] == ["2c-full", "2b-ours-8bit", "1e-4", "–", "0", *["–"] * 4]
+    assert first["2b-rank-16"][4] == "1" and first["2a-ours-8bit"][1:4] == ["2a-ours", "–", "–"]
+    assert ["2c-full", "2c-ours-8bit", "–", "–", "0"] in rows
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
+def test_a_damaged_or_older_report_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(BadInput, match="make bench-train"):
+        sweep_report.load(tmp_path / "train.json")
 
 
 def test_recipes_point_to_variants_that_were_measured() -> None:
