@@ -49,7 +49,8 @@ def draw_losses(reports: Sequence[dict[str, Any]]) -> Figure | None:
         return None
     figure = plots.figure(8, 4.2)
     axis = figure.subplots()
-    plots.plot_losses(axis, series, legend="aside")
+    plots.plot_losses(axis, series)
+    plots.aside(axis)
     ends = [points[-1][0] for points in series.values()]
     if max(ends) > LOGARITHMIC * min(ends):
         axis.set_xscale("log")

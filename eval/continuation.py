@@ -20,8 +20,8 @@ The text stands on the screen passage by passage, as soon as each is chosen.
 
 import argparse
 import bisect
-import copy
 import html
+import itertools
 import json
 import os
 import re
@@ -41,20 +41,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import mkepub
 import torch
 from tqdm import tqdm
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-)
+from transformers import DynamicCache
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval import evaluation, generation, metrics, models
 from eval.metrics import SENTENCE_END
 from eval.scoring import MAX_LENGTH
-from prep.common import BadInput, atomic_write, digest, run, sha256
+from prep.common import BadInput, atomic_write, digest, positive, run, sha256
 from prep.typography import to_convention
-from train.stages import Stage, load_chain
+from train.stages import load_chain
 
 TEXT_VERSION = 1  # raise it when the same seed gives another text: a text of another version is not continued
 ATTEMPTS = 3  # batches of candidates for one passage
@@ -81,11 +76,9 @@ class Drawn:
 
     text: str
     tokens: int  # those of the text
-    log_probability: (
-        float  # natural, a token, mean; of the model itself, whatever temperature and top-p it was drawn at
-    )
-    copied: int | None  # longest run of words that stands in the training text; None when there is none to compare with
-    repeated: int  # longest run of words that stands in what is already written
+    log_probability: float  # of the model itself, natural, mean over the tokens
+    copied: int | None  # longest run of words that is in the training text; None when there is none to compare with
+    repeated: int  # longest run of words that is in what is already written
     faults: tuple[str, ...]
 
 
@@ -110,8 +103,7 @@ def paragraphs(text: str) -> list[str]:
 
 def cut(text: str) -> str:
     """The text up to the end of its last sentence; empty when none ends."""
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else ""
+    return text[: max((match.end() for match in SENTENCE_END.finditer(text)), default=0)]
 
 
 def tidy(text: str, before: str) -> str:
@@ -120,42 +112,56 @@ def tidy(text: str, before: str) -> str:
     return f" {text}" if re.search(r"[.!?…»]$", before) and text[:1].isalpha() else text
 
 
+def chapters(text: str, words: int) -> list[list[str]]:
+    """The paragraphs of a text in chapters: one ends with the paragraph that reaches `words`; a short rest joins the last."""
+    result: list[list[str]] = []
+    size = words
+    for paragraph in paragraphs(text):
+        if size >= words:
+            result.append([])
+            size = 0
+        result[-1].append(paragraph)
+        size += len(paragraph.split())
+    if len(result) > 1 and size < words / 4:
+        rest = result.pop()
+        result[-1] += rest
+    return result
+
+
 def head(text: str, words: int) -> str:
     """The first paragraphs of a text that make up at least `words` words, whole; empty for 0."""
-    taken: list[str] = []
-    for paragraph in paragraphs(text):
-        if sum(len(part.split()) for part in taken) >= words:
-            break
-        taken.append(paragraph)
-    return "\n\n".join(taken)
+    parts = paragraphs(text)
+    sizes = list(itertools.accumulate(len(part.split()) for part in parts))
+    return "\n\n".join(parts[: bisect.bisect_left(sizes, words) + 1]) if words else ""
 
 
-def window(text: str, opening: str, room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def window(text: str, opening: str, room: int, tokenizer: Tokenizer) -> list[int]:
     """The tokens the model sees, BOS first, at most `room`: all of the text, or the opening and its last paragraphs.
 
     A last paragraph that does not fit alone is seen from one of its words on. Raises BadInput when the opening leaves no room.
     """
 
-    def encode(part: str) -> list[int]:
-        return [tokenizer.bos_token_id, *tokenizer.encode(part, add_special_tokens=False)]
+    def fits(part: str) -> bool:
+        return len(generation.encode(tokenizer, part)) <= room
 
     # Nothing further back can fit: a token is seldom longer than 16 characters, and a text may be a whole book.
-    recent = text if len(text) <= 16 * room else text[-16 * room :]
-    if recent is text and len(ids := encode(text)) <= room:
-        return ids
+    recent = text[-16 * room :]
+    if recent == text and fits(text):
+        return generation.encode(tokenizer, text)
     before = f"{opening}\n\n" if opening else ""
-    if room - len(encode(before)) < LEAST_CONTEXT:
+    used = len(generation.encode(tokenizer, before))
+    if room - used < LEAST_CONTEXT:
         raise BadInput(
-            f"the opening has {len(encode(before))} tokens, and only {room} fit before a passage: lower --keep or --passage-tokens"
+            f"the opening has {used} tokens, and only {room} fit before a passage: lower --keep or --passage-tokens"
         )
     starts = [0, *(match.end() for match in re.finditer(r"\n\n", recent))]
-    if len(encode(before + recent[starts[-1] :])) > room:
+    if not fits(before + recent[starts[-1] :]):
         starts += [match.end() for match in re.finditer(r" +", recent) if match.end() > starts[-1]]
     # Longer text, more tokens: the first start that fits is found by halving.
-    first = bisect.bisect_left(starts, True, key=lambda start: len(encode(before + recent[start:])) <= room)
+    first = bisect.bisect_left(starts, True, key=lambda start: fits(before + recent[start:]))
     if first == len(starts):
         raise BadInput(f"the last word of the text has more than the {room} tokens that fit before a passage")
-    return encode(before + recent[starts[first] :])
+    return generation.encode(tokenizer, before + recent[starts[first] :])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -170,89 +176,28 @@ def read(model: Any, ids: list[int]) -> DynamicCache | None:
         return model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def draw(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    seen: DynamicCache | None,
-    seed: int,
-    settings: Settings,
-) -> list[tuple[str, list[int], list[float]]]:
-    """Candidates for one passage after `ids`, which `read` has `seen`, drawn together: text, its token ids, each one's
-    natural log-probability.
-
-    Temperature and top-p are those of the report's samples; the repetition penalty counts the passage only, since over a
-    window of 2,000 tokens it would weigh on every common word. The end of the text is never drawn: the novel goes on.
-    """
-    parameters = generation.decoding(settings.passage_tokens)
-    penalty = parameters.pop("repetition_penalty")
-    config = GenerationConfig(
-        do_sample=True,
-        min_new_tokens=settings.passage_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **parameters,
-    )
-    model.generation_config = config
-    inputs = torch.tensor([ids], device=model.device)
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        cache = copy.deepcopy(seen)  # writing makes it grow
-        if cache is not None:
-            cache.batch_repeat_interleave(settings.candidates)
-        inputs = inputs.expand(settings.candidates, -1)
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty, len(ids))]),
-        )
-        written = output.sequences[:, len(ids) :]
-        chances = torch.stack(
-            [
-                logits.float().log_softmax(-1).gather(1, written[:, i : i + 1])[:, 0]
-                for i, logits in enumerate(output.logits)
-            ],
-            dim=1,
-        )
-    before = len(str(tokenizer.decode(ids, skip_special_tokens=True)))
-    results = []
-    for sequence, logprobs in zip(written.tolist(), chances.tolist(), strict=True):
-        # Decoded together with the window, since some tokenizers drop a space at the start of a text.
-        text = str(tokenizer.decode(ids + sequence, skip_special_tokens=True))[before:]
-        results.append((text, sequence, logprobs))
-    return results
-
-
 def judged(
-    text: str,
-    sequence: list[int],
-    logprobs: list[float],
+    sample: generation.Sample,
     before: str,
     ids: list[int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     trained_on: metrics.CopyFinder | None,
     written: metrics.CopyFinder,
     settings: Settings,
 ) -> Drawn:
     """Cut a candidate at its last sentence, score what is left, and note the rules it breaks."""
+
+    def decoded(count: int) -> int:
+        return len(str(tokenizer.decode(ids + sample.tokens[:count], skip_special_tokens=True)))
+
     faults = []
-    kept = cut(text)
+    kept = cut(sample.text)
     if not kept.strip():
         faults.append("no sentence ends")
-        kept = text[: text.rfind(" ")] if " " in text.strip() else text
-    start = len(str(tokenizer.decode(ids, skip_special_tokens=True)))
-    tokens = bisect.bisect_left(
-        range(1, len(sequence) + 1),
-        len(kept),
-        key=lambda count: len(str(tokenizer.decode(ids + sequence[:count], skip_special_tokens=True))) - start,
-    )
-    tokens = min(tokens + 1, len(sequence))
-    if tokens < SHORT * len(sequence):
+        kept = sample.text[: sample.text.rfind(" ")] if " " in sample.text.strip() else sample.text
+    counts = range(1, len(sample.tokens) + 1)
+    tokens = min(bisect.bisect_left(counts, decoded(0) + len(kept), key=decoded) + 1, len(sample.tokens))
+    if tokens < SHORT * len(sample.tokens):
         faults.append("short")
     if metrics.loops(kept):
         faults.append("loops")
@@ -262,7 +207,7 @@ def judged(
     repeated = written.longest(kept)["words"]
     if repeated > settings.longest_copy:
         faults.append("repeats what is written")
-    likelihood = sum(logprobs[:tokens]) / tokens
+    likelihood = sum(sample.log_probabilities[:tokens]) / tokens
     return Drawn(tidy(kept, before), tokens, likelihood, copied, repeated, tuple(faults))
 
 
@@ -273,7 +218,7 @@ def best(candidates: list[Drawn]) -> Drawn:
 
 def passages(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     beginning: str,
     settings: Settings,
     trained_on: metrics.CopyFinder | None = None,
@@ -296,55 +241,37 @@ def passages(
             f"model has {limit} positions, and {LEAST_CONTEXT} tokens of context are the least; change --window or "
             "--passage-tokens"
         )
+    # The penalty counts the passage only: over a window of 2,000 tokens it would weigh on every common word.
+    decoding = generation.decoding(settings.passage_tokens)
     opening = head(beginning, settings.keep)
     text = beginning.rstrip() + "".join(written)
     already = metrics.CopyFinder([])
     already.append(text)
-    number = len(written)
-    while True:
+    for number in itertools.count(len(written)):
         ids = window(text, opening, room, tokenizer)
         seen = read(model, ids)
-        every: list[tuple[int, Drawn]] = []
+        every: list[Drawn] = []
+        seeds: list[int] = []
         for attempt in range(ATTEMPTS):
             seed = settings.seed + 1_000_003 * (ATTEMPTS * number + attempt)  # a seed of its own for every batch
-            every += [
-                (seed, judged(*drawn, text, ids, tokenizer, trained_on, already, settings))
-                for drawn in draw(model, tokenizer, ids, seen, seed, settings)
-            ]
-            chosen = best([drawn for _, drawn in every])
+            samples = generation.draw(model, tokenizer, ids, settings.candidates, seed, decoding, True, seen)
+            every += [judged(sample, text, ids, tokenizer, trained_on, already, settings) for sample in samples]
+            seeds += [seed] * len(samples)
+            chosen = best(every)
             if not chosen.faults:
                 break
         if not chosen.text.strip():
             raise BadInput(f"the model writes nothing after {text[-60:]!r}; begin elsewhere, or with another --seed")
-        yield Passage(
-            chosen,
-            attempt + 1,
-            next(seed for seed, drawn in every if drawn is chosen),
-            len(ids),
-            [
-                {"log_probability": drawn.log_probability, "words": len(drawn.text.split()), "faults": drawn.faults}
-                for _, drawn in every
-            ],
-        )
+        record = [
+            {"log_probability": drawn.log_probability, "words": len(drawn.text.split()), "faults": drawn.faults}
+            for drawn in every
+        ]
+        yield Passage(chosen, attempt + 1, seeds[every.index(chosen)], len(ids), record)
         text += chosen.text
         already.append(chosen.text)
-        number += 1
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def chapters(text: str, words: int) -> list[list[str]]:
-    """The paragraphs of a text in chapters: one ends with the paragraph that reaches `words`; a short rest joins the last."""
-    result: list[list[str]] = [[]]
-    for paragraph in paragraphs(text):
-        if sum(len(part.split()) for part in result[-1]) >= words:
-            result.append([])
-        result[-1].append(paragraph)
-    if len(result) > 1 and sum(len(part.split()) for part in result[-1]) < words / 4:
-        rest = result.pop()
-        result[-1] += rest
-    return result
 
 
 def write_epub(path: Path, title: str, note: str, text: str, words: int = CHAPTER) -> None:
@@ -374,82 +301,59 @@ def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
     """
     path = book if source is None else Path(source)
     is_file = len(str(path)) < 255 and path.is_file()
-    if source is not None and not is_file and not re.fullmatch(r"\S+\.\w{1,5}", source):
-        if not source.strip():
-            raise BadInput("--from is empty: give a file, or a sentence")
-        return "\n\n".join(paragraphs(to_convention(source))), "words given"
-    if not is_file:
-        what = (
-            "prepare the book (make prep-c), or say what to go on from: --from"
-            if source is None
-            else "name a text file"
-        )
-        raise BadInput(f"{path} is missing (looked from {Path.cwd()}): {what}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    text, name = source or "", "words given"
+    if is_file:
+        try:
+            text, name = path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    elif source is None:
+        raise BadInput(f"{path} is missing: prepare the book (make prep-c), or say what to go on from: --from")
+    elif re.fullmatch(r"\S+\.\w{1,5}", source):
+        raise BadInput(f"{path} is missing (looked from {Path.cwd()}): name a text file")
     if not text.strip():
-        raise BadInput(f"{path} is empty: there is nothing to go on from")
-    return "\n\n".join(paragraphs(to_convention(text))), str(path)
+        raise BadInput(f"{path if is_file else '--from'} is empty: there is nothing to go on from")
+    return "\n\n".join(paragraphs(to_convention(text))), name
 
 
-def book_of(chain: list[Stage]) -> Path:
-    """The prepared book: beside the rows of the chain's last stage, as text."""
-    return chain[-1].datasets[0].with_suffix(".txt")
-
-
-def read_record(path: Path, inputs: str) -> dict[str, Any] | None:
-    """The record of the same text begun before; None when there is none. Raises BadInput when it is damaged."""
+def read_passages(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
+    """The passages of the same text begun before, and the seconds they took. Raises BadInput when they are damaged."""
     if not path.is_file():
-        return None
+        return [], 0.0
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        whole = record["inputs"] == inputs and all(passage["chosen"]["text"] for passage in record["passages"])
+        if record["inputs"] == inputs and all(passage["chosen"]["text"] for passage in record["passages"]):
+            return record["passages"], record["seconds"]
+        reason = "it is of another text"
     except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}); remove it, or begin anew with --fresh") from error
-    if not whole:
-        raise BadInput(f"{path} is of another text; remove it, or begin anew with --fresh")
-    return record
+        reason = repr(error)
+    raise BadInput(f"{path} is damaged ({reason}); remove it, or begin again with --fresh")
 
 
 def parse() -> argparse.Namespace:
-    default = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    parser.add_argument("--stage", help="who writes: base, 2a, ... (default: the chain's last)")
-    parser.add_argument(
-        "--from", dest="source", metavar="FILE|WORDS", help="go on from this (default: the prepared book)"
-    )
-    parser.add_argument("--words", type=int, default=800, help="how many, at least (default 800)")
-    parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--candidates", type=int, default=default.candidates, help="drawn a passage (default 4)")
-    parser.add_argument(
-        "--passage-tokens", type=int, default=default.passage_tokens, help="of a candidate (default 160)"
-    )
-    parser.add_argument("--window", type=int, default=default.window, help="tokens the model sees (default 2048)")
-    parser.add_argument(
-        "--keep",
-        type=int,
-        default=default.keep,
-        metavar="WORDS",
-        help="of the beginning, kept in the window (default 0)",
-    )
-    parser.add_argument(
-        "--longest-copy", type=int, default=default.longest_copy, help="words in a row that may be shared (default 12)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("outputs/continuation"), help="folder of what is written")
-    parser.add_argument("--device", help="default: cuda when there is one")
-    parser.add_argument("--dtype", choices=models.DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever has been written")
-    args = parser.parse_args()
-    for name in ("words", "candidates", "passage_tokens", "window", "longest_copy"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    option = parser.add_argument
+    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
+    option("--stage", help="who writes: base, 2a, ... (default: the chain's last)")
+    option("--from", dest="source", metavar="FILE|WORDS", help="go on from this (default: the prepared book)")
+    option("--words", type=positive, default=800, help="how many, at least (default 800)")
+    for name, kind, text in (
+        ("seed", int, "of the draws"),
+        ("candidates", positive, "drawn a passage"),
+        ("passage_tokens", positive, "of a candidate"),
+        ("window", positive, "tokens the model sees"),
+        ("keep", int, "words of the beginning, kept in the window"),
+        ("longest_copy", positive, "words in a row that may be shared"),
+    ):
+        default = getattr(Settings, name)
+        option(
+            f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=f"{text} (default {default})"
+        )
+    option("--out", type=Path, default=Path("outputs/continuation"), help="folder of what is written")
+    option("--fresh", action="store_true", help="begin again, whatever has been written")
+    args = models.parse_device(parser)
     if args.keep < 0 or args.seed < 0:
         parser.error("--keep and --seed must not be below 0")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
 
@@ -458,9 +362,8 @@ def main() -> None:
     started = time.perf_counter()
     warnings.filterwarnings("ignore")
     chain = load_chain(args.recipes)
-    rows = models.candidates(chain)
-    row = models.present(rows, [args.stage or chain[-1].name])[0]
-    book = book_of(chain)
+    [row, *_] = models.present(models.candidates(chain), [args.stage or chain[-1].name])
+    book = chain[-1].datasets[0].with_suffix(".txt")  # beside the rows of the last stage
     beginning, source = beginning_of(args.source, book)
     trained_on = metrics.CopyFinder([book.read_text(encoding="utf-8")]) if book.is_file() else None
     if trained_on is None:
@@ -480,73 +383,64 @@ def main() -> None:
         "version": TEXT_VERSION,
     }
     # Neither the commit nor the number of threads: the first says nothing of the text, the second very little.
-    decisive = {
-        **about,
-        "weights": sorted(hashes.values()),
-        "environment": [args.device, args.dtype, where["versions"]],
-    }
-    inputs = digest(decisive)
+    decisive = {"weights": sorted(hashes.values()), "environment": [args.device, args.dtype, where["versions"]]}
+    inputs = digest(about | decisive)
     target = args.out / f"{row.name}-{args.seed}-{inputs[:8]}.json"
-    record = None if args.fresh else read_record(target, inputs)
-    done: list[dict[str, Any]] = record["passages"] if record else []
-    seconds = record["seconds"] if record else 0.0
+    done, seconds = ([], 0.0) if args.fresh else read_passages(target, inputs)
 
-    def written() -> list[str]:
-        return [passage["chosen"]["text"] for passage in done]
+    def text() -> str:
+        return "".join(passage["chosen"]["text"] for passage in done)
 
     def words() -> int:
-        return len("".join(written()).split())
+        return len(text().split())
 
-    def faulty() -> int:
-        return sum(bool(passage["chosen"]["faults"]) for passage in done)
-
-    def write() -> str:
-        text = "".join(written()).strip() + "\n"
-        result = {
+    def write() -> dict[str, Any]:
+        content = text().strip() + "\n"
+        with atomic_write(target.with_suffix(".txt")) as file:
+            file.write(content)
+        record = {
             "format": 1,
             "inputs": inputs,
             **about,
             "words": words(),
-            "sha256": digest(text),
-            "passages_with_faults": faulty(),
+            "sha256": digest(content),
+            "passages_with_faults": sum(bool(passage["chosen"]["faults"]) for passage in done),
             "seconds": round(seconds + time.perf_counter() - started, 1),
             "passages": done,
         }
         with atomic_write(target) as file:
-            json.dump(result, file, ensure_ascii=False, indent=1)
+            json.dump(record, file, ensure_ascii=False, indent=1)
             file.write("\n")
-        with atomic_write(target.with_suffix(".txt")) as file:
-            file.write(text)
-        return text
+        return record
 
-    print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}", end="", flush=True)
-    print("".join(written()), end="", flush=True)
+    print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}{text()}", end="", flush=True)
     if words() < args.words:
         _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
-        tokens, room = len(tokenizer.encode(beginning, add_special_tokens=False)) + 1, args.window - args.passage_tokens
+        tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.passage_tokens
         if args.source and tokens > room:
             print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)
-        with tqdm(
-            total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty()
-        ) as bar:
-            for passage in passages(model, tokenizer, beginning, settings, trained_on, written()):
-                print(passage.chosen.text, end="", flush=True)
-                done.append(asdict(passage))
-                write()  # after each, so that an interrupted run goes on where it was
-                bar.update(words() - bar.n)
-                if words() >= args.words:
-                    break
-    text = write()
+        bar = tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty())
+        written = [passage["chosen"]["text"] for passage in done]
+        for passage in passages(model, tokenizer, beginning, settings, trained_on, written):
+            print(passage.chosen.text, end="", flush=True)
+            done.append(asdict(passage))
+            write()  # after each, so that an interrupted run continues where it was
+            bar.update(words() - bar.n)
+            if words() >= args.words:
+                break
+        bar.close()
+    record = write()
     note = (
         f"Written by a language model, stage {row.name} of a chain of recipes, seed {args.seed}, going on from {source}. "
         f"{len(done)} passages, each the best of {args.candidates} or more. Record: {target.name}."
     )
-    write_epub(target.with_suffix(".epub"), "La suite", note, text)
+    write_epub(target.with_suffix(".epub"), "La suite", note, text().strip() + "\n")
     drawn = sum(len(passage["candidates"]) for passage in done) * args.passage_tokens
     spent = seconds + time.perf_counter() - started
     print(
-        f"\n\n{words()} words in {len(done)} passages, {faulty()} of which break a rule: {target.with_suffix('')}.txt, .epub, "
-        f".json\n{spent:.0f} s, {drawn / spent:.0f} tokens drawn a second, {words() / spent:.1f} words kept"
+        f"\n\n{words()} words in {len(done)} passages, {record['passages_with_faults']} of which break a rule: "
+        f"{target.with_suffix('')}.txt, .epub, .json\n{spent:.0f} s, {drawn / spent:.0f} tokens drawn a second, "
+        f"{words() / spent:.1f} words kept"
     )
 
 

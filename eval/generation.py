@@ -1,11 +1,14 @@
 """Continuations: what each stage writes after the same prompts, with the same seeds and decoding."""
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from eval.scoring import MAX_LENGTH
@@ -23,22 +26,19 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise BadInput(f"{path} is not valid YAML: {error}") from error
+    if not entries or not isinstance(entries, list):
+        raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
     prompts = []
-    for entry in entries if isinstance(entries, list) else []:
+    for entry in entries:
+        text = entry.get("text", "")
         if "tail_of" in entry:
             source = Path(entry["tail_of"])
             if not source.is_file():
                 raise BadInput(f"prompt {entry['name']}: {source} is missing (looked from {Path.cwd()}); prepare it")
             text = tail(source.read_text(encoding="utf-8"), entry["words"])
-        else:
-            text = entry.get("text", "")
         if not text.strip() or not entry.get("name"):
-            raise BadInput(
-                f"{path}: every prompt has a name and a text (or tail_of and words); this one lacks it: {entry}"
-            )
+            raise BadInput(f"{path}: a prompt has a name and a text (or tail_of and words); this one lacks it: {entry}")
         prompts.append({"name": entry["name"], "text": text})
-    if not prompts:
-        raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
     return prompts
 
 
@@ -65,50 +65,98 @@ def decoding(max_new_tokens: int) -> dict[str, Any]:
     }
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, after BOS."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was drawn after some tokens."""
+
+    text: str
+    tokens: list[int]  # without the EOS that ends them
+    ended: bool  # by the model itself
+    log_probabilities: list[float]  # natural, of each token, whatever temperature and top-p; none unless asked for
+
+
+def draw(
+    model: Any,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    count: int,
+    seed: int,
+    parameters: dict[str, Any],
+    open_ended: bool = False,
+    seen: DynamicCache | None = None,
+    streamer: BaseStreamer | None = None,
+) -> list[Sample]:
+    """`count` samples of what follows `ids`, drawn together from one seed.
+
+    One batch is one prompt, so nothing is padded: the repetition penalty would count padding as text already written.
+    `open_ended`: EOS is never drawn, the repetition penalty does not count `ids`, and log-probabilities are kept. `seen` is
+    what the model has computed of `ids[:-1]`, a batch of one. A `streamer` gets each token of a single sample.
+    """
+    others = dict(parameters)
+    ignored = len(ids) if open_ended else 0
+    penalty = RepetitionPenaltyLogitsProcessor(others.pop("repetition_penalty"), prompt_ignore_length=ignored)
+    # The model's own generation settings fill whatever is left unsaid, so they are replaced, not only overridden.
+    config = GenerationConfig(
+        do_sample=True,
+        min_new_tokens=others["max_new_tokens"] if open_ended else None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        return_dict_in_generate=True,
+        output_logits=open_ended,
+        **others,
+    )
+    model.generation_config = config
+    inputs = torch.tensor([ids], device=model.device).expand(count, -1)
+    cache = copy.deepcopy(seen)  # writing makes it grow
+    if cache is not None:
+        cache.batch_repeat_interleave(count)
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=cache,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([penalty]),
+            streamer=streamer,
+        )
+    drawn = output.sequences[:, len(ids) :]
+    chances = [
+        logits.float().log_softmax(-1).gather(1, drawn[:, i : i + 1])[:, 0].tolist()
+        for i, logits in enumerate(output.logits or ())
+    ]
+    before = len(str(tokenizer.decode(ids, skip_special_tokens=True)))
+    samples = []
+    for row, sequence in enumerate(drawn.tolist()):
+        ended = tokenizer.eos_token_id in sequence
+        tokens = sequence[: sequence.index(tokenizer.eos_token_id)] if ended else sequence
+        # Decoded together with the prompt, since some tokenizers drop a space at the start of a text.
+        text = str(tokenizer.decode(ids + tokens, skip_special_tokens=True))[before:]
+        samples.append(Sample(text, tokens, ended, [step[row] for step in chances]))
+    return samples
+
+
 def continuations(
     model: Any,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompt: str,
     count: int,
     seed: int,
     parameters: dict[str, Any],
     streamer: BaseStreamer | None = None,
 ) -> list[dict[str, Any]]:
-    """`count` continuations of one prompt by a model, drawn together from one seed, as {text, tokens, ended}.
-
-    One batch is one prompt, so nothing is padded: the repetition penalty would count padding as text already written.
-    `ended` says that the model closed the text itself. A `streamer` is handed each token of a single continuation as it
-    is drawn. Raises BadInput when prompt and continuation exceed the context.
-    """
-    ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    """`count` continuations of one prompt as {text, tokens, ended}. Raises BadInput when they exceed the context."""
+    ids = encode(tokenizer, prompt)
     if len(ids) + parameters["max_new_tokens"] > MAX_LENGTH:
         raise BadInput(
             f"the prompt {prompt[:40]!r} has {len(ids)} tokens; with {parameters['max_new_tokens']} new ones that is more "
             f"than the {MAX_LENGTH} the models were trained on: shorten it, or lower --max-new-tokens"
         )
-    # The model's own generation settings fill whatever is left unsaid, so they are replaced, not only overridden.
-    settings = GenerationConfig(
-        do_sample=True,
-        num_return_sequences=count,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        **parameters,
-    )
-    model.generation_config = settings
-    torch.manual_seed(seed)
-    inputs = torch.tensor([ids], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings, streamer=streamer
-        )
-    written = str(tokenizer.decode(ids, skip_special_tokens=True))
-    results = []
-    for sequence in output[:, len(ids) :].tolist():
-        ended = tokenizer.eos_token_id in sequence
-        if ended:
-            sequence = sequence[: sequence.index(tokenizer.eos_token_id)]
-        # Decoded together with the prompt, since some tokenizers drop a space at the start of a text.
-        text = str(tokenizer.decode(ids + sequence, skip_special_tokens=True))[len(written) :]
-        results.append({"text": text, "tokens": len(sequence), "ended": ended})
-    return results
+    samples = draw(model, tokenizer, ids, count, seed, parameters, streamer=streamer)
+    return [{"text": sample.text, "tokens": len(sample.tokens), "ended": sample.ended} for sample in samples]

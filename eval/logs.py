@@ -37,6 +37,15 @@ SCALARS = {
     "train/tokens/train_per_sec_per_gpu": "tokens_per_second",
     "train/memory/device_reserved (GiB)": "memory",
 }
+# What the table shows of them, and how.
+SHOWN = {
+    "loss": ".3f",
+    "eval_loss": ".3f",
+    "learning_rate": ".2e",
+    "tokens": ",.0f",
+    "tokens_per_second": ",.0f",
+    "memory": ".1f",
+}
 SILENT = 15 * 60  # seconds without an update after which a run counts as stopped: longer than a validation takes
 
 Log = list[dict[str, Any]]
@@ -45,13 +54,12 @@ Log = list[dict[str, Any]]
 def training_log(output_dir: Path) -> Log | None:
     """The log of a stage's last checkpoint; None when no state is left. Raises BadInput on a damaged file."""
     states = []
-    for path in [output_dir / "trainer_state.json", *sorted(output_dir.glob("checkpoint-*/trainer_state.json"))]:
-        if path.is_file():
-            try:
-                state = json.loads(path.read_text(encoding="utf-8"))
-                states.append((state["global_step"], state["log_history"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadInput(f"{path} is damaged ({error!r}); remove it, or train the stage again") from error
+    for path in [*output_dir.glob("trainer_state.json"), *sorted(output_dir.glob("checkpoint-*/trainer_state.json"))]:
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            states.append((state["global_step"], state["log_history"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path} is damaged ({error!r}); remove it, or train the stage again") from error
     if not states:
         return None
     points: dict[int, dict[str, Any]] = {}
@@ -136,77 +144,59 @@ def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -
     None before anything tells.
     """
     checkpoints = folder.glob("checkpoint-*/trainer_state.json")
-    for state in sorted(checkpoints, key=lambda path: int(path.parent.name.partition("-")[2] or 0), reverse=True):
+    newest = sorted(checkpoints, key=lambda path: int(path.parent.name.partition("-")[2] or 0), reverse=True)
+    for path in [*newest, folder / "started.json"]:
         try:
-            return int(json.loads(state.read_text())["max_steps"])
-        except (OSError, ValueError, KeyError, TypeError):  # being written, or removed since it was listed
+            state = json.loads(path.read_text())
+            return int(state.get("settings", state)["max_steps"])
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # being written, or removed since it was listed
             continue
-    try:
-        return int(json.loads((folder / "started.json").read_text())["settings"]["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return round(step * epochs / epoch) if epoch else None
+    return round(step * epochs / epoch) if epoch else None
 
 
-@dataclass(frozen=True)
-class Status:
-    """The state of a run now. Figures are None where nothing was logged, as GPU memory on a CPU."""
-
-    name: str
-    state: str  # running, trained, stopped
-    step: int
-    planned: int | None
-    seconds_left: float | None
-    silent: float  # seconds since the last update
-    figures: dict[str, float | None]
-
-
-def status(run: Run, epochs: float, now: float | None = None) -> Status | None:
-    """The state of a run; None when it has logged nothing yet."""
-    if not run.points:
-        return None
-    now = time.time() if now is None else now
-    losses = [point for point in run.log if point["loss"] is not None]
-    step = (losses or run.log)[-1]["step"]
-    silent = now - max(point["time"] for point in run.log)
-    planned = planned_steps(run.folder, step, run.last("epoch"), epochs)
-    finished = (run.folder / "trained.json").is_file()
-    state = "trained" if finished else "running" if silent < SILENT else "stopped"
-    left = None
-    if state == "running" and planned and len(losses) > 1:
-        # The median: a validation between two steps does not count as the pace.
-        paces = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairwise(losses[-30:])]
-        left = max(0.0, (planned - step) * statistics.median(paces))
-    figures = {name: run.last(name) for name in SCALARS.values()}
-    figures["memory"] = figures["memory"] or None
-    return Status(run.folder.name, state, step, planned, left, silent, figures)
-
-
-def duration(seconds: float | None) -> str:
+def duration(seconds: float) -> str:
     """3725 -> 1 h 02 min."""
-    if seconds is None:
-        return ""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def table(statuses: list[Status]) -> str:
-    """The runs as an HTML table, a row a run."""
-    formats = {
-        "loss": ".3f", "eval_loss": ".3f", "learning_rate": ".2e", "tokens": ",.0f", "tokens_per_second": ",.0f",
-        "memory": ".1f",
-    }  # fmt: skip
-    rows = []
-    for one in statuses:
-        state = {
-            "running": f"running, last update {duration(one.silent)} ago",
-            "trained": "trained, gate passed",
-            "stopped": f"stopped: no update for {duration(one.silent)}, no verdict",
-        }[one.state]
-        of = f" of {one.planned:,} ({one.step / one.planned:.0%})" if one.planned else ""
-        figures = [(one.figures[name], form) for name, form in formats.items()]
-        cells = ["" if value is None else format(value, form) for value, form in figures]
-        rows.append([one.name, state, f"{one.step:,}{of}", duration(one.seconds_left), *cells])
+def seconds_left(run: Run, planned: int) -> float | None:
+    """From the median pace of the last steps: a validation between two of them does not count. None for a first step."""
+    losses = [point for point in run.log if point["loss"] is not None][-30:]
+    paces = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairwise(losses)]
+    return max(0.0, (planned - losses[-1]["step"]) * statistics.median(paces)) if paces else None
+
+
+def status(run: Run, epochs: float, now: float) -> list[str]:
+    """The cells of a run in `table`, at a time in seconds since 1970. Empty where nothing was logged, as GPU memory on a CPU."""
+    last = {name: run.last(name) for name in SCALARS.values()}
+    step = next((point["step"] for point in reversed(run.log) if point["loss"] is not None), run.log[-1]["step"])
+    planned = planned_steps(run.folder, step, last["epoch"], epochs)
+    silent = now - max(point["time"] for point in run.log)
+    left = None
+    if (run.folder / "trained.json").is_file():
+        state = "trained, gate passed"
+    elif silent < SILENT:
+        state = f"running, last update {duration(silent)} ago"
+        left = seconds_left(run, planned) if planned else None
+    else:
+        state = f"stopped: no update for {duration(silent)}, no verdict"
+    of = f" of {planned:,} ({step / planned:.0%})" if planned else ""
+    last["memory"] = last["memory"] or None
+    cells = ["" if last[name] is None else format(last[name], form) for name, form in SHOWN.items()]
+    return [run.folder.name, state, f"{step:,}{of}", "" if left is None else duration(left), *cells]
+
+
+def table(runs: list[Run], epochs: dict[str, float], now: float | None = None) -> str:
+    """The runs that have logged anything as an HTML table, a row a run; `epochs` has those that their recipes ask for."""
+    rows = [status(run, epochs.get(run.folder.name, 1), now or time.time()) for run in runs if run.points]
     head = ["run", "state", "step", "time left", "loss", "validation", "learning rate", "tokens", "tokens/s", "GPU GiB"]
     return tabulate(rows, head, tablefmt="html", disable_numparse=True)

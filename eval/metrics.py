@@ -19,7 +19,7 @@ WORD = re.compile(r"[^\W\d_]+")  # letters only: « l'eau » is two words, as in
 LOOP_REPEATS = 3  # a passage three times in a row
 LOOP_WORDS = 8  # that fills eight words or more: « non, non, non » is speech, not a loop
 LONGEST_LOOP = 60  # words of a passage that may repeat: two long sentences
-ARTEFACT = re.compile(
+ARTEFACT = re.compile(  # a line that looks like a page number or a running header
     r"^[^\w\n]*\d{1,4}[^\w\n]*$"  # a page number alone on its line
     r"|^(?=(?:.*[A-ZÀ-Þ]){6})[A-ZÀ-Þ0-9 '’.,-]{6,60}$",  # a running header: a line of capitals, nothing cried out
     re.MULTILINE,
@@ -72,11 +72,6 @@ def foreign(text: str) -> float | None:
     """Share of words of three letters or more that are not French words; None when there are none."""
     tokens = [word.replace("œ", "oe") for word in words(text) if len(word) > 2]
     return sum(word not in french() and word not in ELIDED for word in tokens) / len(tokens) if tokens else None
-
-
-def artefacts(text: str) -> int:
-    """Lines that look like a page number or a running header."""
-    return len(ARTEFACT.findall(text))
 
 
 def chunks(text: str, length: int) -> list[str]:
@@ -135,12 +130,12 @@ def degeneration(samples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
     texts = [sample["text"] for sample in samples]
     return {
-        **{f"rep_{n}": mean([repetition(text, n) for text in texts]) for n in (2, 3, 4)},
-        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+        "rep_4": mean([repetition(text, 4) for text in texts]),
+        "distinct_2": distinct(texts, 2),
         "looping": mean([loops(text) for text in texts]),
         "ended_early": mean([sample["ended"] for sample in samples]),
         "not_french": mean([foreign(text) for text in texts]),
-        "artefacts": mean([artefacts(text) for text in texts]),
+        "artefacts": mean([len(ARTEFACT.findall(text)) for text in texts]),
     }
 
 
@@ -151,9 +146,9 @@ CONTEXT = 200  # tokens of true text before them, at least
 EXTRACTABLE = 1e-3  # one in a thousand draws would write the 50 tokens: 0.87 per token, where held-out prose has 0.05
 
 
-def span_figures(documents: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def span_figures(score: dict[str, Any] | None) -> dict[str, Any] | None:
     """Over a text's spans of SPAN tokens: how many, the typical probability of one token, the share extractable."""
-    spans = [value for document in documents for value in document["spans"]]
+    spans = [value for document in (score or {"documents": []})["documents"] for value in document["spans"]]
     if not spans:
         return None
     return {
@@ -166,13 +161,10 @@ def span_figures(documents: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def memorisation(scores: dict[str, Any]) -> dict[str, Any] | None:
     """The figures of trained and of held-out pages; None when either was not scored, or has no full span."""
-    sides = {}
-    for side, task in (("train", "novel_train"), ("heldout", "novel_heldout")):
-        figures = span_figures(scores[task]["documents"]) if scores.get(task) else None
-        if figures is None:
-            return None
-        sides[side] = figures
-    return {"span_tokens": SPAN, "context_tokens": CONTEXT, **sides}
+    train, heldout = (span_figures(scores.get(task)) for task in ("novel_train", "novel_heldout"))
+    if not train or not heldout:
+        return None
+    return {"span_tokens": SPAN, "context_tokens": CONTEXT, "train": train, "heldout": heldout}
 
 
 # --- style ---
@@ -222,14 +214,10 @@ def dialogue(text: str) -> float:
 def sentence_lengths(text: str) -> list[int]:
     """Words of each whole sentence; a paragraph's end ends one too, the text's end does not."""
     lengths = []
-    paragraphs = text.split("\n\n")
-    for number, paragraph in enumerate(paragraphs):
-        start = 0
-        for match in SENTENCE_END.finditer(paragraph):
-            lengths.append(len(words(paragraph[start : match.end()])))
-            start = match.end()
-        if number < len(paragraphs) - 1:
-            lengths.append(len(words(paragraph[start:])))
+    *whole, last = text.split("\n\n")
+    for paragraph, ends in [*((paragraph, [len(paragraph)]) for paragraph in whole), (last, [])]:
+        ends = [match.end() for match in SENTENCE_END.finditer(paragraph)] + ends
+        lengths += [len(words(paragraph[start:end])) for start, end in itertools.pairwise([0, *ends])]
     return [length for length in lengths if length]
 
 
@@ -277,25 +265,24 @@ def style(
     # One key a text, whatever works are called: no title can be "novel" or "base".
     reference = {f"gallica {title}": text for title, text in gallica.items() if len(words(text)) >= LEAST_WORDS}
     works = list(reference)
-    reference |= {"novel": novel} if "the novel" in long else {}
-    reference |= {"base": sides[base]} if base in long else {}
+    for key, name in (("novel", "the novel"), ("base", base)):
+        reference |= {key: long[name]} if name in long else {}
     measured = delta(long, reference) if len(reference) > 1 else {}
 
     result = {}
     for name, text in sides.items():
         lengths = sentence_lengths(text)
-        found = measured.get(name)
+        found: dict[str, Any] | None = measured.get(name)
         result[name] = {
             "words": len(words(text)),
             "dialogue": dialogue(text),
-            "sentence_words": [float(value) for value in np.quantile(lengths, [0.1, 0.5, 0.9])] if lengths else None,
+            "sentence_words": np.quantile(lengths, [0.1, 0.5, 0.9]).tolist() if lengths else None,
             "names": name_frequency(text, known),
-            "delta": {
+            "delta": found
+            and {
                 "novel": found.get("novel"),
                 "gallica": float(np.mean([found[work] for work in works])) if works else None,
                 "base": found.get("base"),
-            }
-            if found
-            else None,
+            },
         }
     return result

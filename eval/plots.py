@@ -6,7 +6,6 @@ text = plots.svg(figure, "demo.bpb.svg")
 
 import io
 import math
-from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -45,34 +44,36 @@ def svg(picture: Figure, name: str) -> str:
     return text.getvalue()
 
 
-def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens", legend: str = "best") -> None:
+def look(index: int) -> dict[str, Any]:
+    """Colour and mark of the series with this number."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "linewidth": 1.4}
+
+
+def aside(axis: Axes) -> None:
+    """The legend to the right of the axis."""
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens") -> None:
     """Loss curves on one axis, a colour a name: training solid, validation dashed with marks.
 
     A NaN breaks a line. A single series may have the name "": it needs no name in the legend, and gets a colour a kind.
     """
-    points = [point for each in series.values() for point in each]
-    both = all(any(point[column] is not None for point in points) for column in (1, 2))
-    for (name, each), colour, mark in zip(series.items(), cycle(COLOURS), cycle(MARKS), strict=False):
-        for column, kind in ((1, "training"), (2, "validation")):
+    kinds = ("training", "validation")
+    both = all(any(point[column] is not None for each in series.values() for point in each) for column in (1, 2))
+    for index, (name, each) in enumerate(series.items()):
+        for column, kind in enumerate(kinds, 1):
             line = [(point[0], point[column]) for point in each if point[column] is not None]
-            label = ", ".join(part for part in (name, kind if both or not name else "") if part)
-            dashed = both and column == 2
             if line:
-                axis.plot(
-                    *zip(*line, strict=True),
-                    label=label,
-                    color=colour if name or column == 1 else COLOURS[1],
-                    linewidth=1.4,
-                    linestyle="--" if dashed else "-",
-                    marker=mark if column == 2 else None,
-                    markersize=4,
-                )
+                style = look(index) if name or column == 1 else look(1) | {"marker": MARKS[index]}
+                label = ", ".join(part for part in (name, kind if both or not name else "") if part)
+                if column == 1:
+                    style["marker"] = None
+                dashes = "--" if both and column == 2 else "-"
+                axis.plot(*zip(*line, strict=True), label=label, linestyle=dashes, markersize=4, **style)
     plain(axis, unit == "tokens")
     axis.set_xlabel(unit)
     axis.grid(alpha=0.3)
-    if axis.lines:
-        aside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if legend == "aside" else {}
-        axis.legend(frameon=False, **aside)
 
 
 def draw_losses(report: dict[str, Any]) -> Figure | None:
@@ -86,6 +87,8 @@ def draw_losses(report: dict[str, Any]) -> Figure | None:
         unit = logs.unit(log)
         plot_losses(axis, {"": logs.curve(log, unit)}, unit)
         axis.set_title(name)
+        if axis.lines:
+            axis.legend(frameon=False)
     axes[0].set_ylabel(LOSS)
     return picture
 
@@ -98,10 +101,11 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure | None:
     unit = "tokens" if all(logs.unit(log) == "tokens" for log in runs.values()) else "step"
     picture = figure(9.2, 4.6)
     upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    plot_losses(upper, {name: logs.curve(log, unit) for name, log in runs.items()}, unit, legend="aside")
-    for log, colour in zip(runs.values(), cycle(COLOURS), strict=False):
+    plot_losses(upper, {name: logs.curve(log, unit) for name, log in runs.items()}, unit)
+    aside(upper)
+    for index, log in enumerate(runs.values()):
         rates = [(point[unit], point["learning_rate"]) for point in log if point["learning_rate"] is not None]
-        lower.plot(*zip(*rates, strict=True), color=colour, linewidth=1.4)
+        lower.plot(*zip(*rates, strict=True), **look(index) | {"marker": None})
     plain(lower, unit == "tokens")
     upper.set(xlabel="", ylabel=LOSS)
     lower.set(xlabel=unit, ylabel="learning rate")
@@ -118,18 +122,15 @@ def draw_bits(report: dict[str, Any]) -> Figure:
     for index, task in enumerate(report["tasks"]):
         points = []
         for place, name in enumerate(stages):
-            score = report["stages"][name]["scores"].get(task)
-            if score:
+            if score := report["stages"][name]["scores"].get(task):
                 value = score["bits_per_byte"]
                 low, high = score["interval"]["bits_per_byte"] or (value, value)
                 # The intervals of one stage would hide each other on one vertical line.
-                points.append(
-                    (place + 0.05 * (index - (len(report["tasks"]) - 1) / 2), value, value - low, high - value)
-                )
+                x = place + 0.05 * (index - (len(report["tasks"]) - 1) / 2)
+                points.append((x, value, value - low, high - value))
         if points:
-            x, y, below, above = zip(*points, strict=True)
-            colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
-            axis.errorbar(x, y, yerr=[below, above], label=task, color=colour, marker=mark, capsize=3, linewidth=1.4)
+            places, y, below, above = zip(*points, strict=True)
+            axis.errorbar(places, y, yerr=[below, above], label=task, capsize=3, **look(index))
     plain(axis)
     axis.set_xticks(range(len(stages)), stages)
     axis.set_ylabel("bits per byte (lower is better)")
@@ -151,35 +152,36 @@ def draw_positions(report: dict[str, Any]) -> Figure | None:
                 parts = stage["positions"][task]["ranges"]
                 labels = [f"{part['from']}-{part['to']}" for part in parts]
                 values = [part["bits_per_byte"] for part in parts]
-                colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
-                axis.plot(labels, values, label=name, color=colour, marker=mark, linewidth=1.4)
+                axis.plot(labels, values, label=name, **look(index))
         plain(axis)
         axis.set_title(task)
         axis.set_xlabel("tokens of context")
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("bits per byte (lower is better)")
-    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    aside(axes[-1])
     return picture
 
 
+def scatter(axis: Axes, centre: float, width: float, values: list[float], index: int, **more: Any) -> None:
+    """Values as points in a column, spread in their order so that they do not hide each other."""
+    x = [centre + width * ((i * 0.618) % 1 - 0.5) for i in range(len(values))]
+    axis.plot(x, values, linestyle="", color=COLOURS[index], alpha=0.6, **more)
+
+
 def draw_memory(report: dict[str, Any]) -> Figure | None:
-    """Left, how probable the novel's passages of 50 tokens are to each stage, trained beside held out; right, the longest
-    run of the novel's words in each sample, and in the author's own held-out pages. None when neither was measured."""
+    """Left, how probable the novel's chunks of 50 tokens are to each stage, trained beside held out; right, the longest
+    sequence of the novel's words in each sample, and in the author's own held-out pages. None when neither was measured."""
     stages = {name: stage for name, stage in measured(report).items() if not stage["form"]}
-    spans = {
-        (name, task): [
-            span / math.log(10)
-            for document in (stage["scores"].get(task) or {"documents": []})["documents"]
-            for span in document["spans"]
-        ]
-        for name, stage in stages.items()
-        for task in ("novel_train", "novel_heldout")
-    }
+
+    def spans(stage: dict[str, Any], task: str) -> list[float]:
+        documents = stage["scores"][task]["documents"] if stage["scores"].get(task) else []
+        return [span / math.log(10) for document in documents for span in document["spans"]]
+
     copies = {name: [s["copied"]["words"] for s in stage["samples"] if s["copied"]] for name, stage in stages.items()}
-    if report["reference"] and report["reference"]["copied"]:
-        copies["author"] = report["reference"]["copied"]
+    copies["author"] = (report["reference"] or {"copied": []})["copied"]
     copies = {name: values for name, values in copies.items() if values}
-    panels = [bool(any(spans.values())), bool(copies)]
+    tasks = {"novel_train": "trained", "novel_heldout": "held out"}
+    panels = [any(spans(stage, task) for stage in stages.values() for task in tasks), bool(copies)]
     if not any(panels):
         return None
     picture = figure(4.6 * sum(panels) + 0.8, 3.6)
@@ -187,20 +189,10 @@ def draw_memory(report: dict[str, Any]) -> Figure | None:
     if panels[0]:
         axis = axes.pop(0)
         plain(axis)
-        for index, (task, label) in enumerate((("novel_train", "trained"), ("novel_heldout", "held out"))):
-            for place, name in enumerate(stages):
-                values = spans[name, task]
-                # Side by side in the column of their stage, spread in their order so that they do not hide each other.
-                x = [place + (index - 0.5) * 0.4 + 0.24 * ((i * 0.618) % 1 - 0.5) for i in range(len(values))]
-                axis.plot(
-                    x,
-                    values,
-                    MARKS[index],
-                    color=COLOURS[index],
-                    markersize=3,
-                    alpha=0.6,
-                    label=None if place else label,
-                )
+        for index, (task, label) in enumerate(tasks.items()):
+            for place, stage in enumerate(stages.values()):
+                style = {"marker": MARKS[index], "markersize": 3, "label": None if place else label}
+                scatter(axis, place + (index - 0.5) * 0.4, 0.24, spans(stage, task), index, **style)
         axis.axhline(math.log10(EXTRACTABLE), color="0.4", linestyle="--", linewidth=1)
         axis.text(len(stages) - 0.5, math.log10(EXTRACTABLE), "extractable above", ha="right", va="bottom", fontsize=8)
         axis.set_ylim(top=1)
@@ -212,8 +204,7 @@ def draw_memory(report: dict[str, Any]) -> Figure | None:
         axis = axes.pop(0)
         plain(axis)
         for place, values in enumerate(copies.values()):
-            x = [place + 0.5 * ((i * 0.618) % 1 - 0.5) for i in range(len(values))]
-            axis.plot(x, values, "o", color=COLOURS[2], markersize=4, alpha=0.6)
+            scatter(axis, place, 0.5, values, 2, marker="o", markersize=4)
         axis.set_ylim(bottom=-0.5)
         axis.set_xticks(range(len(copies)), list(copies))
         axis.set_ylabel("longest run of copied words, a sample")

@@ -9,6 +9,7 @@ itself. JupyterLab, with its editor and terminal, is at /lab of the same address
 """
 
 import argparse
+import http.client
 import os
 import secrets
 import signal
@@ -16,8 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 from prep.common import BadInput, end_with_parent, run
@@ -66,35 +65,29 @@ def command(ip: str, port: int) -> list[str]:
     return [sys.executable, "-m", "jupyterlab", *(f"--{key}={value}" for key, value in settings.items())]
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: object) -> None:
-        return None
+def ask(host: str, port: int, path: str) -> tuple[int, str]:
+    """The HTTP status of a page asked without a token, and where it redirects to."""
+    connection = http.client.HTTPConnection(host, port, timeout=30)
+    connection.request("GET", path)
+    response = connection.getresponse()
+    return response.status, response.getheader("Location") or ""
 
 
-def ask(address: str) -> tuple[int, str]:
-    """The HTTP status of an address, and where it redirects to, asked without token or proxy."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-    try:
-        return opener.open(address, timeout=30).status, ""
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers.get("Location") or ""
-
-
-def check_refused(address: str, server: subprocess.Popen) -> None:
+def check_refused(host: str, port: int, server: subprocess.Popen) -> None:
     """Wait until the server answers, and ask for its pages without a token. Raises BadInput unless each is refused."""
     while server.poll() is None:
         try:
-            ask(f"{address}api")
+            ask(host, port, "/api")
             break
         except OSError:  # not listening yet
             time.sleep(0.2)
     else:
         raise BadInput(f"JupyterLab ended with status {server.returncode} before it answered")
-    for path in ("lab", "api/contents", PAGE[1:]):
-        status, target = ask(address + path)
+    for path in ("/lab", "/api/contents", PAGE):
+        status, target = ask(host, port, path)
         if status not in (401, 403) and not target.startswith("/login"):
             raise BadInput(
-                f"the server was stopped: without the token it answers /{path} with status {status} instead of refusing; "
+                f"the server was stopped: without the token it answers {path} with status {status} instead of refusing; "
                 "look for Jupyter settings in this environment (JUPYTER_* variables, etc/jupyter)"
             )
 
@@ -137,7 +130,7 @@ def main() -> int:
     for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(name, lambda *_: sys.exit(0))
     try:
-        check_refused(f"http://{'127.0.0.1' if args.ip == '0.0.0.0' else args.ip}:{args.port}/", server)
+        check_refused("127.0.0.1" if args.ip == "0.0.0.0" else args.ip, args.port, server)
         host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0", "::1") else args.ip
         address = f"http://{host}:{args.port}/"
         print(f"workbench: {address}" + ("  (token: JUPYTER_TOKEN)" if given else f"?token={token}"), flush=True)

@@ -28,18 +28,15 @@ EXPLAINED = (
 )
 
 
+def change(task: str, difference: dict[str, Any]) -> str:
+    return f"{task} {difference['bits_per_byte']:+.3f} bits per byte"
+
+
 def sides(difference: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Held-out texts on which it is surely better, and on which it is surely worse."""
-    better, worse = [], []
-    for task in HELDOUT:
-        change = difference["scores"].get(task)
-        if change and change["interval"]:
-            low, high = change["interval"]
-            text = f"{task} {change['bits_per_byte']:+.3f} bits per byte"
-            if high < 0:
-                better.append(text)
-            elif low > 0:
-                worse.append(text)
+    scores = {task: score for task in HELDOUT if (score := difference["scores"].get(task)) and score["interval"]}
+    better = [change(task, score) for task, score in scores.items() if score["interval"][1] < 0]
+    worse = [change(task, score) for task, score in scores.items() if score["interval"][0] > 0]
     return better, worse
 
 
@@ -64,8 +61,7 @@ def price(name: str, report: dict[str, Any]) -> str:
     difference = report["differences"].get(name)
     if not difference:
         return "not compared"
-    changes = [(task, difference["scores"].get(task)) for task in HELDOUT]
-    figures = [f"{task} {change['bits_per_byte']:+.3f} bits per byte" for task, change in changes if change]
+    figures = [change(task, score) for task in HELDOUT if (score := difference["scores"].get(task))]
     form = "with its adapter before the first step" if report["stages"][name]["form"] == "start" else "in another form"
     return f"the weights of {difference['against']} {form}: {', '.join(figures) or 'not compared'}"
 
@@ -98,18 +94,18 @@ def degenerated(stage: dict[str, Any], report: dict[str, Any]) -> str:
     return f"degenerated ({', '.join(reasons)})" if reasons else "did not degenerate"
 
 
+def line(name: str, stage: dict[str, Any] | None, report: dict[str, Any]) -> str:
+    """The verdict on one stage."""
+    if stage is None:
+        return "not measured"
+    if stage["form"]:
+        return f"{price(name, report)}."
+    parts = [learned(name, report), memorised(stage, report), degenerated(stage, report)]
+    if stage["gate"] and not stage["gate"]["passed"]:
+        parts.insert(0, "not the weights that its training recorded")
+    return "; ".join(part for part in parts if part) + "."
+
+
 def lines(report: dict[str, Any]) -> dict[str, str]:
     """{stage: its verdict}, in the chain's order."""
-    result = {}
-    for name, stage in report["stages"].items():
-        if stage is None:
-            result[name] = "not measured"
-            continue
-        if stage["form"]:
-            result[name] = f"{price(name, report)}."
-            continue
-        parts = [learned(name, report), memorised(stage, report), degenerated(stage, report)]
-        if stage["gate"] and not stage["gate"]["passed"]:
-            parts.insert(0, "not the weights that its training recorded")
-        result[name] = "; ".join(part for part in parts if part) + "."
-    return result
+    return {name: line(name, stage, report) for name, stage in report["stages"].items()}

@@ -33,7 +33,6 @@ CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all paths here
 CONTINUED = Path("outputs/continuation")  # where eval/continuation.py writes
 PAGES = 900  # words of the continued novel that are shown, about three pages of a book
-SAMPLE = ("stage", "seed", "temperature", "date", "prompt", "text")  # what a kept sample has, besides parameters
 HEADROOM = 1.25  # of the bytes of 16- or 32-bit weights, for what is computed with them and the cache of a context
 
 
@@ -61,18 +60,15 @@ def newest_first(paths: Iterable[Path]) -> dict[Path, float]:
 def table(runs: list[logs.Run]) -> str:
     """The state of each run that has logged anything, as an HTML table."""
     epochs = {stage.name: float(stage.config.get("num_epochs", 1)) for stage in load_chain(ROOT / "recipes")}
-    found = [logs.status(run, epochs.get(run.folder.name, 1.0)) for run in runs]
-    return logs.table([one for one in found if one])
+    return logs.table(runs, epochs)
 
 
 def free_memory() -> int:
     """Bytes of memory that are free, on this machine or within the container's limit."""
     free = psutil.virtual_memory().available
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no limit: no such file, or the word `max` in it
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         free = min(free, limit - used)
-    except (OSError, ValueError):
-        pass  # no limit: no such file, or the word `max` in it
     return max(0, free)
 
 
@@ -80,12 +76,11 @@ def stages() -> dict[str, str]:
     """{shown name: row} of the rows that have weights, in the chain's order. Imports the heavy libraries."""
     from eval import models
 
-    found = {}
-    for row in models.candidates(load_chain(ROOT / "recipes")):
-        if row.weights and (row.adapter is None or list(row.model.glob("model*.safetensors"))):
-            judged = row.stage is None or row.stage.verdict.is_file()
-            found[row.name if judged else f"{row.name} (no verdict: half trained?)"] = row.name
-    return found
+    rows = [
+        row for row in models.candidates(load_chain(ROOT / "recipes")) if row.weights and models.full_weights(row.model)
+    ]
+    whole = {row.name for row in rows if row.stage is None or row.stage.verdict.is_file()}
+    return {row.name if row.name in whole else f"{row.name} (no verdict: half trained?)": row.name for row in rows}
 
 
 @dataclass
@@ -113,8 +108,8 @@ class Models:
 
         from eval import models
 
-        row = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])[0]
-        paths = [*row.weights, *([] if row.adapter is None else sorted(row.model.glob("model*.safetensors")))]
+        [row] = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])
+        paths = list(dict.fromkeys([*row.weights, *models.full_weights(row.model)]))
         try:
             files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
         except FileNotFoundError as error:
@@ -209,18 +204,14 @@ def stream(
 def keep(path: Path, sample: dict[str, Any]) -> None:
     """Append a sample, one line of JSON, also when two pages do so at once. A full disk is an OSError, and no half line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), **sample}, ensure_ascii=False) + "\n"
-    with path.open("a+b", buffering=0) as file:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    data = (json.dumps({"date": now, **sample}, ensure_ascii=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
         try:
-            if end:
-                file.seek(end - 1)
-                line = line if file.read(1) == b"\n" else "\n" + line  # a line that an older version left half written
-            data = line.encode()
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-            os.fsync(file)
         except OSError:
             file.truncate(end)
             raise
@@ -228,16 +219,17 @@ def keep(path: Path, sample: dict[str, Any]) -> None:
 
 def kept(path: Path) -> str:
     """The samples kept so far, newest first, as HTML; lines that are no sample are skipped and counted."""
-    parts, damaged = [], 0
+    parts: list[str] = []
+    damaged = 0
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             sample = json.loads(line)
-            stage, seed, temperature, date, prompt, text = (sample[key] for key in SAMPLE)
-            parts.append(prose(f"{stage}, seed {seed}, temperature {temperature}, {date}", prompt + text))
+            by = "{stage}, seed {seed}, temperature {temperature}, {date}".format(**sample)
+            parts.insert(0, prose(by, sample["prompt"] + sample["text"]))
         except (ValueError, KeyError, TypeError):
             damaged += 1
-    skipped = [note(f"{damaged} damaged {'lines' if damaged > 1 else 'line'} of {path} skipped.")] if damaged else []
-    return "<hr>".join(skipped + parts[::-1]) or note("Nothing kept yet.")
+    skipped = [note(f"Lines of {path} that are damaged and skipped: {damaged}.")] if damaged else []
+    return "<hr>".join(skipped + parts) or note("Nothing kept yet.")
 
 
 def reports() -> dict[str, Path]:
@@ -248,11 +240,8 @@ def reports() -> dict[str, Path]:
 
 
 def report_page(path: Path) -> str:
-    """A report's page in a frame, without scripts. Raises BadInput when it was removed."""
-    try:
-        page = html.escape(path.read_text(encoding="utf-8"), quote=True)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} was removed a moment ago") from error
+    """A report's page in a frame, without scripts."""
+    page = html.escape(path.read_text(encoding="utf-8"), quote=True)
     return f'<iframe sandbox class="report" srcdoc="{page}"></iframe>'
 
 
@@ -264,7 +253,7 @@ def continued() -> dict[str, Path]:
 def latest_pages(path: Path) -> str:
     """The last pages of a continued novel, from its record, as HTML. It may be read while it is written.
 
-    Raises BadInput when the record was removed, is damaged, or of another version.
+    Raises BadInput when the record is damaged, or of another version.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -273,16 +262,13 @@ def latest_pages(path: Path) -> str:
             f"{record['stage']} continues {record['beginning']['source']}, seed {record['settings']['seed']}: "
             f"{record['words']:,} words in {len(record['passages'])} steps, {record['passages_with_faults']} with a fault. "
         )
-        total = record["words"]
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} was removed a moment ago") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged ({error!r}): remove it, and `make continue` starts again") from error
     words, start = 0, len(parts)
     while start and words < PAGES:
         start -= 1
         words += len(parts[start].split())
-    shown = f"These are its last {words:,} words. " if words < total else ""
+    shown = f"These are its last {words:,} words. " if start else ""
     whole = f"The whole text: {path.with_suffix('.txt')}, and .epub once it is done."
     return prose(by + shown + whole, "\n\n".join(parts[start:]))
 

@@ -105,18 +105,6 @@ def test_a_batch_is_text_for_nine_tenths():
     assert list(scoring.batches([], 4)) == []
 
 
-def test_an_adapter_changes_the_score_and_an_empty_one_does_not(place):
-    save_adapter(place / "outputs" / "2a", place / "outputs" / "2c", "outputs/2a", seed=None, targets=("v_proj",))
-    rows = models.candidates(load_chain(Path("recipes")))
-    bits = {
-        row.name: scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
-        for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32)
-    }
-    assert bits["2c"] == pytest.approx(bits["2a"], rel=1e-6)  # also: 2b's adapter is off again
-    assert abs(bits["2b"] - bits["2a"]) > 0.001
-    assert abs(bits["base"] - bits["2a"]) > 0.01
-
-
 @pytest.fixture
 def in_four_bits(place: Path) -> Path:
     """The curriculum with recipes that round the base under the adapters. A hidden size of 64: blocks are that long."""
@@ -231,13 +219,7 @@ def test_every_piece_is_scored_once_at_each_range():
     long = scoring.windows(list(range(4, 404)))
     through = sum(end - start for start, end in long.items())
     assert through / 400 == pytest.approx(4, rel=0.05)  # tokens through the model for each one scored
-
-
-def test_pieces_are_spread_over_the_texts():
-    assert scoring.choose([8, 3, 12], 100) == [[4, 5, 6, 7], [], [4, 5, 6, 7, 8, 9, 10, 11]]
-    assert scoring.choose([8, 3, 12], 8) == [[4, 5, 6, 7], [], [4, 5, 6, 7]]
-    assert scoring.choose([12, 12], 8) == [[4, 5, 6, 7], [4, 5, 6, 7]]
-    assert scoring.choose([3], 8) == [[]]
+    assert scoring.choose([8, 3, 12], 8) == [[4, 5, 6, 7], [], [4, 5, 6, 7]]  # spread over the texts
 
 
 def test_positions_are_those_of_the_text(place):
@@ -264,10 +246,6 @@ def test_positions_are_those_of_the_text(place):
     assert scoring.by_position(scorer, [{"text": "court", "source": "b"}], 4) is None
 
 
-def test_an_overflow_is_no_figure():
-    assert scoring.figures(nll=1e6, tokens=100, bytes=1_000_000, words=1)["word_perplexity"] is None
-
-
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
@@ -276,12 +254,6 @@ def documents(nlls: list[float], sources: list[str] | None = None) -> list[dict[
         {"source": source, "nll": nll, "bytes": 100, "blocks": [{"nll": nll, "bytes": 100}]}
         for nll, source in zip(nlls, sources or ["one work"] * len(nlls), strict=True)
     ]
-
-
-def test_an_interval_of_equal_blocks_is_a_point():
-    result = intervals.interval(documents([100 * math.log(2)] * 5))
-    assert result["unit"] == "block" and result["units"] == 5
-    assert result["bits_per_byte"] == pytest.approx([1, 1])
 
 
 def test_an_interval_is_as_wide_as_the_standard_error_says():
@@ -303,43 +275,23 @@ def test_pairing_sees_a_difference_that_two_intervals_hide():
     assert change["interval"][0] < change["bits_per_byte"] < change["interval"][1] < 0
 
 
-def test_whole_works_are_drawn_where_there_are_enough():
-    sources = [f"work {i % 10}" for i in range(20)]
-    assert intervals.interval(documents([50.0] * 20, sources))["unit"] == "work"
-    assert intervals.interval(documents([50.0] * 20, [f"work {i % 9}" for i in range(20)]))["unit"] == "block"
-
-
-def test_a_work_is_all_its_passages():
-    """Twenty passages, two a work: the units are the works' sums, in an order that is the works' own."""
+def test_whole_works_are_drawn_where_there_are_ten():
+    """Twenty passages, two a work: the units are the works' sums, whatever order they come in."""
     parts = documents([float(i) for i in range(20)], [f"work {9 - i % 10}" for i in range(20)])
     unit, table = intervals.units(parts)
-    assert unit == "work" and table[:, 1].tolist() == [200.0] * 10
-    assert table[:, 0].tolist() == [float(2 * i + 10) for i in range(9, -1, -1)]
+    assert unit == "work" and table.tolist() == [[float(2 * i + 10), 200.0] for i in range(9, -1, -1)]
     assert intervals.interval(parts) == intervals.interval(parts[10:] + parts[:10])
-    assert intervals.interval(parts)["bits_per_byte"] == intervals.interval(parts)["bits_per_byte"]  # the same draws
+    assert intervals.units(documents([50.0] * 20, [f"work {i % 9}" for i in range(20)]))[0] == "block"
 
 
-def test_a_long_block_weighs_more_than_a_short_one():
-    long, short = documents([300.0, 10.0])
-    long["bytes"] = long["blocks"][0]["bytes"] = 900
-    expected = 310 / 1000 / math.log(2)
-    change = intervals.difference(
-        [long, short], [{**d, "blocks": [{**d["blocks"][0], "nll": 0}]} for d in (long, short)]
-    )
-    assert change is not None and change["bits_per_byte"] == pytest.approx(-expected)
-
-
-def test_texts_that_differ_are_not_compared():
-    assert intervals.difference(documents([1, 2]), documents([1, 2, 3])) is None
+def test_units_that_do_not_match_or_are_one_have_no_interval():
     longer = documents([1, 2])
     longer[0]["blocks"][0]["bytes"] += 1  # as many blocks, cut elsewhere
+    assert intervals.difference(documents([1, 2]), documents([1, 2, 3])) is None
     assert intervals.difference(documents([1, 2]), longer) is None
-
-
-def test_one_unit_has_no_interval():
-    assert intervals.interval(documents([5.0]))["bits_per_byte"] is None
     alone = intervals.difference(documents([5.0]), documents([4.0]))
     assert alone is not None and alone["interval"] is None and alone["bits_per_byte"] < 0
+    assert intervals.interval(documents([100 * math.log(2)] * 5))["bits_per_byte"] == pytest.approx([1, 1])
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -390,13 +342,6 @@ def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
 # --- prose and memory -------------------------------------------------------------------------------------------------
 
 
-def test_repetition_and_distinct_ngrams_by_hand():
-    text = "le chat le chat le chien"  # 2-grams: le chat, chat le, le chat, chat le, le chien
-    assert metrics.repetition(text, 2) == pytest.approx(2 / 5)
-    assert metrics.repetition("un deux", 4) is None
-    assert metrics.distinct(["le chat", "le chat", "le chien"], 2) == pytest.approx(2 / 3)
-
-
 @pytest.mark.parametrize(
     ("text", "looping"),
     [
@@ -433,31 +378,30 @@ def test_a_copied_passage_is_found_in_its_whole_length():
 
 
 def test_a_text_that_grows_is_the_whole_text():
-    whole = "Un homme entra dans la salle basse. Il but. Un homme entra sans un mot."
     grown = metrics.CopyFinder([])
     for part in ("Un homme entra dans", " la", " salle basse. Il but.", "", " Un homme entra sans un mot."):
         grown.append(part)
-    once = metrics.CopyFinder([whole])
+    once = metrics.CopyFinder(["Un homme entra dans la salle basse. Il but. Un homme entra sans un mot."])
     assert grown.starts == once.starts and grown.tokens == once.tokens[:-1]
     assert grown.longest("entra sans un mot de plus")["words"] == 4  # there it ends, with nothing behind
-    assert once.longest("sans un mot sans un mot un")["words"] == 3
 
 
 def test_french_words_and_others():
     assert metrics.foreign("L'œil du cœur, jusqu'à aujourd'hui, regardait la maison.") == 0
     assert metrics.foreign("Le chat xqzt dormait") == pytest.approx(1 / 3)
     assert metrics.foreign("a ! 12") is None
-    assert all((metrics.foreign(tale) or 0) < 0.1 for tale in tales()[:3])
 
 
-def test_page_noise_is_told_from_what_looks_like_it():
-    assert metrics.artefacts("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite") == 3
-    assert metrics.artefacts("M. KLAMM,\n\nOUI.\n\nCHAPITRE IX\n\nOUI, OU.") == 2  # six capitals, at least
-    assert metrics.artefacts("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.") == 0
-
-
-def test_pieces_keep_every_sign_between_their_words():
-    assert metrics.chunks("« Un, deux ! » trois - quatre cinq", 2) == ["Un, deux ! » ", "trois - quatre "]
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("Il lut :\n\n— 14 —\n\nLE CHÂTEAU DE SABLE\n\n12\n\nsuite", 3),
+        ("M. KLAMM,\n\nOUI.\n\nCHAPITRE IX\n\nOUI, OU.", 2),  # six capitals, at least
+        ("NON ! AU SECOURS !\n\nEn 1876 il partit.\n\nM. K.\n\n— Oui.", 0),
+    ],
+)
+def test_page_noise_is_told_from_what_looks_like_it(text, lines):
+    assert metrics.degeneration([{"text": text, "ended": False}])["artefacts"] == lines
 
 
 def test_spans_have_their_context_and_stay_in_their_window():
@@ -480,9 +424,6 @@ def test_memorisation_by_hand():
     assert result["heldout"]["token_probability"] == pytest.approx(math.exp(-2))
     assert metrics.memorisation({"novel_train": train}) is None
     assert metrics.memorisation({"novel_train": train, "novel_heldout": {"documents": [{"spans": []}]}}) is None
-    below = {"documents": [{"spans": [math.log(9e-4)]}]}
-    nearly = metrics.memorisation({"novel_train": below, "novel_heldout": heldout})
-    assert nearly is not None and nearly["train"]["extractable"] == 0
 
 
 def test_degeneration_is_the_mean_over_samples():
@@ -494,12 +435,11 @@ def test_degeneration_is_the_mean_over_samples():
             {"text": "xqzt " * 8, "ended": False},
         ]
     )
-    assert result["rep_2"] == pytest.approx((3 / 5 + 6 / 7) / 2) and result["rep_4"] == pytest.approx(
-        (1 / 3 + 4 / 5) / 2
-    )
+    assert result["rep_4"] == pytest.approx((1 / 3 + 4 / 5) / 2) and result["distinct_2"] == pytest.approx(3 / 12)
     assert result["looping"] == pytest.approx(1 / 3) and result["ended_early"] == pytest.approx(1 / 3)
-    assert result["distinct_1"] == pytest.approx(4 / 15) and result["not_french"] == pytest.approx(1 / 2)
+    assert result["not_french"] == pytest.approx(1 / 2)
     assert metrics.degeneration([])["rep_4"] is None
+    assert metrics.chunks("« Un, deux ! » trois - quatre cinq", 2) == ["Un, deux ! » ", "trois - quatre "]
 
 
 def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
@@ -517,46 +457,14 @@ def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
     return model.eval()
 
 
-@pytest.mark.slow
-def test_a_model_that_knows_its_pages_by_heart_is_seen_to(place):
-    """That page is extractable, the held-out one is not, and a sample copies."""
-    tokenizer = AutoTokenizer.from_pretrained("models/base")
-    page = tales()[3][:2_000]
-    write_rows(place / "data/2c.jsonl", [page])
-    model = know_by_heart(tokenizer, page)
-    result = metrics.memorisation(scores_of(model, tokenizer, ["novel_train", "novel_heldout"]))
-    assert result is not None
-    assert result["train"]["extractable"] > 0.9 and result["heldout"]["extractable"] == 0
-    [sample] = generation.continuations(model, tokenizer, page[:200], 1, 0, generation.decoding(60))
-    assert metrics.CopyFinder([page]).longest(sample["text"])["words"] > 10
-
-
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_report_holds_every_stage(evaluated):
-    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c", "2c (merged)"]
-    for stage in evaluated["stages"].values():
-        assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
-        assert all(score["bits_per_byte"] > 0 for score in stage["scores"].values())
-        assert len(stage["samples"]) == (0 if stage["form"] else 2 * len(evaluated["prompts"]))
-    assert {name: change["against"] for name, change in evaluated["differences"].items()} == {
-        "2a": "base",
-        "2b": "2a",
-        "2c": "2b",
-        "2c (merged)": "2c",
-    }
-    change = evaluated["differences"]["2c"]["scores"]["novel_heldout"]["bits_per_byte"]
-    bits = [evaluated["stages"][name]["scores"]["novel_heldout"]["bits_per_byte"] for name in ("2b", "2c")]
-    assert change == pytest.approx(bits[1] - bits[0], abs=1e-5)
-    tokens = {stage["scores"]["english"]["tokens"] for stage in evaluated["stages"].values()}
-    assert len(tokens) == 1 and tokens.pop() > 1_000
-
-
-@pytest.mark.slow
-def test_the_page_is_made_from_the_json_alone(evaluated, evaluated_place, tmp_path, monkeypatch):
+def test_the_report_holds_every_stage_and_the_page_is_made_from_it_alone(evaluated_place, tmp_path, monkeypatch):
     """In an empty folder, the JSON gives the same page and pictures, byte by byte."""
+    evaluated = report.load(evaluated_place / "eval/reports/tiny.json")
+    assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c", "2c (merged)"]
     monkeypatch.chdir(tmp_path)
     shutil.copy(evaluated_place / "eval/reports/tiny.json", tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "tiny.json"])
@@ -565,8 +473,9 @@ def test_the_page_is_made_from_the_json_alone(evaluated, evaluated_place, tmp_pa
         assert (tmp_path / name).read_bytes() == (evaluated_place / "eval/reports" / name).read_bytes()
     page = (tmp_path / "tiny.md").read_text(encoding="utf-8")
     for name, stage in evaluated["stages"].items():
-        assert f"{stage['scores']['code']['bits_per_byte']:.3f}" in page
-        assert f"**{name}**" in page
+        assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
+        assert len(stage["samples"]) == (0 if stage["form"] else 2 * len(evaluated["prompts"]))
+        assert f"{stage['scores']['code']['bits_per_byte']:.3f}" in page and f"**{name}**" in page
 
 
 @pytest.mark.slow
@@ -602,36 +511,30 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
     assert change["bits_per_byte"] == 0 and change["interval"] == [0, 0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda r: r["stages"]["2a"]["scores"]["code"].pop("bits_per_byte"), "stages.2a"),
-        (lambda r: r["stages"]["2a"]["weights"].clear(), "stages.2a"),
         (lambda r: r.pop("environment"), "environment"),
         (lambda r: r["tasks"]["code"].update(text_sha256="abc"), "tasks.code.text_sha256"),
         (lambda r: r.update(format=2), "format"),
     ],
 )
-def test_a_damaged_report_is_refused(evaluated, tmp_path, damage, message):
-    copy = json.loads(json.dumps(evaluated))
-    damage(copy)
+def test_a_damaged_report_is_refused(tmp_path, damage, message):
+    demo = report.load(Path(report.__file__).parent / "reports/demo.json")
+    damage(demo)
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(demo))
     with pytest.raises(BadInput, match=message):
-        report.check(copy, tmp_path / "x.json")
-
-
-def test_a_torn_report_is_refused(tmp_path):
-    (tmp_path / "torn.json").write_text('{"format": 1, "run"')
+        report.load(path)
+    path.write_text('{"format": 1, "run"')
     with pytest.raises(BadInput, match="not whole JSON"):
-        report.load(tmp_path / "torn.json")
+        report.load(path)
 
 
-def test_markdown_signs_in_samples_are_only_signs():
+def test_signs_are_only_signs_and_what_was_not_measured_is_a_dash():
     assert report.quoted("# <b>\n\n*x*") == "> \\# \\<b\\>\n>\n> \\*x\\*"
-
-
-def test_what_was_not_measured_is_a_dash():
-    assert tables.number(None) == "–" and tables.bits(None, "code") == "–" and tables.changed(None) == "–"
+    assert tables.number(None) == tables.bits(None, "code") == tables.changed(None) == "–"
 
 
 def judged(**changes: Any) -> str:
@@ -717,10 +620,6 @@ def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
         {"step": 1, "epoch": 0.1, "tokens": 512, "loss": 3.5, "eval_loss": None},
         {"step": 10, "epoch": 1.0, "tokens": 5120, "loss": 3.0, "eval_loss": 3.25},
     ]
-
-
-def test_a_run_without_state_has_no_curve(tmp_path):
-    assert logs.training_log(tmp_path) is None
 
 
 def test_losses_are_drawn(tmp_path):
@@ -853,6 +752,7 @@ HELDOUT = "data/2b.heldout.jsonl"
         (lambda p: shutil.rmtree(p / "outputs/2b"), [], "stage 2b is missing.*2c builds on it.*recipes/2b.yml"),
         (lambda p: shutil.rmtree(p / "outputs/2c"), ["--stages", "2c"], "stage 2c is missing"),
         (lambda p: None, ["--stages", "2d"], "no stage 2d.*base, 2a, 2b, 2c"),
+        (lambda p: None, ["--prompts", "none.yml"], "no prompt file none.yml"),
         (lambda p: None, ["--tasks", "latin"], "no task latin.*gallica_heldout"),
         (lambda p: (p / HELDOUT).unlink(), [], "2b.heldout.jsonl is missing"),
         (lambda p: (p / HELDOUT).write_text(""), [], "2b.heldout.jsonl is empty"),
@@ -878,13 +778,6 @@ def test_bad_input_is_one_clear_message(place, monkeypatch, spoil, arguments, me
         evaluate("--tasks", "gallica_heldout", "--limit", "1", *arguments)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
     assert not Path("eval/reports/tiny.json").exists()
-
-
-def test_stages_that_are_not_trained_yet_are_left_out(place):
-    shutil.rmtree(place / "outputs" / "2b")
-    shutil.rmtree(place / "outputs" / "2c")
-    rows = models.candidates(load_chain(Path("recipes")))
-    assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
 
 
 def test_two_bases_are_refused():

@@ -73,32 +73,23 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
 def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What eval/continuation.py writes in a few steps."""
     out = tmp_path_factory.mktemp("continued")
-    arguments = "--stage 2a --words 40 --candidates 2 --passage-tokens 24 --from".split()  # noqa: SIM905
-    call: list[str | Path] = [
-        sys.executable,
-        ROOT / "eval/continuation.py",
-        "--recipes",
-        ROOT / "recipes",
-        "--out",
-        out,
-        *arguments,
-    ]
-    subprocess.run([*call, "K. ouvrit la porte."], cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
+    arguments = "--stage 2a --words 40 --candidates 2 --passage-tokens 24".split()  # noqa: SIM905
+    arguments += ["--recipes", str(ROOT / "recipes"), "--out", str(out), "--from", "K. ouvrit la porte."]
+    call = [sys.executable, str(ROOT / "eval/continuation.py"), *arguments]
+    subprocess.run(call, cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
     return out
 
 
-def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_that_logged_last_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORKBENCH_DIR", raising=False)
     monkeypatch.setattr(workbench, "ROOT", tmp_path)
     assert workbench.places() == [tmp_path]
-    (tmp_path / "demo/run/outputs").mkdir(parents=True)
-    assert workbench.places() == [tmp_path, tmp_path / "demo/run"]
     for second, place in enumerate((tmp_path / "demo/run", tmp_path)):
         logged = place / "outputs/2a/runs/x/events.out.tfevents.1"
         logged.parent.mkdir(parents=True)
         logged.touch()
         os.utime(logged, (second, second + 1))
-        assert workbench.places()[0] == place  # logged last
+        assert workbench.places()[0] == place
     monkeypatch.setenv("WORKBENCH_DIR", "/elsewhere")
     assert workbench.places() == [Path("/elsewhere")]
 
@@ -110,10 +101,6 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine > 2**20
     limit_memory(tmp_path, 12345, monkeypatch)
     assert workbench.free_memory() == 12345
-    limit_memory(tmp_path, -5, monkeypatch)
-    assert workbench.free_memory() == 0
-    limit_memory(tmp_path, 2**60, monkeypatch)
-    assert workbench.free_memory() < 2**50
     (tmp_path / "memory.max").write_text("max\n")
     assert workbench.free_memory() > 2**20
 
@@ -131,9 +118,7 @@ def test_an_adapter_stands_on_its_rounded_base(folder: Path) -> None:
         there = measured(ids).logits
         plain = models.load_model(rows[0].model, tokenizer, "cpu", torch.float32)
         in_16_bits = models.load_adapter(plain, rows[0], tokenizer)(ids).logits
-    from_there, from_16_bits = ((here - other).abs().max().item() for other in (there, in_16_bits))
-    print(from_there, from_16_bits)
-    assert from_there < 0.1 * from_16_bits
+    assert (here - there).abs().max() < 0.1 * (here - in_16_bits).abs().max()
 
 
 def test_stages_that_are_there(folder: Path) -> None:
@@ -169,25 +154,20 @@ def test_two_models_or_one_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_stage_that_was_removed_or_changed(folder: Path) -> None:
     models = workbench.Models("cpu")
-    said: list[str] = []
-    first, _ = models.get("2a", said.append)
+    first, _ = models.get("2a", print)
     path = folder / "outputs/2a/model.safetensors"
     path.write_bytes((folder / "models/base/model.safetensors").read_bytes())
-    second, _ = models.get("2a", said.append)
+    second, _ = models.get("2a", print)
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
-    on_it, _ = models.get("2b", said.append)
+    on_it, _ = models.get("2b", print)
     os.utime(path, (1000, 1000))
-    assert models.get("2b", said.append)[0] is not on_it  # what it stands on is another
-    (folder / "outputs/2a/model-2.safetensors").symlink_to("gone")  # listed, and not there when it is looked at
-    with pytest.raises(BadInput, match="removed a moment ago"):
-        models.get("2a", said.append)
-    (folder / "outputs/2a/model-2.safetensors").unlink()
+    assert models.get("2b", print)[0] is not on_it  # what it builds on is another
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(BadInput, match="is it being written"):
-        models.get("2a", said.append)
+        models.get("2a", print)
     shutil.rmtree(folder / "outputs/2a")
     with pytest.raises(BadInput, match="stage 2a is missing"):
-        models.get("2a", said.append)
+        models.get("2a", print)
 
 
 def test_a_stream_is_the_report_s_text_and_stops(folder: Path) -> None:
@@ -216,7 +196,8 @@ SAMPLE = {"stage": "2b", "seed": 1, "temperature": 0.8, "prompt": "K. ", "text":
 
 def test_two_pages_keep_at_once(tmp_path: Path) -> None:
     path = tmp_path / "outputs/kept.jsonl"
-    code = f"from eval.workbench import keep\nfrom pathlib import Path\nfor n in range(200): keep(Path({str(path)!r}), {{'text': 'é' * 3000, 'n': n}})"
+    code = "from eval.workbench import keep\nfrom pathlib import Path\n"
+    code += f"for n in range(200): keep(Path({str(path)!r}), {{'text': 'é' * 3000, 'n': n}})"
     writers = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert sorted(json.loads(line)["n"] for line in path.read_text().splitlines()) == sorted([*range(200)] * 2)
@@ -225,11 +206,11 @@ def test_two_pages_keep_at_once(tmp_path: Path) -> None:
 def test_kept_samples_are_shown_and_damaged_lines_counted(tmp_path: Path) -> None:
     path = tmp_path / "kept.jsonl"
     assert "Nothing kept yet" in workbench.kept(path)
-    path.write_bytes(b'{}\n[1]\n{"stage": "2b", "text": "ha\xff\n' + b'{"text": "half')
-    workbench.keep(path, SAMPLE)  # after a line without an end
+    path.write_bytes(b'{}\n[1]\n{"stage": "2b", "text": "ha\xff\n')
+    workbench.keep(path, SAMPLE)
     workbench.keep(path, SAMPLE | {"text": "<b>plus tard</b>"})
     page = workbench.kept(path)
-    assert "4 damaged lines" in page and "K. dit." in page
+    assert "damaged and skipped: 3." in page
     assert page.index("K. &lt;b&gt;plus tard") < page.index("K. dit.")  # newest first
 
 
@@ -278,9 +259,6 @@ def test_the_latest_pages(continued: Path, tmp_path: Path, monkeypatch: pytest.M
         assert list(workbench.continued()) == ["2c-1-0", name]  # newest first
         with pytest.raises(BadInput, match="is damaged"):
             workbench.latest_pages(other)
-    other.unlink()
-    with pytest.raises(BadInput, match="removed a moment ago"):
-        workbench.latest_pages(other)
 
 
 def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +277,6 @@ def test_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frame.startswith("<iframe sandbox ") and frame.count('"') == 4 and "&gt;eval/reports/demo.html" in frame
     found["old"].unlink()
     assert list(workbench.newest_first(found.values())) == [found["demo"]]
-    with pytest.raises(BadInput, match="removed a moment ago"):
-        workbench.report_page(found["old"])
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -314,14 +290,8 @@ def free_port() -> int:
 
 def serve(*arguments: str, **more: str) -> subprocess.Popen:
     call = [sys.executable, str(ROOT / "eval/serve.py"), "--allow-root", *arguments]
-    return subprocess.Popen(
-        call,
-        env=ENVIRONMENT | more,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(call, env=ENVIRONMENT | more, start_new_session=True, **pipes)
 
 
 @contextmanager
@@ -380,13 +350,13 @@ def test_the_server_reads_no_settings_of_the_user(tmp_path: Path, monkeypatch: p
     ill = check_health(work, home)
     assert ill.returncode == 1 and "no notebook server is running" in ill.stderr
     own = {"JUPYTER_CONFIG_DIR": str(home / ".jupyter"), "JUPYTER_CONFIG_PATH": str(work)}
-    with served("--port", str(port), JUPYTER_TOKEN=secret, HOME=str(home), **own) as (address, line):
+    with served("--port", str(port), JUPYTER_TOKEN=secret, HOME=str(home), **own) as (_, line):
         assert line.strip() == f"workbench: http://localhost:{port}/  (token: JUPYTER_TOKEN)"
         for path in ("lab", "voila/render/eval/workbench.ipynb", "files/README.md", "voila/files/README.md", "api/kernels",
                      "api/terminals", "api/contents", "nbconvert/html/eval/workbench.ipynb", "lsp/status",
                      "api/contents?token=", "api/contents?token=wrong"):  # fmt: skip
-            assert ask(address + path)[0] in (302, 403, 404), path  # 302: to the login page
-        assert ask(f"{address}files/README.md?token={secret}")[0] == 200
+            assert ask("127.0.0.1", port, f"/{path}")[0] in (302, 403, 404), path  # 302: to the login page
+        assert ask("127.0.0.1", port, f"/files/README.md?token={secret}")[0] == 200
         running = subprocess.run(["pgrep", "-fa", str(port)], capture_output=True, text=True).stdout
         assert "jupyterlab" in running and secret not in running
         with socket.socket() as other, pytest.raises(OSError):
@@ -406,11 +376,8 @@ def test_a_server_that_asks_for_no_token_is_stopped(tmp_path: Path) -> None:
     )
     process = serve("--port", str(free_port()), PYTHONPATH=os.pathsep.join([str(ROOT), str(tmp_path)]))
     output = process.communicate(timeout=60)[0]
-    assert (
-        process.returncode == 1
-        and "the server was stopped: without the token it answers /lab with status 404" in output
-    )
-    assert "workbench:" not in output
+    assert process.returncode == 1 and "workbench:" not in output
+    assert "the server was stopped: without the token it answers /lab with status 404" in output
 
 
 @pytest.mark.parametrize(

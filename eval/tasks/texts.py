@@ -42,28 +42,18 @@ def training(path: str, documents: int, characters: int, **_: Any) -> dict[str, 
     whole = "\n\n".join(kept)
     starts = [i * max(0, len(whole) - characters) // max(1, documents - 1) for i in range(documents)]
     starts = starts[:1] if len(whole) <= characters else starts
-    excerpts = [whole[start : start + characters] for start in starts]
-    return {
-        "test": Dataset.from_list(
-            [
-                {"text": text, "source": Path(path).name, "part": str(start)}
-                for text, start in zip(excerpts, starts, strict=True)
-            ]
-        )
-    }
+    excerpts = [
+        {"text": whole[start : start + characters], "source": Path(path).name, "part": str(start)} for start in starts
+    ]
+    return {"test": Dataset.from_list(excerpts)}
 
 
 def english(**_: Any) -> dict[str, Dataset]:
     """English prose: how the email package was meant to work, and what a heap queue is."""
     architecture = (files("email") / "architecture.rst").read_text(encoding="utf-8")
-    return {
-        "test": Dataset.from_list(
-            [
-                document(architecture[:ENGLISH_CHARACTERS], "email/architecture.rst", "\n\n"),
-                document(heapq.__about__[:ENGLISH_CHARACTERS], "heapq.__about__", "\n\n"),
-            ]
-        )
-    }
+    texts = {"email/architecture.rst": architecture, "heapq.__about__": heapq.__about__}
+    documents = [document(text[:ENGLISH_CHARACTERS], source, "\n\n") for source, text in texts.items()]
+    return {"test": Dataset.from_list(documents)}
 
 
 def code(**_: Any) -> dict[str, Dataset]:
@@ -86,18 +76,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise BadInput(f"{path} is missing (looked for in {Path.cwd()}): preparation writes it, run it first")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            for number, line in enumerate(lines, 1):
-                row = json.loads(line)
-                text = row.get("text") if isinstance(row, dict) else None
-                if not isinstance(text, str) or not text.strip():
-                    raise BadInput(f"{path}, line {number}: no text in this row; prepare it again")
-                rows.append(
-                    {"text": text, "source": str(row.get("source", path.name)), "part": str(row.get("part", number))}
-                )
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path}, line {len(rows) + 1}: not whole JSON ({error}); prepare it again") from error
+            row = json.loads(line)
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise BadInput(f"{path}, line {number}: not whole JSON ({error}); prepare it again") from error
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise BadInput(f"{path}, line {number}: no text in this row; prepare it again")
+        rows.append({"text": text, "source": str(row.get("source", path.name)), "part": str(row.get("part", number))})
     if not rows:
         raise BadInput(f"{path} is empty: nothing was held out; prepare it again with a larger --holdout")
     return rows
