@@ -151,16 +151,14 @@ def check_data(stage: Stage) -> dict[str, str]:
     """{path: sha256} of each JSONL the stage reads, and of the text it was cut from: as their manifest says, or BadInput."""
     remedy = f"{make('prep', stage)} makes it"
     files: dict[Path, str] = {}
-    for rows in stage.datasets + stage.heldout:
-        part = "train" if rows in stage.datasets else "heldout"
-        sha, text = read(
-            manifest_of(rows),
-            remedy,
-            lambda said, part=part: (said[part]["sha256"], said.get("documents", {}).get("text")),
-        )
-        files[rows] = sha
-        if text:
-            files[rows.parent / text["path"]] = text["sha256"]
+    for part, paths in {"train": stage.datasets, "heldout": stage.heldout}.items():
+        for rows in paths:
+            manifest = read(
+                manifest_of(rows), remedy, lambda said: said["train"]["sha256"] and said["heldout"]["sha256"] and said
+            )
+            files[rows] = manifest[part]["sha256"]
+            if text := manifest.get("documents", {}).get("text"):
+                files[rows.parent / text["path"]] = text["sha256"]
     for path, recorded in files.items():
         if not path.exists():
             raise BadInput(f"{path} is missing; {remedy}")
