@@ -20,12 +20,11 @@ import os
 import random
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,9 @@ import pyarrow.parquet as pq
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from prep.common import atomic_write, cpu_name, run, versions
+from prep.common import ROOT, BadInput, atomic_write, cpu_name, run, versions
 from prep.readers import read_books, source_paths
 
-ROOT = Path(__file__).parent.parent
 LENGTH = 512
 LIBRARY_WORDS = 16.4e9  # of PleIAs/French-PD-Books
 FILES = 8  # as the library's own files are many: tasks for two workers
@@ -65,33 +63,24 @@ def perturbed(text: str, draw: random.Random) -> str:
 
 def write_corpus(source: Path, folder: Path, count: int) -> tuple[int, int]:
     """`count` books in FILES parquet files; returns their bytes and words."""
-    novels = [
-        book
-        for path in source_paths(source)
-        for book in read_books(path)
-        if len(book.text) > 100_000 and "kocr" not in book.id and "kdup" not in book.id
-    ]
-    novels = [book for book in novels if " the " not in book.text[:20_000]]
+    books = [book for path in source_paths(source) for book in read_books(path) if len(book.text) > 100_000]
+    novels = [b for b in books if not re.search("kocr|kdup", b.id) and " the " not in b.text[:20_000]]
+    if not novels:
+        raise BadInput(f"no novel of 100,000 characters in {source}")
     folder.mkdir()
     size = words = 0
     for number in range(FILES):
         rows = []
         for i in range(number, count, FILES):
-            book = novels[i % len(novels)]
-            text = book.text if i < len(novels) else perturbed(book.text, random.Random(i))
+            text, fields = novels[i % len(novels)].text, novels[i % len(novels)].metadata
+            if i >= len(novels):
+                letters = "".join(chr(97 + digit) for digit in (i // 676, i // 26 % 26, i % 26))
+                text = perturbed(text, random.Random(i))
+                fields = fields | {"title": f"{fields['title']} autrement {letters}"}
             size += len(text.encode())
             words += len(text.split())
-            letters = "".join(chr(97 + digit) for digit in (i // 676, i // 26 % 26, i % 26))
-            title = book.metadata["title"] if i < len(novels) else f"{book.metadata['title']} autrement {letters}"
-            rows.append(
-                {
-                    "file_id": f"book{i:05d}",
-                    "title": title,
-                    "author": book.metadata["author"],
-                    "date": book.metadata["date"],
-                    "complete_text": text,
-                }
-            )
+            named = {name: fields[name] for name in ("title", "author", "date")}
+            rows.append({"file_id": f"book{i:05d}", **named, "complete_text": text})
         pq.write_table(pa.Table.from_pylist(rows), folder / f"gallica_mono_{number + 1}.parquet")
     return size, words
 
@@ -116,68 +105,14 @@ def naive(source: Path, tokenizer: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(spent, 1),
         "windows_a_second": round(windows / spent),
         "windows_a_cpu_second": round(windows / (time.process_time() - cpu_began)),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
 
-def ours(source: Path, tokenizer: Path, folder: Path, workers: int, size: int) -> dict[str, Any]:
-    """The whole command, its memory watched; then what each step of its log took."""
-    words = ["--source", source, "--tokenizer", tokenizer, "--sequence-len", LENGTH, "--windows", "all"]
-    words += ["--split", "1/1", "--holdout", 0.02, "--workers", workers, "--out", folder / "2a.jsonl"]
-    peaks = {"worker": 0, "sum": 0, "main": 0}
-    before = {child.pid for child in psutil.Process().children()}
-    began, cpu_began = time.monotonic(), children_cpu()
-    process = psutil.Popen(
-        [sys.executable, str(ROOT / "prep" / "gallica.py"), *map(str, words)], stderr=subprocess.DEVNULL
-    )
-
-    def watch() -> None:
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            sizes = []
-            for child in process.children(recursive=True):
-                try:
-                    sizes.append(child.memory_info().rss)
-                except psutil.Error:
-                    continue
-            try:
-                own = process.memory_info().rss
-            except psutil.Error:
-                break
-            for key, value in (("worker", max(sizes, default=0)), ("main", own), ("sum", own + sum(sizes))):
-                peaks[key] = max(peaks[key], value)
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    if process.wait() != 0:
-        raise RuntimeError("prep/gallica.py failed")
-    spent = time.monotonic() - began
-    thread.join()
-    while left := {child.pid for child in psutil.Process().children()} - before:
-        os.waitpid(left.pop(), 0)  # the server of its workers, which it does not wait for
-    cpu_seconds = children_cpu() - cpu_began
-    manifest = json.loads((folder / "2a.manifest.json").read_text(encoding="utf-8"))
-    windows = manifest["train"]["windows"] + manifest["heldout"]["windows"]
-    steps: dict[str, float] = {}
-    for path in sorted(folder.glob("gallica/*/logs/clean/stats/*.json")):
-        for step in json.loads(path.read_text(encoding="utf-8")):
-            if step["time_stats"]:
-                name = step["name"].split(": ", 1)[1].replace("🐿 Jsonl", "written")
-                steps[name] = steps.get(name, 0) + step["time_stats"]["total"]
-    return {
-        "books": manifest["documents"]["kept"] + manifest["documents"]["heldout"],
-        "rejected": manifest["documents"]["rejected"],
-        "windows": windows,
-        "seconds": round(spent, 1),
-        "windows_a_second": round(windows / spent),
-        "windows_a_second_a_core": round(windows / spent / workers),
-        "cpu_seconds": round(cpu_seconds, 1),
-        "windows_a_cpu_second": round(windows / cpu_seconds),
-        "mb_a_second_by_step": {name: round(size / 1e6 / total, 1) for name, total in steps.items() if total > 0.01},
-        "peak_worker_mb": peaks["worker"] >> 20,
-        "peak_main_mb": peaks["main"] >> 20,
-        "peak_sum_mb": peaks["sum"] >> 20,
-    }
+def resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.Error:  # it has just ended
+        return 0
 
 
 def children_cpu() -> float:
@@ -186,12 +121,55 @@ def children_cpu() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def ours(source: Path, tokenizer: Path, folder: Path, workers: int, size: int) -> dict[str, Any]:
+    """The whole command, its memory watched; then what each step of its log took."""
+    words = ["--source", source, "--tokenizer", tokenizer, "--sequence-len", LENGTH, "--windows", "all"]
+    words += ["--split", "1/1", "--holdout", 0.02, "--workers", workers, "--out", folder / "2a.jsonl"]
+    before = {child.pid for child in psutil.Process().children()}
+    began, cpu_began = time.monotonic(), children_cpu()
+    process = psutil.Popen(
+        [sys.executable, str(ROOT / "prep" / "gallica.py"), *map(str, words)], stderr=subprocess.DEVNULL
+    )
+    worker = total = 0
+    while process.poll() is None:
+        try:
+            sizes = [resident(child) for child in process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            break
+        worker, total = max(worker, *sizes, 0), max(total, resident(process) + sum(sizes))
+        time.sleep(0.1)
+    spent = time.monotonic() - began
+    if process.wait() != 0:
+        raise RuntimeError("prep/gallica.py failed")
+    while left := {child.pid for child in psutil.Process().children()} - before:
+        os.waitpid(left.pop(), 0)  # the server of its workers, which it does not wait for
+    cpu_seconds = children_cpu() - cpu_began
+    manifest = json.loads((folder / "2a.manifest.json").read_text(encoding="utf-8"))
+    windows = manifest["train"]["windows"] + manifest["heldout"]["windows"]
+    steps: Counter[str] = Counter()
+    for path in sorted(folder.glob("gallica/*/logs/clean/stats/*.json")):
+        for step in json.loads(path.read_text(encoding="utf-8")):
+            if step["time_stats"]:
+                steps[step["name"].split(": ", 1)[1].replace("🐿 Jsonl", "written")] += step["time_stats"]["total"]
+    return {
+        "books": manifest["documents"]["kept"] + manifest["documents"]["heldout"],
+        "rejected": manifest["documents"]["rejected"],
+        "windows": windows,
+        "seconds": round(spent, 1),
+        "windows_a_second": round(windows / spent),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "windows_a_cpu_second": round(windows / cpu_seconds),
+        "mb_a_second_by_step": {name: round(size / 1e6 / total, 1) for name, total in steps.items() if total > 0.01},
+        "peak_worker_mb": worker >> 20,
+        "peak_sum_mb": total >> 20,
+    }
+
+
 def growth(sizes: list[dict[str, Any]]) -> dict[str, float]:
     """What more books cost, the start of programs apart: from the smallest size to the largest."""
     few, many = sizes[0], sizes[-1]
     seconds = many["ours"]["cpu_seconds"] - few["ours"]["cpu_seconds"]
-    windows = many["ours"]["windows"] - few["ours"]["windows"]
-    rate = windows / seconds
+    rate = (many["ours"]["windows"] - few["ours"]["windows"]) / seconds
     cost = seconds / (many["text_mb"] - few["text_mb"])
     return {
         "start_cpu_seconds": round(few["ours"]["cpu_seconds"] - cost * few["text_mb"], 1),
@@ -245,37 +223,28 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     # Whatever the command leaves behind becomes a child of this process, which waits for it and counts its time.
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     results = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for count in args.books:
-            corpus = Path(scratch) / f"corpus{count}"
+    for count in args.books:
+        with tempfile.TemporaryDirectory() as scratch:
+            corpus = Path(scratch) / "corpus"
             size, words = write_corpus(args.source, corpus, count)
-            baselines, made, loads = [], [], []
+            baselines, made = [], []
             for number in range(args.repeats):
-                loads.append(round(os.getloadavg()[0], 1))
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                     baselines.append(alone.submit(naive, corpus, args.tokenizer, args.seconds).result())
-                rows = Path(scratch) / f"rows{count}.{number}"
-                made.append(ours(corpus, args.tokenizer, rows, args.workers, size))
-                shutil.rmtree(rows)
-            result = {
-                "books": count,
-                "text_mb": round(size / 1e6, 1),
-                "naive": middle(baselines),
-                "ours": middle(made),
-                "times_naive": [
-                    round(b["windows_a_second"] / a["windows_a_second"], 2)
-                    for a, b in zip(baselines, made, strict=True)
-                ],
-                "load_average": loads,
-            }
-            results.append(result)
-            print(json.dumps(result), flush=True)
+                made.append(ours(corpus, args.tokenizer, Path(scratch) / f"rows{number}", args.workers, size))
+        rates = [(a["windows_a_second"], b["windows_a_second"]) for a, b in zip(baselines, made, strict=True)]
+        result = {
+            "books": count,
+            "text_mb": round(size / 1e6, 1),
+            "naive": middle(baselines),
+            "ours": middle(made),
+            "times_naive": [round(our / its, 2) for its, our in rates],
+        }
+        results.append(result)
+        print(json.dumps(result), flush=True)
+    memory = round(psutil.virtual_memory().total / 2**30)
     return {
-        "machine": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 2**30),
-        },
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gb": memory},
         "sequence_len": LENGTH,
         "workers": args.workers,
         "bytes_a_word": round(size / words, 2),
@@ -296,11 +265,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
     args = parser.parse_args()
     report = measured(args)
-    with atomic_write(args.out) as handle:
-        json.dump(report, handle, indent=1)
-        handle.write("\n")
-    with atomic_write(args.out.with_suffix(".md")) as handle:
-        handle.write(page(report))
+    for path, text in ((args.out, json.dumps(report, indent=1) + "\n"), (args.out.with_suffix(".md"), page(report))):
+        with atomic_write(path) as handle:
+            handle.write(text)
     print(page(report))
 
 

@@ -19,7 +19,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
 
 import pyarrow.parquet as pq
 from rapidfuzz import fuzz
@@ -30,70 +29,33 @@ from prep.front_matter import letters_of
 from prep.page_layout import clean_pages
 from prep.typography import to_convention
 
-
-class Score(NamedTuple):
-    """Sums, so that the scores of several books add up."""
-
-    characters: int = 0  # of the truth
-    errors: int = 0  # character edits; paragraph ends count as spaces
-    truth_boundaries: int = 0
-    found_boundaries: int = 0
-    right_boundaries: int = 0
-    hyphen_errors: int = 0  # words that differ only in hyphens (or a space instead)
-    numbers_left: int = 0  # places with more words with a digit than the truth has
-    headers_left: int = 0  # places with more words in capitals than the truth has
-
-    def __add__(self, other: Self) -> Self:  # type: ignore[override]
-        return type(self)(*map(sum, zip(self, other, strict=True)))
-
-    @property
-    def error_rate(self) -> float:
-        return self.errors / max(1, self.characters)
-
-    @property
-    def precision(self) -> float:
-        return self.right_boundaries / max(1, self.found_boundaries)
-
-    @property
-    def recall(self) -> float:
-        return self.right_boundaries / max(1, self.truth_boundaries)
-
-    @property
-    def f1(self) -> float:
-        return 2 * self.right_boundaries / max(1, self.found_boundaries + self.truth_boundaries)
-
-    def __str__(self) -> str:
-        return (
-            f"CER {self.error_rate:.3%}  paragraphs P {self.precision:.2%} R {self.recall:.2%} F1 {self.f1:.2%}  "
-            f"hyphens {self.hyphen_errors}  numbers {self.numbers_left}  headers {self.headers_left}"
-        )
+Score = Counter[str]  # sums, so that the scores of several books add up
 
 
-class ScanScore(NamedTuple):
-    """Sums over scans: what cleaning can repair, whatever was misread."""
+def f1(score: Score) -> float:
+    """Of the boundaries between paragraphs."""
+    return 2 * score["right boundaries"] / max(1, score["found boundaries"] + score["true boundaries"])
 
-    pages: int = 0  # with any text
-    cuts: int = 0  # cut words, read rightly, that the truth writes without a hyphen
-    cuts_wrong: int = 0
-    compounds: int = 0  # cut words that the truth writes with a hyphen
-    compounds_wrong: int = 0
-    numbers_left: int = 0
-    headers_left: int = 0
-    words_before: int = 0  # before the first words of the truth
-    words_after: int = 0
-    notice_left: int = 0  # words "gallica"
 
-    def __add__(self, other: Self) -> Self:  # type: ignore[override]
-        return type(self)(*map(sum, zip(self, other, strict=True)))
+def described(score: Score) -> str:
+    """The line of a text."""
+    right = score["right boundaries"]
+    return (
+        f"CER {score['errors'] / max(1, score['characters']):.3%}  "
+        f"paragraphs P {right / max(1, score['found boundaries']):.2%} R {right / max(1, score['true boundaries']):.2%} "
+        f"F1 {f1(score):.2%}  hyphens {score['hyphen']}  numbers {score['number']}  headers {score['header']}"
+    )
 
-    def __str__(self) -> str:
-        return (
-            f"{self.pages} pages  line ends right {1 - self.cuts_wrong / max(1, self.cuts):.2%} of {self.cuts}, "
-            f"compounds {1 - self.compounds_wrong / max(1, self.compounds):.2%} of {self.compounds}  "
-            f"per 100 pages: numbers {100 * self.numbers_left / max(1, self.pages):.2f} "
-            f"headers {100 * self.headers_left / max(1, self.pages):.2f}  words before {self.words_before} "
-            f"after {self.words_after}  legal {self.notice_left}"
-        )
+
+def described_scan(score: Score) -> str:
+    """The line of a scan."""
+    pages = max(1, score["pages"])
+    return (
+        f"{score['pages']} pages  line ends right {1 - score['cut'] / max(1, score['cuts']):.2%} of {score['cuts']}, "
+        f"compounds {1 - score['compound'] / max(1, score['compounds']):.2%} of {score['compounds']}  "
+        f"per 100 pages: numbers {100 * score['number'] / pages:.2f} headers {100 * score['header'] / pages:.2f}  "
+        f"words before {score['before']} after {score['after']}  legal {score['legal']}"
+    )
 
 
 def paragraphs_of(text: str) -> list[str]:
@@ -103,16 +65,17 @@ def paragraphs_of(text: str) -> list[str]:
 
 
 def score(found: list[str], truth: list[str], differences: list[str] | None = None) -> Score:
-    """Compares two lists of paragraphs; descriptions of what differs are appended to `differences`."""
+    """Compares two lists of paragraphs; descriptions of what differs are appended to `differences`.
+
+    `characters` are the truth's; paragraph ends count as spaces. `hyphen`: words that differ only in hyphens or spaces;
+    `number`, `header`: places with more words with a digit, or in capitals, than the truth has.
+    """
     differences = [] if differences is None else differences
     text, clean = " ".join(found), " ".join(truth)
     words, clean_words = text.split(), clean.split()
-    starts, clean_starts = (
-        {*itertools.accumulate(len(p.split()) for p in paragraphs)} - {len(all_words)}
-        for paragraphs, all_words in ((found, words), (truth, clean_words))
-    )
+    starts, clean_starts = _starts(found), _starts(truth)
     aligned = [0] * (len(words) + 1)  # found word -> truth word
-    kinds: Counter[str] = Counter()
+    result = Score()
     for op in Levenshtein.opcodes(words, clean_words):
         for j in range(op.src_start, op.src_end):
             aligned[j] = min(op.dest_start + j - op.src_start, max(op.dest_start, op.dest_end - 1))
@@ -121,10 +84,10 @@ def score(found: list[str], truth: list[str], differences: list[str] | None = No
             alike = bool(wanted) and "".join(extra).replace("-", "") == "".join(wanted).replace("-", "")
             number = not alike and _with_digits(extra) > _with_digits(wanted)
             header = not alike and _in_capitals(extra) > _in_capitals(wanted)
-            found_kinds = [k for k, yes in (("hyphen", alike), ("number", number), ("header", header)) if yes]
-            kinds.update(found_kinds)
+            kinds = [k for k, yes in (("hyphen", alike), ("number", number), ("header", header)) if yes]
+            result.update(kinds)
             context = " ".join(clean_words[max(0, op.dest_start - 4) : op.dest_start])
-            differences.append(f"{(found_kinds or ['text'])[0]}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
+            differences.append(f"{(kinds or ['text'])[0]}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
     right: set[int] = set()
     for j in sorted(starts):
         if (i := aligned[j]) in clean_starts - right:
@@ -132,16 +95,16 @@ def score(found: list[str], truth: list[str], differences: list[str] | None = No
         else:
             differences.append(f"boundary too many: {_around(words, j)}")
     differences += [f"boundary missing: {_around(clean_words, i)}" for i in sorted(clean_starts - right)]
-    return Score(
-        len(clean),
-        Levenshtein.distance(text, clean, score_hint=len(clean) // 100),
-        len(clean_starts),
-        len(starts),
-        len(right),
-        kinds["hyphen"],
-        kinds["number"],
-        kinds["header"],
-    )
+    result["characters"] = len(clean)
+    result["errors"] = Levenshtein.distance(text, clean, score_hint=len(clean) // 100)
+    boundaries = {"true": clean_starts, "found": starts, "right": right}
+    return result + Score({f"{name} boundaries": len(places) for name, places in boundaries.items()})
+
+
+def _starts(paragraphs: list[str]) -> set[int]:
+    """The words with which paragraphs begin, but for the first."""
+    ends = list(itertools.accumulate(len(p.split()) for p in paragraphs))
+    return {*ends} - {*ends[-1:]}
 
 
 def _with_digits(words: list[str]) -> int:
@@ -162,8 +125,12 @@ _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 _CUT = re.compile(r"([^\W\d_]+)-\s*\n(?:.{0,45}\n){0,4}?\s*([^\W\d_]+)")
 
 
-def score_scan(raw: str, found: list[str], truth: list[str], differences: list[str] | None = None) -> ScanScore:
-    """Compares a cleaned scan with another edition's text; `raw` is the scan, for its cut words and page edges."""
+def score_scan(raw: str, found: list[str], truth: list[str], differences: list[str] | None = None) -> Score:
+    """Compares a cleaned scan with another edition's text; `raw` is the scan, for its cut words and page edges.
+
+    `cuts` are cut words, read rightly, that the truth writes without a hyphen, `compounds` those with one, `cut` and
+    `compound` the wrong ones of them; `before` and `after` are words around the truth's, `legal` words "gallica".
+    """
     differences = [] if differences is None else differences
     words, clean = " ".join(found).split(), " ".join(truth).split()
     opcodes = Levenshtein.opcodes(words, clean)
@@ -207,7 +174,7 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
             and not any(fuzz.partial_ratio(key, less) >= 85 for key in titles if len(key) <= len(less))
         )
 
-    kinds: Counter[str] = Counter()
+    result = Score()
     for equal, run_ in itertools.groupby(opcodes, key=lambda op: op.tag == "equal"):
         ops = list(run_)
         a, b, c, d = ops[0].src_start, ops[-1].src_end, ops[0].dest_start, ops[-1].dest_end
@@ -221,23 +188,16 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
                 here = ["compound" if "-" in right else "cut"]
         elif len(extra) > len(wanted):
             here = ["number"] * number_left(a, b, extra, wanted) + ["header"] * header_left(extra, wanted)
-        kinds.update(here)
+        result.update(here)
         if here:
             context = " ".join(clean[max(0, c - 4) : c])
             differences.append(f"{' '.join(here)}: {context} [{' '.join(extra)} -> {' '.join(wanted)}]")
     differences += [f"before: {' '.join(words[:begins])}", f"after: {' '.join(words[ends:])}"]
-    return ScanScore(
-        pages,
-        sum(n for key, n in cuts.items() if forms.get(key) == {False}),
-        kinds["cut"],
-        sum(n for key, n in cuts.items() if forms.get(key) == {True}),
-        kinds["compound"],
-        kinds["number"],
-        kinds["header"],
-        begins,
-        len(words) - ends,
-        sum("gallica" in word.lower() for word in words),
-    )
+    of_forms = Counter({key: n for key, n in cuts.items() if len(forms.get(key, ())) == 1})
+    result["compounds"] = sum(n for key, n in of_forms.items() if True in forms[key])
+    result["cuts"] = of_forms.total() - result["compounds"]
+    legal = sum("gallica" in word.lower() for word in words)
+    return result + Score(pages=pages, before=begins, after=len(words) - ends, legal=legal)
 
 
 def _page_edges(raw: str) -> tuple[list[str], dict[int, list[tuple[float, set[str]]]], int]:
@@ -260,8 +220,7 @@ def _page_edges(raw: str) -> tuple[list[str], dict[int, list[tuple[float, set[st
 
 def _figure(word: str) -> int:
     """The value of a word that is a figure, or 0."""
-    match = re.fullmatch(r"\W*(\d{1,4})\W*", word)
-    return int(match[1]) if match else 0
+    return int(match[1]) if (match := re.fullmatch(r"\W*(\d{1,4})\W*", word)) else 0
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -296,23 +255,23 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N differences of each text")
     args = parser.parse_args()
     given = documents(args.parquet, args.truth) if args.parquet else texts(args.scan or args.text, args.truth)
-    total: Score | ScanScore = ScanScore() if args.scan else Score()
+    show = described_scan if args.scan else described
+    total = Score()
     for name, raw, truth in given:
         differences: list[str] = []
         found = paragraphs_of(raw) if args.text else clean_pages(raw).paragraphs
         try:
-            result = (
-                score_scan(raw, found, paragraphs_of(truth), differences)
-                if args.scan
-                else score(found, paragraphs_of(truth), differences)
-            )
+            if args.scan:
+                result = score_scan(raw, found, paragraphs_of(truth), differences)
+            else:
+                result = score(found, paragraphs_of(truth), differences)
         except BadInput as error:
             raise BadInput(f"{name}: {error}") from error
-        print(f"{name}  {result}", *(f"    {line}" for line in differences[: args.show]), sep="\n", flush=True)
-        total += result  # type: ignore[operator]
-    if total == type(total)():
+        print(f"{name}  {show(result)}", *(f"    {line}" for line in differences[: args.show]), sep="\n", flush=True)
+        total += result
+    if not total:
         raise BadInput(f"no text of {args.parquet or args.scan} has a truth in {args.truth}")
-    print(f"all  {total}")
+    print(f"all  {show(total)}")
 
 
 if __name__ == "__main__":

@@ -20,12 +20,10 @@ _C1 = re.compile("[\u0080-\u009f]")
 
 def decode(data: bytes, name: str) -> str:
     """The text of bytes; `name` is for the message of BadInput."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        text = _strict(data, "utf-16")
-    elif (text := _strict(data, "utf-8-sig")) is not None:
-        text = _repaired(text, name)
-    else:
-        text = _legacy(data, name)
+    marked = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    text = _strict(data, "utf-16" if marked else "utf-8-sig")
+    if not marked:
+        text = _legacy(data, name) if text is None else repaired(text, name)
     if text is None or sum(text.count(chr(c)) for c in (*range(9), *range(14, 32))) > len(text) // 1000:
         raise BadInput(f"{name} is neither a PDF nor a text in a known encoding: convert it to UTF-8")
     if (lost := text.count("\ufffd")) > len(text) // 10_000:
@@ -40,37 +38,32 @@ def _strict(data: bytes, encoding: str) -> str | None:
         return None
 
 
-def _repaired(text: str, name: str) -> str:
-    """A text in UTF-8 that was wrongly decoded before it was encoded."""
+def repaired(text: str, name: str) -> str:
+    """A text that was wrongly decoded before it came here: UTF-8 or CP1252 taken for Latin-1."""
     if len(_TWICE.findall(text)) > len(text) // 10_000:
         for encoding in ("latin-1", "cp1252"):
             try:
-                return _repaired(text.encode(encoding).decode("utf-8"), name)
+                return repaired(text.encode(encoding).decode("utf-8"), name)
             except UnicodeError:
                 continue
         raise BadInput(f"{name} is UTF-8 encoded twice, in part (it has Ã© for é): convert it again from its source")
-    if not _C1.search(text):
-        return text
-    codes = [chr(code) for code in range(0x80, 0xA0)]
-    marks = {ord(c): c.encode("latin-1").decode("cp1252", "replace") for c in codes}
-    if "\ufffd" in (mended := text.translate(marks)):
+    marks = {ord(c): c.encode("latin-1").decode("cp1252", "replace") for c in set(_C1.findall(text))}
+    if "\ufffd" in marks.values():
         raise BadInput(
             f"{name} has control characters (U+0080 to U+009F) for letters: convert it again from its source"
         )
-    return mended
-
-
-def _known(text: str) -> tuple[float, int]:
-    """The share of different accented words that are French, and how many there are."""
-    words = {word for word in _ACCENTED.findall(text.lower()) if not word.isascii()}
-    return sum(word in lexicon() for word in words) / max(1, len(words)), len(words)
+    return text.translate(marks) if marks else text
 
 
 def _legacy(data: bytes, name: str) -> str | None:
-    read = [text for encoding in LEGACY if (text := _strict(data, encoding)) is not None]
-    scores = [_known(text) for text in read]
-    best = max(range(len(read)), key=lambda i: scores[i][0])  # of equal ones the first: CP1252
-    share, words = scores[best]
-    if words >= 5 and share < 0.3:
+    """The text in the encoding in which most of its different accented words are French; of equal ones the first."""
+    best, most, seen = None, -1.0, 0
+    for encoding in LEGACY:
+        if (text := _strict(data, encoding)) is not None:
+            words = {word for word in _ACCENTED.findall(text.lower()) if not word.isascii()}
+            share = len(words & lexicon()) / max(1, len(words))
+            if share > most:
+                best, most, seen = text, share, len(words)
+    if seen >= 5 and most < 0.3:
         raise BadInput(f"{name} is not in UTF-8, and in no other encoding are its words French: convert it to UTF-8")
-    return read[best]
+    return best

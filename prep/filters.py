@@ -68,8 +68,7 @@ def lexicon() -> frozenset[str]:
 def known_share(text: str) -> float:
     """The share of a sample's words that are French; words cut at a line's end are left out."""
     words = _WORD.findall(_CUT.sub(" ", "\n".join(samples(text))).lower())
-    known = lexicon()
-    return sum(word in known for word in words) / max(1, len(words))
+    return sum(word in lexicon() for word in words) / max(1, len(words))
 
 
 def french_share(text: str) -> float:
@@ -100,8 +99,7 @@ def fiction_score(text: str) -> float:
 
 def year_of(date: str) -> int | None:
     """The first year in a catalogue's date, such as 1876 in `1876-????`."""
-    match = _YEAR.search(date)
-    return int(match[1]) if match else None
+    return int(match[1]) if (match := _YEAR.search(date)) else None
 
 
 # --- the rules as steps of the pipeline ------------------------------------------------------------------------------

@@ -2,13 +2,9 @@
 
     read_book(Path("roman.epub")).paragraphs
 
-| file | what it gives |
-|---|---|
-| PDF (`prep/pdf.py`), plain text | lines, with a form feed between a PDF's pages: `clean_pages` makes paragraphs of them |
-| EPUB, DOCX, ODT, HTML, RTF | its own paragraphs, without notes, their calls, page numbers and tables of contents |
-| a zip | the book in it; several texts of one format are read one after the other, by name |
-
-Anything else (pictures, sound, programs, .doc, Kindle books, data) raises BadInput, which says what it is and what to do.
+PDF (`prep/pdf.py`) and plain text give lines, with a form feed between a PDF's pages: `clean_pages` makes paragraphs of them.
+EPUB, DOCX, ODT, HTML and RTF give their own paragraphs, without notes, their calls, page numbers and tables of contents. A zip
+gives the book in it, or its texts by name. Anything else raises BadInput, which says what it is and what to do.
 """
 
 import csv
@@ -44,6 +40,10 @@ class BookText(NamedTuple):
     counts: dict[str, int]  # what was left out, by kind
     warnings: list[str]  # one line each, for the user
 
+    def whole(self) -> str:
+        """The text, or the paragraphs with blank lines between them, so that no page rule applies."""
+        return self.text if self.paragraphs is None else "\n\n".join(self.paragraphs)
+
 
 def read_book(path: Path) -> BookText:
     """The text of the book in a file. Raises BadInput where there is none, naming what the file is."""
@@ -60,7 +60,7 @@ def read_bytes(data: bytes, name: str) -> BookText:
     if kind == "zip":
         return _one_book(read_members(data, name), name)
     readers: dict[str, Callable[[bytes, str], BookText]] = {
-        "pdf": lambda data, name: BookText((pdf := read_pdf(data, name)).text, None, pdf.counts, pdf.warnings),
+        "pdf": _read_pdf,
         "rtf": _read_rtf,
         "html": _read_html,
         "epub": _read_epub,
@@ -68,7 +68,7 @@ def read_bytes(data: bytes, name: str) -> BookText:
         "odt": _read_office,
     }
     book = readers[kind](data, name)
-    if len((book.text or " ".join(book.paragraphs or [])).split()) < 10:
+    if len(book.whole().split()) < 10:
         raise BadInput(f"{name} holds no text (pictures of pages?): run OCR on it, or give a text")
     return book
 
@@ -86,27 +86,22 @@ def read_members(data: bytes, name: str) -> Iterator[tuple[str, BookText | BadIn
 
 
 def _one_book(members: Iterator[tuple[str, BookText | BadInput]], name: str) -> BookText:
-    books, others = {}, []
-    for member, book in members:
-        if isinstance(book, BookText):
-            books[member] = book
-        else:
-            others.append(str(book).removeprefix(f"{name}: "))
+    found = dict(members)
+    books = {member: book for member, book in found.items() if isinstance(book, BookText)}
+    others = [str(error).removeprefix(f"{name}: ") for error in found.values() if isinstance(error, BadInput)]
     if not books:
         raise BadInput(f"{name} is a zip without a book" + (f" ({'; '.join(others[:3])})" if others else ""))
     if len({posixpath.splitext(member)[1].lower() for member in books}) > 1:
         raise BadInput(f"{name} is a zip of several books ({', '.join(books)}): unpack it and give one of them")
-    found = list(books.values())
-    counts: Counter[str] = sum((Counter(book.counts) for book in found), Counter())
-    warnings = [line for book in found for line in book.warnings]
-    if len(found) > 1:
-        warnings.append(f"{name}: {len(found)} texts read as one book, in this order: {', '.join(books)}")
+    counts: Counter[str] = sum((Counter(book.counts) for book in books.values()), Counter())
+    warnings = [line for book in books.values() for line in book.warnings]
+    if len(books) > 1:
+        warnings.append(f"{name}: {len(books)} texts read as one book, in this order: {', '.join(books)}")
     if others:
         warnings.append(f"{name}: left out: {'; '.join(others)}")
-    if all(book.paragraphs is not None for book in found):
-        return BookText("", [p for book in found for p in book.paragraphs or []], counts, warnings)
-    text = "\n\n".join(book.text or "\n\n".join(book.paragraphs or []) for book in found)
-    return BookText(text, None, counts, warnings)
+    if all(book.paragraphs is not None for book in books.values()):
+        return BookText("", [p for book in books.values() for p in book.paragraphs or []], counts, warnings)
+    return BookText("\n\n".join(book.whole() for book in books.values()), None, counts, warnings)
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------------
@@ -146,7 +141,7 @@ def kind_of(data: bytes, name: str) -> str:
     text = decode(data, name)
     if _HTML.match(text[:5000]) or len(re.findall(r"</?(?:p|div|br|h[1-6])\b[^>]{0,200}>", text, re.I)) > 5:
         return "html"
-    if found := _text_kind(text):
+    if found := _no_prose(text):
         raise BadInput(f"{name} is {found}, not a book: give the book's text, or an EPUB")
     return "txt"
 
@@ -155,21 +150,21 @@ def _zip_kind(data: bytes, name: str) -> str:
     with _opened(data, name) as archive:
         names = archive.namelist()
         mimetype = archive.read("mimetype") if "mimetype" in names else b""
-        if "META-INF/container.xml" in names or mimetype.startswith(b"application/epub"):
-            return "epub"
-        if "word/document.xml" in names:
-            return "docx"
-        if mimetype.startswith(b"application/vnd.oasis.opendocument"):
-            if b"text" not in mimetype:
-                raise BadInput(f"{name} is an OpenDocument table or drawing, not a book: give the book's text")
-            return "odt"
-        for folder, what in _OFFICE.items():
-            if any(n.startswith(folder) for n in names) and ("[Content_Types].xml" in names or folder == "Index/"):
-                raise BadInput(f"{name} is {what}, not a book: save its text as .docx or .txt")
+    if "META-INF/container.xml" in names or mimetype.startswith(b"application/epub"):
+        return "epub"
+    if "word/document.xml" in names:
+        return "docx"
+    if mimetype.startswith(b"application/vnd.oasis.opendocument"):
+        if b"text" not in mimetype:
+            raise BadInput(f"{name} is an OpenDocument table or drawing, not a book: give the book's text")
+        return "odt"
+    for folder, what in _OFFICE.items():
+        if any(n.startswith(folder) for n in names) and ("[Content_Types].xml" in names or folder == "Index/"):
+            raise BadInput(f"{name} is {what}, not a book: save its text as .docx or .txt")
     return "zip"
 
 
-def _text_kind(text: str) -> str | None:
+def _no_prose(text: str) -> str | None:
     """What a text is instead of a book, if it is."""
     start = text.lstrip("\ufeff \t\r\n")
     root = _XML.match(start[:5000])
@@ -179,21 +174,24 @@ def _text_kind(text: str) -> str | None:
         return "a TeX source"
     if re.match(r"WEBVTT|\d+\r?\n\d\d:\d\d:\d\d[,.]\d{3} -->", start):
         return "subtitles"
-    if start[:1] in ("{", "["):
-        for piece in (text, start.split("\n", 1)[0]):
-            try:
-                json.loads(piece)
-                return "JSON data"
-            except ValueError:
-                pass
+    if start[:1] in ("{", "[") and (_is_json(text) or _is_json(start.split("\n", 1)[0])):
+        return "JSON data"
     lines = [line for line in text[:20_000].splitlines()[:50] if line.strip()][:-1]
     for delimiter in "\t;,|":
-        cells = {len(row) for row in csv.reader(lines, delimiter=delimiter)} if len(lines) >= 4 else {0}
-        if len(cells) == 1 and cells.pop() >= 3:
+        cells = {len(row) for row in csv.reader(lines, delimiter=delimiter)}
+        if len(lines) >= 4 and len(cells) == 1 and min(cells) >= 3:
             return "a table (CSV)"
     if sum(map(str.isalpha, text)) < 0.5 * sum(not c.isspace() for c in text):
         return "mostly figures and signs"
     return None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 # --- formats that know their paragraphs -------------------------------------------------------------------------------
@@ -215,24 +213,19 @@ _UNSEEN = _words(
     " note annotation tracked-changes table-of-content forms sequence-decls"  # ODT
 )
 _NOTE_BLOCKS = {"p", "li", "dd", "div", "aside", "tr"}
-_NOTES = {"footnote", "footnotes", "endnote", "endnotes", "rearnote", "rearnotes", "references"}
-_CALLS = {"noteref", "fnanchor", "footnote-ref"}
-_EDITION = _words(  # by epub:type, role or class
-    "pagebreak pagenum pageno page-number toc landmarks page-list cover titlepage halftitlepage copyright-page imprint"
-    " colophon index pg-boilerplate pgheader pgfooter ws-noexport ws-pagenum mw-editsection"
-)
+_KINDS = {  # what an edition marks by epub:type, role or class; the first that fits counts
+    "note_calls": {"noteref", "fnanchor", "footnote-ref"},
+    "notes": {"footnote", "footnotes", "endnote", "endnotes", "rearnote", "rearnotes", "references"},
+    "edition_parts": _words(
+        "pagebreak pagenum pageno page-number toc landmarks page-list cover titlepage halftitlepage copyright-page"
+        " imprint colophon index pg-boilerplate pgheader pgfooter ws-noexport ws-pagenum mw-editsection"
+    ),
+}
 _EPUB_TYPE = "{http://www.idpf.org/2007/ops}type"
 
 
 def _name(element: Any) -> str:
     return etree.QName(element).localname if isinstance(element.tag, str) else ""
-
-
-def _marks(element: Any) -> set[str]:
-    """What an edition says an element is: its epub:type, role and classes."""
-    get = element.get
-    kinds = f"{get('role') or ''} {get(_EPUB_TYPE) or get('epub:type') or ''}".split()
-    return {kind.removeprefix("doc-") for kind in kinds} | set((get("class") or "").split())
 
 
 def _left_out(roots: list[Any]) -> dict[Any, str]:
@@ -241,13 +234,11 @@ def _left_out(roots: list[Any]) -> dict[Any, str]:
     targets = {element.get("id"): element for root in roots for element in root.iter("*") if element.get("id")}
     for root in roots:
         for element in root.iter("*"):
-            marks = _marks(element)
-            if marks & _CALLS:
-                found[element] = "note_calls"
-            elif marks & _NOTES:
-                found[element] = "notes"
-            elif marks & _EDITION:
-                found[element] = "edition_parts"
+            get = element.get
+            kinds = f"{get('role') or ''} {get(_EPUB_TYPE) or get('epub:type') or ''}".split()
+            marks = {kind.removeprefix("doc-") for kind in kinds} | set((get("class") or "").split())
+            if kind := next((kind for kind, names in _KINDS.items() if marks & names), None):
+                found[element] = kind
         for link in root.iter("{*}a"):
             text = "".join(link.itertext()).strip()
             label = re.fullmatch(r"[\[(]?(\d{1,3}|\*{1,3}|[a-z])[\])]?", text)
@@ -285,30 +276,28 @@ def _text_before(link: Any) -> bool:
 
 def _pieces(root: Any, counts: Counter[str], left_out: dict[Any, str], only: str) -> Iterator[str]:
     r"""The text in its order: `\n` at the edges of blocks, `\v` for a line end inside one."""
-    walker = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
     preformatted = 0
+
+    def spaced(text: str | None) -> str:
+        return (text or "").replace("\n", "\v") if preformatted else re.sub(r"[ \t\r\n\f\v]+", " ", text or "")
+
+    walker = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
     for event, element in walker:
         name = _name(element)
-        if event == "start":
-            if name in _BLOCKS:
-                yield "\n"
-            if element in left_out or name in _UNSEEN:
-                counts.update([left_out[element]] if element in left_out else [])
-                walker.skip_subtree()
-                continue
+        if event in ("start", "end") and name in _BLOCKS:
+            yield "\n"
+        if event != "start":
+            preformatted -= event == "end" and name == "pre" and preformatted > 0
+            if not only and element is not root:
+                yield spaced(element.tail)
+        elif element in left_out or name in _UNSEEN:
+            counts.update([left_out[element]] if element in left_out else [])
+            walker.skip_subtree()
+        else:
             yield " " if element.tag == _SPACES else _SIGNS.get(name, "")
             preformatted += name == "pre"
             if only in ("", name):
-                text = element.text or ""
-                yield text.replace("\n", "\v") if preformatted else re.sub(r"[ \t\r\n\f\v]+", " ", text)
-        else:
-            if event == "end":
-                preformatted -= name == "pre" and preformatted > 0
-                if name in _BLOCKS:
-                    yield "\n"
-            if not only and element is not root:
-                tail = element.tail or ""
-                yield tail.replace("\n", "\v") if preformatted else re.sub(r"[ \t\r\n\f\v]+", " ", tail)
+                yield spaced(element.text)
 
 
 def _is_contents(element: Any) -> bool:
@@ -319,42 +308,21 @@ def _is_contents(element: Any) -> bool:
 
 def _book_of(roots: list[Any], only: str = "") -> BookText:
     """The paragraphs of parsed documents; lines, where `<br>` or `<pre>` holds wrapped lines."""
-    counts: Counter[str] = Counter()
+    contents = [root for root in roots if _is_contents(root)]
+    counts: Counter[str] = Counter({"table_of_contents": len(contents)} if contents else {})
     left_out = _left_out(roots)
-    kept = []
-    for root in roots:
-        if _is_contents(root):
-            counts["table_of_contents"] += 1
-        else:
-            kept += [*_pieces(root, counts, left_out, only), "\n"]
-    text = "".join(kept)
+    kept = [[*_pieces(root, counts, left_out, only), "\n"] for root in roots if root not in contents]
+    text = "".join(piece for pieces in kept for piece in pieces)
     lines = re.findall(r"\v\s*(\w)", text)
     if len(lines) > 5 and sum(map(str.islower, lines)) > 0.3 * len(lines):
         return BookText(re.sub(r"\n\s*", "\n\n", text).replace("\v", "\n"), None, dict(counts), [])
-    paragraphs = [" ".join(p.split(" ")).strip() for p in re.split(r"[\n\v]", text)]
-    return BookText("", [re.sub("  +", " ", p) for p in paragraphs if p], dict(counts), [])
+    paragraphs = [re.sub("  +", " ", p.strip()) for p in re.split(r"[\n\v]", text)]
+    return BookText("", [p for p in paragraphs if p], dict(counts), [])
 
 
-def _read_html(data: bytes, name: str) -> BookText:
-    root = _parse_html(data, name)
-    book = _book_of([root])
-    words = len((book.text or " ".join(book.paragraphs or [])).split())
-    if "table_of_contents" in book.counts or words < 100 or root.find(".//input[@type='password']") is not None:
-        raise BadInput(
-            f"{name} is a web page, not a book ({words} words that are not links): give the book's own file or address"
-        )
-    return book
-
-
-def _parse_html(data: bytes, name: str) -> Any:
-    declared = re.search(rb"(?:charset|encoding) *= *[\"']? *([\w-]+)", data[:4096])
-    encoding = declared[1].decode().lower() if declared else ""
-    try:
-        text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
-    except (UnicodeDecodeError, LookupError):
-        text = decode(data, name)
-    text = re.sub(r"^\s*<\?xml[^>]*>", "", text)
-    return lxml.html.document_fromstring(text + "<p></p>", parser=lxml.html.HTMLParser(huge_tree=True))  # never empty
+def _read_pdf(data: bytes, name: str) -> BookText:
+    text, counts, warnings = read_pdf(data, name)
+    return BookText(text, None, counts, warnings)
 
 
 def _read_rtf(data: bytes, name: str) -> BookText:
@@ -362,21 +330,39 @@ def _read_rtf(data: bytes, name: str) -> BookText:
     return BookText("", [p for line in text.split("\n") if (p := line.strip())], {}, [])
 
 
+def _read_html(data: bytes, name: str) -> BookText:
+    declared = re.search(rb"(?:charset|encoding) *= *[\"']? *([\w-]+)", data[:4096])
+    encoding = declared[1].decode().lower() if declared else ""
+    try:
+        text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
+    except (UnicodeDecodeError, LookupError):
+        text = decode(data, name)
+    text = re.sub(r"^\s*<\?xml[^>]*>", "", text) + "<p></p>"  # never empty
+    root = lxml.html.document_fromstring(text, parser=lxml.html.HTMLParser(huge_tree=True))
+    book = _book_of([root])
+    words = len(book.whole().split())
+    if "table_of_contents" in book.counts or words < 100 or root.find(".//input[@type='password']") is not None:
+        raise BadInput(
+            f"{name} is a web page, not a book ({words} words that are not links): give the book's own file or address"
+        )
+    return book
+
+
 def _read_office(data: bytes, name: str) -> BookText:
     """DOCX and ODT: python-docx is not used, since its paragraphs leave out what is in insertions and text boxes."""
     with _opened(data, name) as archive:
         docx = "word/document.xml" in archive.namelist()
-        root = _xml(archive, "word/document.xml" if docx else "content.xml", name)
-    return _book_of([root], "t" if docx else "")
+        return _book_of([_xml(archive, "word/document.xml" if docx else "content.xml", name)], "t" if docx else "")
 
 
 _FONTS = {"http://www.idpf.org/2008/embedding", "http://ns.adobe.com/pdf/enc#RC"}
+_ASIDE = ("toc", "cover", "title-page", "copyright-page", "colophon", "index", "notes")
 
 
 def _read_epub(data: bytes, name: str) -> BookText:
+    """The documents of the spine, in its order."""
     with _opened(data, name) as archive:
-        names = archive.namelist()
-        if "META-INF/encryption.xml" in names:
+        if "META-INF/encryption.xml" in archive.namelist():
             methods = _xml(archive, "META-INF/encryption.xml", name).iter("{*}EncryptionMethod")
             if {method.get("Algorithm") for method in methods} - _FONTS:
                 raise BadInput(f"{name} is an EPUB with copy protection (DRM): give an edition without it")
@@ -387,20 +373,20 @@ def _read_epub(data: bytes, name: str) -> BookText:
         aside = {
             posixpath.normpath(reference.get("href", "").split("#")[0])
             for reference in package.iter("{*}reference")
-            if reference.get("type") in ("toc", "cover", "title-page", "copyright-page", "colophon", "index", "notes")
+            if reference.get("type") in _ASIDE
         }
-        roots, counts = [], Counter[str]()
+        roots, left_out = [], 0
         for entry in package.iter("{*}itemref"):
             item = items.get(entry.get("idref"))
             if item is None or not re.search("xml|html", item.get("media-type", "")):
                 continue
             href = unquote(item.get("href", ""))
             if href in aside or "nav" in item.get("properties", "").split() or entry.get("linear") == "no":
-                counts["edition_parts"] += 1
-                continue
-            roots.append(_xml(archive, posixpath.normpath(posixpath.join(folder, href)), name))
+                left_out += 1
+            else:
+                roots.append(_xml(archive, posixpath.normpath(posixpath.join(folder, href)), name))
     book = _book_of(roots)
-    return book._replace(counts=dict(counts + Counter(book.counts)))
+    return book._replace(counts=dict(Counter(edition_parts=left_out) + Counter(book.counts)))
 
 
 # --- zips and XML -----------------------------------------------------------------------------------------------------
@@ -431,9 +417,7 @@ def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
             lambda m: "".join(f"&#{ord(c)};" for c in html.unescape(m[0].decode())).encode(),
             data,
         )
-    root = etree.fromstring(
-        data, etree.XMLParser(recover=True, resolve_entities=False, no_network=True, huge_tree=True)
-    )
-    if root is None:
+    parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True, huge_tree=True)
+    if (root := etree.fromstring(data, parser)) is None:
         raise BadInput(f"{name} is damaged: {member} in it is no XML; fetch it again")
     return root

@@ -43,8 +43,7 @@ def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
     first = _after_block(lines, starts[-1])
     last = next((i for i in range(first, len(lines)) if _END.match(lines[i])), len(lines))
     for _ in range(3):  # blocks that may be credits
-        while first < last and not lines[first]:
-            first += 1
+        first = next((i for i in range(first, last) if lines[i]), last)
         if first < last and _CREDITS.match(lines[first]):
             first = _after_block(lines, first)
     counts["edition_notes"] += sum(map(_is_text, lines[:first] + lines[last:]))
@@ -52,9 +51,7 @@ def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
 
 
 def _after_block(lines: list[str], index: int) -> int:
-    while index < len(lines) and lines[index]:
-        index += 1
-    return index
+    return next((i for i in range(index, len(lines)) if not lines[i]), len(lines))
 
 
 def letters_of(text: str) -> str:
@@ -195,11 +192,10 @@ def _drop_list(
             best, first, last, found = total, start, i, signs
         if total < best - _GIVE_UP:
             break
-    if best < _ENOUGH or found < _ENOUGH:
-        return lines
     block = lines[first : last + 1]
-    if sum(map(bool, block)) > sum(map(bool, lines)) / 4:
-        return lines  # a work that is a list
+    whole_work = sum(map(bool, block)) > sum(map(bool, lines)) / 4  # a work that is a list
+    if best < _ENOUGH or found < _ENOUGH or whole_work:
+        return lines
     if kind == "table_of_contents" and not _grows(block[::-1] if backwards else block):
         return lines
     if backwards:
@@ -221,12 +217,10 @@ def _head(lines: list[str], last: int, width: int) -> int:
     """Where a list found backwards begins: its heading or the page's beginning, since its first lines may have no sign."""
     for i in range(last + 1, min(last + 40, len(lines))):
         line = lines[i]
-        if line == PAGE_END:
+        if line == PAGE_END or (line and _HEADING.match(line) and len(line) < 0.6 * width):
             return i
         if line and (_END_OF_WORK.match(line) or len(line) >= 0.6 * width):
             break
-        if _HEADING.match(line):
-            return i
     return last
 
 

@@ -2,8 +2,8 @@
 
     clean_pages(text)     the paragraphs of a scan, a PDF's text layer or a plain text
 
-No list of titles or words is needed: page numbers are numbers that grow by one per page, running headers are lines that
-recur at page edges. Without form feeds or such numbers nothing shows that a text has pages: then no line of it is dropped. The rest of the cleaning is in front_matter.py, paragraphs.py and typography.py.
+Page numbers are numbers that grow by one per page, running headers are lines that recur at page edges. Without form feeds or
+such numbers nothing shows that a text has pages: then no line of it is dropped.
 """
 
 import itertools
@@ -40,10 +40,8 @@ def clean_pages(text: str) -> Cleaned:
     else:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)
-    paragraphs = join_lines(lines, gaps, counts)
-    return Cleaned(
-        to_convention("\n".join(paragraphs)).split("\n") if paragraphs else [], dict(sorted((+counts).items()))
-    )
+    text = to_convention("\n".join(join_lines(lines, gaps, counts)))
+    return Cleaned(text.split("\n") if text else [], dict(sorted((+counts).items())))
 
 
 # --- page numbers ---------------------------------------------------------------------------------------------------
@@ -56,8 +54,6 @@ _DASHED = re.compile(
 )
 _FIGURE = re.compile(r"(?<!\w)\d{1,4}(?!\w)")
 _ROMAN = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
-
-
 PAGE_SIZE = (200, 12_000)  # characters
 
 
@@ -135,26 +131,20 @@ def _chain(lines: list[str]) -> dict[int, int]:
         if len(path) < 3:
             continue
         inside = sum(_within_sentence(lines, numbers[j].line, full) for j in path)
-        low, high = path[-1], path[0]
-        first, last = numbers[low], numbers[high]
+        first, last = numbers[path[-1]], numbers[path[0]]
         page = (places[last.line] - places[first.line]) / (last.value - first.value)
-        if inside < max(2, 0.15 * len(path)) or not PAGE_SIZE[0] <= page <= PAGE_SIZE[1]:
-            continue
-        if any(taken[low : high + 1]):  # numbers inside the pages of another chain
-            continue
-        taken[low : high + 1] = [True] * (high + 1 - low)
-        kept += [numbers[j] for j in path]
+        between = slice(path[-1], path[0] + 1)
+        # Not inside the pages of another chain, either.
+        if inside >= max(2, 0.15 * len(path)) and PAGE_SIZE[0] <= page <= PAGE_SIZE[1] and not any(taken[between]):
+            taken[between] = [True] * len(taken[between])
+            kept += [numbers[j] for j in path]
     return dict(sorted(kept))
 
 
 def _next(lines: list[str], index: int, step: int, skipped: str = "") -> int | None:
     """The nearest line in direction `step` that is neither blank nor `skipped`."""
-    index += step
-    while 0 <= index < len(lines):
-        if lines[index] and lines[index] != skipped:
-            return index
-        index += step
-    return None
+    further = range(index + step, len(lines) if step > 0 else -1, step)
+    return next((i for i in further if lines[i] and lines[i] != skipped), None)
 
 
 def _within_sentence(lines: list[str], index: int, full: float) -> bool:
@@ -178,12 +168,8 @@ def _expected_numbers(lines: list[str], chain: dict[int, int]) -> set[int]:
     if PAGE_END not in lines or len(chain) < 5:
         return set()
     short = 0.6 * full_width(lines)
-    pages: list[list[int]] = [[]]
-    for i, line in enumerate(lines):
-        if line == PAGE_END:
-            pages += [[]] if pages[-1] else []
-        elif line:
-            pages[-1].append(i)
+    by_page = itertools.groupby(range(len(lines)), key=lambda i: lines[i] == PAGE_END)
+    pages = [page for ended, group in by_page if not ended and (page := [i for i in group if lines[i]])]
     known = [next((chain[i] for i in page if i in chain), None) for page in pages]
     expected: list[set[int]] = [set() for _ in pages]
     for step in (1, -1):  # from the page before that has a number, from the page after
@@ -221,17 +207,15 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
     """The nonblank lines of the text, and what stood before each: PAGE, BLANK or 0."""
     chain = _chain(lines)
     expected = _expected_numbers(lines, chain)
-    marks = _page_marks(lines, chain) - expected
-    drop = {i for i, line in enumerate(lines) if line == PAGE_END} | chain.keys() | expected | marks
-    counts["page_numbers"] += len(expected)
-    counts["page_marks"] += len(marks)
+    ends = [*chain, *(i for i, line in enumerate(lines) if line == PAGE_END)]
+    marks = _page_marks(lines, chain, ends) - expected
+    drop = {*ends, *expected, *marks}
+    counts.update(page_numbers=len(expected), page_marks=len(marks))
     edges = {i for i in (0, len(lines) - 1) if lines[i]} | chain.keys()
-    for i in [*chain, *(i for i, line in enumerate(lines) if line == PAGE_END)]:
-        edges.update(_neighbours(lines, i))
+    edges.update(beside for i in ends for beside in _neighbours(lines, i))
     certain = Counter(letters_of(lines[i]) for i in edges)
-    for i, line in enumerate(lines):
-        if not line:  # a page may end here, or a paragraph
-            edges.update(_neighbours(lines, i))
+    blank = [i for i, line in enumerate(lines) if not line]  # a page may end here, or a paragraph
+    edges.update(beside for i in blank for beside in _neighbours(lines, i))
     headers = _headers([lines[i] for i in sorted(edges)], lines, certain)
     for i in edges:
         line = lines[i]
@@ -287,16 +271,15 @@ def _certain(lines: list[str], gaps: list[int]) -> list[int]:
     return gaps if within > 0.1 * len(blank) else [BREAK if gap == BLANK else gap for gap in gaps]
 
 
-def _page_marks(lines: list[str], chain: dict[int, int]) -> set[int]:
+def _page_marks(lines: list[str], chain: dict[int, int], ends: list[int]) -> set[int]:
     """Sheet numbers and blots at the foot of pages: before a form feed or a page number."""
     found = set()
-    for i in [*chain, *(i for i, line in enumerate(lines) if line == PAGE_END)]:
+    for i in ends:
         above = i - 1
         while above >= 0 and above not in chain and (not lines[above] or _MARK.fullmatch(lines[above])):
-            if lines[above]:
-                found.add(above)
+            found.add(above)
             above -= 1
-    return found
+    return {i for i in found if lines[i]}
 
 
 def _headers(edges: list[str], lines: list[str], certain: Counter[str]) -> set[str]:

@@ -76,20 +76,17 @@ def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[
     for u, v, pair in zip(units, units[1:], pairs, strict=False):
         (clear if ends(u, v) else unclear)[pair] += 1
     current = units[0]
-    paragraphs = [lines[: current.last + 1]]
     firsts = [0]
     for v, pair in zip(units[1:], pairs, strict=True):
         seen = clear[pair] + (_REPLIES if pair[1] == "—A" and pair[0] not in "a," else 0)
         if ends(current, v) or _FULL * seen > 0.5 * unclear[pair]:
-            paragraphs.append([])
             firsts.append(v.first)
             current = v
         else:
             shortest = min(current.refused, v.refused, refused[current.last])
             current = _Unit(current.first, v.last, max(current.longest, v.longest), shortest)
-        paragraphs[-1] += lines[v.first : v.last + 1]
     counts["page_breaks_joined"] = sum(map(bool, gaps)) - sum(bool(gaps[i]) for i in firsts)
-    return _join_words(paragraphs, counts)
+    return _join_words([lines[a:b] for a, b in itertools.pairwise([*firsts, len(lines)])], counts)
 
 
 def _refused(lines: list[str], gaps: list[int]) -> list[int]:

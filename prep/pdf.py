@@ -5,9 +5,10 @@ capitals, and footnotes (small lines at the foot that begin with a number that t
 """
 
 import ctypes
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from statistics import median
 from typing import NamedTuple
 
@@ -17,19 +18,13 @@ import pypdfium2.raw as pdfium_c
 from prep.common import BadInput
 
 
-class PdfText(NamedTuple):
-    text: str
-    counts: dict[str, int]
-    warnings: list[str]
-
-
 class _Char(NamedTuple):
     text: str
     x0: float
     y0: float
     x1: float
     y1: float
-    added: bool = False  # a space or a line end that pdfium concluded from places
+    added: bool  # a space that pdfium concluded from places
 
     @property
     def height(self) -> float:
@@ -41,8 +36,11 @@ _Line = list[_Char]
 _NUMBERED = re.compile(r"(?:\A|(?<=\n)(?=.*\Z))(?:p\. ?(\d{1,4})|(\d{1,4}) ?/ ?\d{1,4})(?= *(?:\n|\Z))")
 
 
-def read_pdf(data: bytes, name: str) -> PdfText:
-    """Raises BadInput for a PDF that is damaged, protected, mostly pictures, or without a map from glyphs to letters."""
+def read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int], list[str]]:
+    """Text, counts of what was left out, warnings for the user.
+
+    Raises BadInput for a PDF that is damaged, protected, mostly pictures, or without a map from glyphs to letters.
+    """
     try:
         document = pdfium.PdfDocument(data)
     except pdfium.PdfiumError as error:
@@ -61,9 +59,8 @@ def read_pdf(data: bytes, name: str) -> PdfText:
         raise BadInput(f"{name} has no text layer (its {len(pages)} pages are pictures): run OCR on it, or give a text")
     warnings = []
     if unmapped:
-        warnings.append(
-            f"{name}: {unmapped.total()} letters without a Unicode value left out, on page {_listed(unmapped)}"
-        )
+        where = f"left out, on page {_listed(unmapped)}"
+        warnings.append(f"{name}: {unmapped.total()} letters without a Unicode value {where}")
     if pictures:
         missing = f"{len(pictures)} of {len(pages)} pages have no text layer (page {_listed(pictures)})"
         if 2 * len(pictures) > len(pages):
@@ -73,7 +70,7 @@ def read_pdf(data: bytes, name: str) -> PdfText:
     counts: Counter[str] = Counter(pages_without_text=len(pictures))
     heights = Counter(round(c.height, 1) for lines in pages for line in lines for c in line if c.text.isalpha())
     body = heights.most_common(1)[0][0]
-    vocabulary = Counter(re.findall(r"[^\W\d_]+", "\n".join(_text(lines) for lines in pages).lower()))
+    vocabulary = Counter(re.findall(r"[^\W\d_]+", "\n".join(map(_text, pages)).lower()))
     texts, open_note = [], False
     for lines in pages:
         columns = _two_columns(lines)
@@ -81,18 +78,14 @@ def read_pdf(data: bytes, name: str) -> PdfText:
         lines, open_note = _without_notes(columns or lines, body, open_note, counts)
         text = _text([_joined_capital(line, body, vocabulary, counts) for line in lines])
         texts.append(_NUMBERED.sub(lambda match: match[1] or match[2], text))
-    return PdfText("\f".join(texts), {kind: n for kind, n in counts.items() if n}, warnings)
+    return "\f".join(texts), dict(+counts), warnings
 
 
-def _listed(pages: Iterator[int] | list[int] | Counter[int]) -> str:
+def _listed(pages: Iterable[int]) -> str:
     """`1-3, 7` of page numbers."""
-    runs: list[list[int]] = []
-    for n in sorted(pages):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1][1:] = [n]
-        else:
-            runs.append([n])
-    return ", ".join("-".join(map(str, run)) for run in runs)
+    groups = itertools.groupby(enumerate(sorted(pages)), key=lambda pair: pair[1] - pair[0])
+    runs = [[n for _, n in group] for _, group in groups]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _text(lines: list[_Line]) -> str:
@@ -121,11 +114,8 @@ def _lines(page: pdfium.PdfPage, number: int, unmapped: Counter[int]) -> list[_L
     unknown = False  # the character before has no value
     for i in range(textpage.count_chars()):
         code = pdfium_c.FPDFText_GetUnicode(textpage, i)
-        if 0xF721 <= code <= 0xF7FF:  # Adobe's codes for small capitals and old-style figures
-            code -= 0xF700
-        text = chr(code)
-        added = not text.isprintable() or text == " "
-        added = added and pdfium_c.FPDFText_IsGenerated(textpage, i) == 1
+        text = chr(code - 0xF700 if 0xF721 <= code <= 0xF7FF else code)  # Adobe's small capitals, old-style figures
+        added = (not text.isprintable() or text == " ") and pdfium_c.FPDFText_IsGenerated(textpage, i) == 1
         if added and text in "\r\n":
             if text == "\n" and lines[-1]:
                 lines.append([])
@@ -138,11 +128,11 @@ def _lines(page: pdfium.PdfPage, number: int, unmapped: Counter[int]) -> list[_L
             continue
         if not (left <= (char.x0 + char.x1) / 2 <= right and bottom <= (char.y0 + char.y1) / 2 <= top):
             continue  # a printer's marks outside the page
-        before = lines[-1][-1].text if lines[-1] else " "
-        private = 0xE000 <= code <= 0xF8FF or code == 0xFFFD
+        private = 0xE000 <= ord(text) <= 0xF8FF or text == "\ufffd"
         if private or pdfium_c.FPDFText_HasUnicodeMapError(textpage, i) == 1:
-            unmapped.update([number] if before.isalpha() else [])
-            unknown = not before.isalpha()
+            in_word = bool(lines[-1]) and lines[-1][-1].text.isalpha()
+            unmapped.update([number] if in_word else [])
+            unknown = not in_word
             continue
         unmapped.update([number] if unknown and text.isalpha() else [])
         unknown = False
@@ -180,32 +170,22 @@ def _two_columns(lines: list[_Line]) -> list[_Line] | None:
     paired = sum(any(min(p[0].y1, q[0].y1) - max(p[0].y0, q[0].y0) > 0.5 * p[0].height for q in rights) for p in lefts)
     if min(wide) < 5 or len(across) > 0.15 * len(pieces) or paired < 0.6 * min(len(lefts), len(rights)):
         return None
+    across.sort(key=lambda p: -p[0].y1)
 
-    def below(piece: _Line) -> float:
-        return -piece[0].y1
+    def place(piece: _Line) -> tuple[int, int, float]:
+        """The band, the column in it (across: behind both), the depth."""
+        band = next((k for k, limit in enumerate(across) if piece is limit or piece[0].y0 > limit[0].y0), len(across))
+        return band, 0 if piece[-1].x1 <= gutter else 1 if piece[0].x0 >= gutter else 2, -piece[0].y1
 
-    found: list[_Line] = []
-    for limit in [*sorted(across, key=below), None]:
-        for side in (lefts, rights):
-            band = [p for p in side if (limit is None or p[0].y0 > limit[0].y0)]
-            found += sorted(band, key=below)
-            side[:] = [p for p in side if p not in band]
-        found += [limit] if limit else []
-    return found
+    return sorted([*lefts, *rights, *across], key=place)
 
 
 def _split_at_gaps(line: _Line) -> list[_Line]:
     """The parts of a line that stand apart by more than a wide space."""
-    parts: list[_Line] = [[]]
-    for char in line:
-        if char.text.isspace():
-            parts[-1] += [char] if parts[-1] else []
-            continue
-        solid = next((c for c in reversed(parts[-1]) if not c.text.isspace()), None)
-        if solid and char.x0 - solid.x1 > 0.9 * solid.height:
-            parts.append([])
-        parts[-1].append(char)
-    return [part[: max(i for i, c in enumerate(part) if not c.text.isspace()) + 1] for part in parts if part]
+    solid = [i for i, c in enumerate(line) if not c.text.isspace()]
+    gaps = [(i, j) for i, j in itertools.pairwise(solid) if line[j].x0 - line[i].x1 > 0.9 * line[i].height]
+    starts, ends = [solid[0], *(j for _, j in gaps)], [*(i for i, _ in gaps), solid[-1]]
+    return [line[start : end + 1] for start, end in zip(starts, ends, strict=True)]
 
 
 # --- drop capitals ----------------------------------------------------------------------------------------------------
@@ -214,27 +194,25 @@ def _split_at_gaps(line: _Line) -> list[_Line]:
 def _joined_capital(line: _Line, body: float, vocabulary: Counter[str], counts: Counter[str]) -> _Line:
     """A line whose first letter is twice as high as the rest, without a space after it; "À la" keeps its space."""
     solid = [i for i, c in enumerate(line) if not c.text.isspace()]
-    at = next((i for i in solid if line[i].text.isalpha()), None)
+    at = next((i for i in solid[:-1] if line[i].text.isalpha()), None)
     if at is None or line[at].height < 1.6 * body or len(solid) < 3 or at > 2:
         return line
-    after = [i for i in solid if i > at]
-    if not after or line[after[0]].height > 1.3 * body:
-        return line
-    if any(c.text.isspace() and not c.added for c in line[at + 1 : after[0]]):
-        return line  # the space was set
+    after = next(i for i in solid if i > at)
+    if line[after].height > 1.3 * body or any(not c.added for c in line[at + 1 : after]):
+        return line  # a line of large letters, or the space was set
     counts["drop_capitals"] += 1
-    word = re.match(r"[^\W\d_]*", "".join(c.text for c in line[after[0] :]))
-    rest = word[0] if word else ""
+    rest = re.match(r"[^\W\d_]*", "".join(c.text for c in line[after:]))[0]  # type: ignore[index]
     name = rest[:1].isupper() and not rest.isupper()
-    apart = vocabulary[rest.lower()] > vocabulary[(line[at].text + rest).lower()] or name
+    apart = name or vocabulary[rest.lower()] > vocabulary[(line[at].text + rest).lower()]
     space = [line[at]._replace(text=" ")] if rest and apart and line[at].text in "AÀOÔYÉ" else []
-    return [*line[: at + 1], *space, *line[after[0] :]]
+    return [*line[: at + 1], *space, *line[after:]]
 
 
 # --- footnotes --------------------------------------------------------------------------------------------------------
 
 _RAISED = str.maketrans("¹²³⁰⁴⁵⁶⁷⁸⁹", "1230456789")
 _LABEL = re.compile(r"\W{0,2}?[\[(]?(\d{1,3}|\*{1,4}|[†‡])[\])]?(?=\D)[.\s–—-]*\S")
+_FOOT = re.compile(r"\W*(p\. ?|page )?[\divxlc]{1,6}(\W+\d{1,4})?\W*")
 
 
 def _without_notes(lines: list[_Line], body: float, open_note: bool, counts: Counter[str]) -> tuple[list[_Line], bool]:
@@ -243,48 +221,43 @@ def _without_notes(lines: list[_Line], body: float, open_note: bool, counts: Cou
     Also returns whether the last note breaks off, so that small lines at the next page's foot continue it.
     """
     heights = [median(c.height for c in line if not c.text.isspace()) for line in lines]
-    order = sorted(range(len(lines)), key=lambda i: lines[i][0].y0)  # from the foot
     foot: list[int] = []
-    for i in order:
+    for i in sorted(range(len(lines)), key=lambda i: lines[i][0].y0):  # from the foot
         if foot and lines[i][0].y0 - lines[foot[-1]][0].y1 > 2 * body:
             break
         if heights[i] > 0.93 * body:
-            if len(foot) or not re.fullmatch(r"\W*(p\. ?|page )?[\divxlc]{1,6}(\W+\d{1,4})?\W*", _text([lines[i]])):
+            if foot or not _FOOT.fullmatch(_text([lines[i]])):
                 break
         elif any(c.text.isalpha() for c in lines[i]):
             foot.append(i)
-    foot.reverse()
-    above = [line for i, line in enumerate(lines) if i not in foot]
+    above = [i for i in range(len(lines)) if i not in foot]
     dropped: set[int] = set()
     taken: set[tuple[int, int]] = set()
     inside, last = open_note, ""
-    for i in foot:
+    for i in reversed(foot):
         text = _text([lines[i]]).translate(_RAISED).strip()
-        if label := _LABEL.match(text):
-            call = _call(above, label[1], taken)
-            if call:  # otherwise a line of a note, such as "3 juillet"
-                inside = True
-                taken |= call
-                counts["footnotes"] += 1
+        label = _LABEL.match(text)
+        call = _call(lines, above, label[1], taken) if label else None
+        if call:  # otherwise a line of a note, such as "3 juillet"
+            inside = True
+            taken |= call
+            counts["footnotes"] += 1
         if inside:
             dropped.add(i)
             last = text
-    kept = [[c for k, c in enumerate(line) if (n, k) not in taken] for n, line in enumerate(above)]
-    if dropped:
-        # In the file's order, with the small lines that are no notes where they were.
-        whole = iter(kept)
-        kept = [lines[i] if i in foot else next(whole) for i in range(len(lines)) if i not in dropped]
+    kept = [[c for k, c in enumerate(lines[i]) if (i, k) not in taken] for i in range(len(lines)) if i not in dropped]
     return kept, bool(last) and last[-1] not in ".!?»)"
 
 
-def _call(lines: list[_Line], label: str, taken: set[tuple[int, int]]) -> set[tuple[int, int]] | None:
+def _call(lines: list[_Line], above: list[int], label: str, taken: set[tuple[int, int]]) -> set[tuple[int, int]] | None:
     """Where the call of a note is: raised, in brackets, or glued to a word."""
-    for n, line in enumerate(lines):
-        text = "".join(c.text for c in line).translate(_RAISED)
-        high = median(c.height for c in line if not c.text.isspace())
-        for match in re.finditer(rf" ?[\[(]{re.escape(label)}[\])]|(?<![\d*]){re.escape(label)}(?![\d*])", text):
-            where = {(n, k) for k in range(match.start(), match.end())}
-            raised = line[match.end() - 1].height < 0.85 * high
+    sign = re.escape(label)
+    for i in above:
+        text = "".join(c.text for c in lines[i]).translate(_RAISED)
+        high = median(c.height for c in lines[i] if not c.text.isspace())
+        for match in re.finditer(rf" ?[\[(]{sign}[\])]|(?<![\d*]){sign}(?![\d*])", text):
+            where = {(i, k) for k in range(match.start(), match.end())}
+            raised = lines[i][match.end() - 1].height < 0.85 * high
             glued = match.start() > 0 and re.match(r"[^\W\d_]|[.,;:!?»…]", text[match.start() - 1])
             if not where & taken and (raised or match[0].strip()[0] in "[(" or glued):
                 return where

@@ -1,13 +1,9 @@
-"""The arithmetic of bench/prep_speed.py, and its page from the committed report."""
+"""The arithmetic of bench/prep_speed.py."""
 
-import json
 import random
-from pathlib import Path
 
-from bench.prep_speed import growth, page, perturbed
+from bench.prep_speed import growth, perturbed
 from prep.dedup import fingerprint, shared
-
-REPORT = Path(__file__).parents[1] / "bench" / "reports" / "prep.json"
 
 
 def test_growth_leaves_the_start_of_programs_out():
@@ -30,7 +26,3 @@ def test_a_perturbed_book_is_another_on_the_same_pages():
     assert 0.01 * len(words) < sum(word not in words for word in other.split()) < 0.05 * len(words)
     assert other.count("\n") == text.count("\n") and "TITRE 7\n" in other and len(other.split()) == len(words)
     assert shared(fingerprint(text), fingerprint(other)) < 8
-
-
-def test_the_page_is_made_from_the_report():
-    assert page(json.loads(REPORT.read_text(encoding="utf-8"))) == REPORT.with_suffix(".md").read_text(encoding="utf-8")
