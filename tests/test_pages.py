@@ -6,6 +6,7 @@ import random
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,8 @@ HYPHENS = {  # of these cut words, with what the book has elsewhere, whether the
 @pytest.mark.parametrize(("stays", "cut"), [(stays, cut) for stays, cuts in HYPHENS.items() for cut in cuts])
 def test_a_hyphen_stays_where_the_word_demands_it(stays, cut):
     word, _, elsewhere = cut.partition(": ")
-    assert hyphen_stays(*word.split("|"), Counter(elsewhere.lower().split())) is stays
+    head, tail = word.split("|")
+    assert hyphen_stays(head, tail, Counter(elsewhere.lower().split())) is stays
 
 
 def test_hyphens_at_line_and_page_ends():
@@ -175,7 +177,7 @@ def test_paragraphs_are_found_where_only_short_last_lines_tell(novel, widths):
     lines: list[str] = []
     for paragraph in novel:
         width = draw.choice(widths or [0])
-        lines += filled(paragraph, lambda width=width: width or draw.randint(56, 64))
+        lines += filled(paragraph, partial(draw.randint, width or 56, width or 64))
     result = score(clean_pages("\n".join(lines)).paragraphs, novel)
     assert result["errors"] == 0 and f1(result) > (0.97 if widths else 0.95)
 
