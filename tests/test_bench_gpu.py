@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from axolotl_preprocessing import axolotl_windows
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bench import gpu
+from bench import gpu, gpu_plugin
 from prep.common import BadInput
 from train.memory import load_config
 from train.plugins import unknown_keys
@@ -43,6 +44,7 @@ def test_a_run_is_its_recipe_but_for_what_only_a_long_training_needs() -> None:
         config = run.trained(tiny=False)
         changed = {key for key in config.keys() | run.config.keys() if config.get(key) != run.config.get(key)}
         assert changed <= {"plugins", *gpu.QUIET} and "train.plugins.Gate" not in config["plugins"]
+        assert not {"test_datasets", "eval_steps", "save_steps"} & set(config) and config["save_strategy"] == "no"
 
 
 @pytest.mark.parametrize("run", ABLATIONS, ids=lambda run: f"{run.recipe} {run.variant}")
@@ -82,6 +84,19 @@ def test_rows_make_whole_windows(sequence_len: int, tmp_path: Path) -> None:
     assert lengths == ([sequence_len] * 16 + [1]) * 2 and len(kept) == 32
     assert all(len(window) == sequence_len for window in kept)
     assert kept[0][0] == 1 and max(max(window) for window in kept) < 1000
+
+
+def test_a_run_gets_what_a_12_gb_card_has_free_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr(gpu_plugin, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * gpu.GIB, 24 * gpu.GIB))
+    for free in (None, gpu.CARD):
+        gpu_plugin.Probe().pre_model_load(SimpleNamespace(probe_free_gib=free))
+    assert limits == [(11 - 0.5) / 24]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * gpu.GIB, 8 * gpu.GIB))
+    with pytest.raises(RuntimeError, match=r"11 GiB of the card must be free: 7\.00 GiB are"):
+        gpu_plugin.Probe().pre_model_load(SimpleNamespace(probe_free_gib=gpu.CARD))
 
 
 # --- what it makes of what ran ----------------------------------------------------------------------------------------
