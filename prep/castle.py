@@ -24,12 +24,11 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from prep.common import BadInput, run, source_files
 from prep.formats import BookText, read_book
 from prep.page_layout import Cleaned, clean_pages
-from prep.rows import Cutter, Row, Tokens, load_tokenizer, write_prepared
+from prep.rows import Cutter, Row, Tokens, holdout_share, jsonl_path, write_prepared
 from prep.typography import to_convention
 
 
@@ -85,32 +84,22 @@ def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     return cleaned, len(dropped)
 
 
-class Split(NamedTuple):
-    """Indices of paragraphs: training text is those before `start` and from `end` on; `windows` are held out."""
-
-    start: int
-    end: int
-    windows: int
-
-
-def split(paragraphs: list[str], cutter: Cutter, holdout: float) -> Split | None:
-    """The block held out of training: about `holdout` of the tokens, whole windows, in the middle; None if 0."""
+def split(paragraphs: list[str], cutter: Cutter, holdout: float) -> tuple[int, int]:
+    """The paragraphs held out, from, up to but without: whole windows in the middle, near that share."""
     if not holdout:
-        return None
-    tokens = [len(encoded.ends) + 1 for encoded in cutter.encode(paragraphs)]  # + 1: about what "\n\n" takes
+        return len(paragraphs), len(paragraphs)
+    tokens = [len(encoded.ends) + 1 for encoded in map(cutter.encode, paragraphs)]  # + 1: about what "\n\n" takes
     total = sum(tokens)
     windows = max(1, round(holdout * total / cutter.sequence_len))
     before, start = 0, 0
     while before < (total - windows * cutter.sequence_len) / 2:
         before += tokens[start]
         start += 1
-    end = start
-    while end < len(paragraphs):
-        end += 1
+    for end in range(start + 1, len(paragraphs) + 1):
         if sum(tokens[start:end]) >= windows * cutter.sequence_len:
-            (block,) = cutter.encode(["\n\n".join(paragraphs[start:end])])
+            block = cutter.encode("\n\n".join(paragraphs[start:end]))
             if sum(row.windows for row in cutter.cut(block)) >= windows:
-                return Split(start, end, windows)
+                return start, end
     raise BadInput(
         f"the book has about {total:,} tokens: too few to hold out {windows} window(s) of {cutter.sequence_len}; "
         "give a longer book, a shorter --sequence-len or --holdout 0"
@@ -130,47 +119,39 @@ def rows(tokens: Tokens, cutter: Cutter, name: str, starts: range, title: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--book", type=Path, required=True, help="the novel: PDF with a text layer, EPUB, DOCX, ODT, HTML, RTF or text"
-    )
+    formats = "PDF with a text layer, EPUB, DOCX, ODT, HTML, RTF or text"
+    parser.add_argument("--book", type=Path, required=True, help=f"the novel: {formats}")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--sequence-len", type=int, default=2048, help="tokens a window (the recipe's sequence_len)")
     parser.add_argument("--stride", type=int, default=512, help="tokens between the starts of windows")
-    parser.add_argument("--holdout", type=float, default=0.05, help="share of the book held out; 0: none")
+    parser.add_argument("--holdout", type=holdout_share, default=0.05, help="share of the book held out; 0: none")
     parser.add_argument("--seed", type=int, default=42, help="of the shuffle")
-    parser.add_argument("--out", type=Path, required=True, help="the rows, such as data/2c.jsonl")
+    parser.add_argument("--out", type=jsonl_path, required=True, help="the rows, such as data/2c.jsonl")
     args = parser.parse_args()
     length = args.sequence_len
     if not 0 < args.stride <= length or length % args.stride:
         raise BadInput(f"--stride {args.stride} must divide --sequence-len {length}")
-    if not 0 <= args.holdout <= 0.5:
-        raise BadInput(f"--holdout {args.holdout} must be a share between 0 and 0.5")
-    cutter = Cutter(load_tokenizer(args.tokenizer), length)
+    cutter = Cutter(args.tokenizer, length)
 
     book = read_book(args.book)
     for warning in book.warnings:
         print(f"castle.py: {warning}", file=sys.stderr)
     paragraphs, counts = clean_book(book)
     paragraphs, counts["note_calls"] = drop_note_calls(paragraphs)
-    block = split(paragraphs, cutter, args.holdout)
-    parts = [paragraphs] if block is None else [paragraphs[: block.start], paragraphs[block.end :]]
-    texts = cutter.encode(["\n\n".join(part) for part in parts])
+    start, end = split(paragraphs, cutter, args.holdout)
+    parts = [paragraphs[:start], paragraphs[end:]] if args.holdout else [paragraphs]
+    texts = [cutter.encode("\n\n".join(part)) for part in parts]
     title = args.book.stem
     starts = range(0, length, args.stride)
-    train = [
-        row
-        for number, part in enumerate(texts, 1)
-        for row in rows(part, cutter, f"train {number}/{len(texts)}", starts, title)
-    ]
+    train: list[Row] = []
+    for number, part in enumerate(texts, 1):
+        train += rows(part, cutter, f"train {number}/{len(texts)}", starts, title)
     if not train:
         tokens = sum(len(text.ends) for text in texts)
         raise BadInput(f"{args.book} has {tokens:,} tokens to train on: too few for one window of {length}")
     random.Random(args.seed).shuffle(train)
-    heldout: list[Row] = []
-    if block:
-        (held_tokens,) = cutter.encode(["\n\n".join(paragraphs[block.start : block.end])])
-        heldout = list(rows(held_tokens, cutter, "heldout 1/1", range(1), title))
-
+    held = cutter.encode("\n\n".join(paragraphs[start:end]))
+    heldout = list(rows(held, cutter, "heldout 1/1", range(1), title))
     text, text_path = "\n\n".join(paragraphs) + "\n", args.out.with_suffix(".txt")
     manifest = write_prepared(
         args.out,
@@ -187,7 +168,7 @@ def main() -> None:
             "heldout": 0,  # no whole document: a block of this one, below
             "rejected": {},
             "paragraphs": len(paragraphs),
-            "heldout_paragraphs": [block.start, block.end] if block else None,  # from, up to but without
+            "heldout_paragraphs": [start, end] if args.holdout else None,  # from, up to but without
             "cleaning": counts,
             "text": {"path": text_path.name, "sha256": hashlib.sha256(text.encode()).hexdigest()},
         },
@@ -195,8 +176,8 @@ def main() -> None:
         packages=["pypdfium2", "lxml", "striprtf", "rapidfuzz"],
     )
     print(f"{args.book}: {len(paragraphs):,} paragraphs; {', '.join(f'{v:,} {k}' for k, v in counts.items())}")
-    if block:
-        print(f"held out: paragraphs {block.start + 1:,} to {block.end:,}, {manifest['heldout']['windows']} windows")
+    if args.holdout:
+        print(f"held out: paragraphs {start + 1:,} to {end:,}, {manifest['heldout']['windows']} windows")
     else:
         print("held out: nothing; train without the recipe's test_datasets, since the held-out file is empty")
     print(f"{args.out}: {manifest['train']['rows']:,} rows, {manifest['train']['windows']:,} windows of {length}")

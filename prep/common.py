@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -98,10 +97,6 @@ def run(main: Callable[[], int | None]) -> None:
         print(f"\n{name}: interrupted; nothing half-written was left, run the same command again", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(
-                f"{name}: the disk is full ({error.filename or 'while writing'}); free some space and run the same command again"
-            )
         if error.errno is None:
             raise
         sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
@@ -128,15 +123,12 @@ def git_state() -> dict[str, Any] | None:
     In the container's image, which holds no .git, what the build was told: `CHATEAU_COMMIT`, as `git describe --always
     --dirty --abbrev=40` prints it.
     """
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit, status = (
-            subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        state = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        built = os.environ.get("CHATEAU_COMMIT")
-        return {"commit": built.removesuffix("-dirty"), "modified": built.endswith("-dirty")} if built else None
-    return {"commit": commit.strip(), "modified": bool(status.strip())}
+        state = os.environ.get("CHATEAU_COMMIT", "")
+    return {"commit": state.removesuffix("-dirty"), "modified": state.endswith("-dirty")} if state else None
 
 
 def commit(git: dict[str, Any] | None) -> str:
@@ -157,13 +149,6 @@ def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def progress(steps: Iterable[Any] | None = None, **settings: Any) -> tqdm:
     """A tqdm bar on stderr; where stderr is no terminal, a line every minute instead of a bar that is drawn over."""
     terminal = sys.stderr.isatty()
-    layout = (
-        {}
-        if terminal
-        else {
-            "mininterval": 60,
-            "maxinterval": 60,
-            "bar_format": "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]\n",
-        }
-    )
+    line = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]\n"
+    layout = {} if terminal else {"mininterval": 60, "maxinterval": 60, "bar_format": line}
     return tqdm(steps, dynamic_ncols=terminal, **(layout | settings))

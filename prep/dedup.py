@@ -10,14 +10,12 @@ hashes. A pair whose sets are 0.6 alike becomes a candidate in 97 cases of 100, 
 in eighteen) in 47, one of 0.02 (two novels) in none of 250,000. A candidate is a copy if its fingerprints agree.
 """
 
-import contextlib
-import gzip
+import functools
 import hashlib
 import json
-import math
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +26,7 @@ import xxhash
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
+from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.binaryio import read_tuples_from_file
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
@@ -103,19 +102,15 @@ def work_of(title: str, source: str) -> str:
     return source
 
 
-class HeldOut:
-    """Decides which works are held out: those whose hash falls into the first `share` of all hashes.
+def held_out(works: Iterable[str], share: float) -> set[str]:
+    """The works that are held out: those whose hash falls into the first `share` of all hashes.
 
     Neither seed nor corpus enters, so every stage holds out the same works. Only where no work of the corpus falls there
     (a few dozen books), the nearest one is held out.
     """
-
-    def __init__(self, share: float, works: Iterable[str]):
-        nearest = min((fraction("held out", work) for work in works), default=0.0)
-        self.limit = 0.0 if share == 0 else max(share, math.nextafter(nearest, 1))
-
-    def __call__(self, work: str) -> bool:
-        return fraction("held out", work) < self.limit
+    places = {work: fraction("held out", work) for work in works}
+    limit = max(share, min(places.values(), default=0)) if share else -1
+    return {work for work, place in places.items() if place <= limit}
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------
@@ -124,23 +119,13 @@ _LETTERS = bytes(byte if byte in b"abcdefghijklmnopqrstuvwxyz" else ord(" ") for
 _ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
 
 
-class _Hashes(dict[bytes, int]):
-    """The hash of each word, computed once; emptied at a million, which take 140 MB."""
-
-    def __missing__(self, word: bytes) -> int:
-        if len(self) >= 1_000_000:
-            self.clear()
-        value = self[word] = xxhash.xxh64_intdigest(word)
-        return value
-
-
-_HASHES = _Hashes()
+_hash = functools.lru_cache(1_000_000)(xxhash.xxh64_intdigest)  # of a word, once; a million take some 200 MB
 
 
 def word_hashes(text: str) -> np.ndarray:
     """One uint64 a word of a text."""
     words = unicodedata.normalize("NFD", text.lower()).encode("ascii", "ignore").translate(_LETTERS).split()
-    return np.fromiter(map(_HASHES.__getitem__, words), np.uint64, len(words))
+    return np.fromiter(map(_hash, words), np.uint64, len(words))
 
 
 def sampled(words: np.ndarray, length: int) -> np.ndarray:
@@ -177,16 +162,16 @@ class Signatures(MinhashDedupSignature):
 
     name = "signatures"
 
-    def __init__(self, folder: Path):
-        super().__init__(str(folder / "signatures"), MINHASH, WhitespaceTokenizer())
-        self.folder = str(folder)
+    def __init__(self, corpus: Path):
+        super().__init__(str(corpus / "signatures"), MINHASH, WhitespaceTokenizer())
+        self.corpus = corpus
         self._sequences = np.empty(0, np.uint64)
 
     def get_shingles(self, text: str) -> np.ndarray:
         return self._sequences.reshape(-1, 1)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        folder = Path(self.folder)
+        folder = self.corpus
         (folder / "entries").mkdir(parents=True, exist_ok=True)
         prints: list[np.ndarray] = []
         with open(folder / "entries" / f"{rank:05d}.jsonl", "wb") as entries:
@@ -213,26 +198,31 @@ class Prints:
     """The fingerprints of a corpus, read from the disk as they are needed."""
 
     def __init__(self, folder: Path):
-        self.folder = folder / "prints"
-        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.task = functools.cache(lambda rank: _mapped(folder / "prints" / f"{rank:05d}.npy"))
 
     def __getitem__(self, entry: Entry) -> np.ndarray:
-        if entry.rank not in self._open:
-            stem = self.folder / f"{entry.rank:05d}"
-            hashes = np.load(stem.with_suffix(".npy"), mmap_mode="r")
-            self._open[entry.rank] = hashes, np.load(stem.with_suffix(".ends.npy"))
-        hashes, ends = self._open[entry.rank]
+        hashes, ends = self.task(entry.rank)
         return hashes[ends[entry.line] : ends[entry.line + 1]]
+
+
+def _mapped(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    return np.load(path, mmap_mode="r"), np.load(path.with_suffix(".ends.npy"))
 
 
 def candidate_pairs(folder: Path) -> set[Pair]:
     """Pairs of books that have a bucket of their signatures in common."""
     pairs = set()
-    for path in sorted((folder / "buckets").glob("*.dups")):
+    for path in (folder / "buckets").glob("*.dups"):
         with open(path, "rb") as handle:
-            for a, b, c, d in read_tuples_from_file(handle, "4I", lines_to_buffer=-1):
-                pairs.add(((a, b), (c, d)))
+            pairs |= {((a, b), (c, d)) for a, b, c, d in read_tuples_from_file(handle, "4I", lines_to_buffer=-1)}
     return pairs
+
+
+class Gone(NamedTuple):
+    """Why a book was left out of the corpus."""
+
+    reason: str
+    because: str  # the book that stays, or the text that it overlaps with
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -244,24 +234,15 @@ def copies(entries: Iterable[Entry], pairs: Iterable[Pair], prints: Prints) -> d
     alike: dict[Entry, set[Entry]] = defaultdict(set)
     for places in pairs:
         one, other = (by_place.get(place) for place in places)
-        if one and other:
-            a, b = prints[one], prints[other]
-            if shared(a, b) >= SAME * min(len(a), len(b)):
-                alike[one].add(other)
-                alike[other].add(one)
+        if one and other and shared(prints[one], prints[other]) >= SAME * min(len(prints[one]), len(prints[other])):
+            alike[one].add(other)
+            alike[other].add(one)
     gone: dict[Entry, Entry] = {}
     for entry in sorted(alike, key=lambda entry: entry.preference):
         better = [other for other in alike[entry] if other not in gone and other.preference < entry.preference]
         if better:
             gone[entry] = min(better, key=lambda other: other.preference)
     return gone
-
-
-class Gone(NamedTuple):
-    """Why a book was left out of the corpus."""
-
-    reason: str
-    because: str  # the book that stays, or the text that it overlaps with
 
 
 def choose(
@@ -283,13 +264,13 @@ def choose(
     def decontaminate(candidates: Iterable[Entry], protected: np.ndarray, name: str) -> None:
         for entry in candidates:
             if (count := shared(prints[entry], protected)) >= OVERLAP:
-                sampled_of = f"{count} of {len(prints[entry])} sampled sequences of eight words"
-                gone[entry] = Gone(CONTAMINATED, f"{name}: {sampled_of}")
+                told = f"{name}: {count} of {len(prints[entry])} sampled sequences of eight words"
+                gone[entry] = Gone(CONTAMINATED, told)
 
     decontaminate(set(entries) - gone.keys(), novel, "the novel")
     left = [entry for entry in entries if entry not in gone]
-    held_out = HeldOut(holdout, {entry.work for entry in left})
-    sides = {entry: held_out(entry.work) for entry in left}
+    works = held_out({entry.work for entry in left}, holdout)
+    sides = {entry: entry.work in works for entry in left}
     protected = [prints[entry] for entry, held in sides.items() if held]
     together = np.unique(np.concatenate([np.empty(0, np.uint64), *protected]))
     decontaminate([entry for entry, held in sides.items() if not held], together, "held-out books")
@@ -306,11 +287,11 @@ class Choose(PipelineStep):
 
     def __init__(self, folder: Path, tasks: int, holdout: float, against: Path | None, described: dict[str, Any]):
         super().__init__()
-        self.folder, self.tasks, self.described = str(folder), tasks, described
+        self.folder, self.tasks, self.described = folder, tasks, described
         self.holdout, self.against = holdout, against
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        folder = Path(self.folder)
+        folder = self.folder
         novel = np.empty(0, np.uint64)
         if self.against and not len(novel := fingerprint(self.against.read_text(encoding="utf-8"))):
             raise BadInput(f"--against {self.against} holds no text to compare with")
@@ -340,43 +321,41 @@ def read_entries(folder: Path, tasks: int) -> Iterator[tuple[Entry, str]]:
     """The entries of all tasks, in order, with the opening of each text."""
     for rank in range(tasks):
         with open(folder / "entries" / f"{rank:05d}.jsonl", "rb") as lines:
-            for line in lines:
-                record = orjson.loads(line)
+            for record in map(orjson.loads, lines):
                 opening = record.pop("opening")
                 yield Entry(**record), opening
 
 
 def write_rejected(folder: Path, tasks: int, gone: dict[Entry, Gone]) -> None:
     """Into `rejected/<reason>/`, as the filters of the first stage do."""
-    with contextlib.ExitStack() as stack:
-        handles: dict[str, Any] = {}
-        for reason in {why.reason for why in gone.values()}:
-            (folder / "rejected" / reason).mkdir(parents=True, exist_ok=True)
-            handles[reason] = stack.enter_context(gzip.open(folder / "rejected" / reason / "00000.jsonl.gz", "wb"))
-        for entry, opening in read_entries(folder, tasks):
-            if entry in gone:
-                reason, because = gone[entry]
-                record = entry._asdict() | {"id": entry.source, "because": because, "text": opening}
-                handles[reason].write(orjson.dumps(record) + b"\n")
+    for reason in {why.reason for why in gone.values()}:
+        place = folder / "rejected" / reason
+        with JsonlWriter(str(place), "00000.jsonl.gz", adapter=lambda _, document: document.metadata) as writer:
+            for entry, text in read_entries(folder, tasks):
+                if entry in gone and gone[entry].reason == reason:
+                    fields = entry._asdict() | {"id": entry.source, "because": gone[entry].because, "text": text}
+                    writer.write(Document(text, entry.source, metadata=fields))
 
 
 def funnel(folder: Path, tasks: int, gone: dict[Entry, Gone], entries: list[Entry]) -> dict[str, Any]:
     """Books and characters left after each step, and how many each rejected; from datatrove's statistics of all tasks."""
-    steps: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])  # in, out, characters out
-    cleaned: dict[str, int] = defaultdict(int)
+    steps: dict[str, Counter[str]] = defaultdict(Counter)
+    cleaned: Counter[str] = Counter()
     for rank in range(tasks):
         for step in json.loads((folder / "logs" / "clean" / "stats" / f"{rank:05d}.json").read_text(encoding="utf-8")):
             kind, name = step["name"].split(": ", 1)
             stats = {key: value if isinstance(value, int) else value["total"] for key, value in step["stats"].items()}
             if kind in ("READER", "RULE", "CLEAN"):
-                for i, key in enumerate(("total", "forwarded", "doc_len")):
-                    steps[name][i] += stats.get(key, 0)
-            for key, value in stats.items():
-                if key.startswith("cleaning "):
-                    cleaned[key.removeprefix("cleaning ")] += value
+                steps[name].update(stats)
+            cleaned.update({key[9:]: value for key, value in stats.items() if key.startswith("cleaning ")})
     table = [
-        {"step": name, "documents": left, "characters": characters, "rejected": read - left}
-        for name, (read, left, characters) in steps.items()
+        {
+            "step": name,
+            "documents": stats["forwarded"],
+            "characters": stats["doc_len"],
+            "rejected": stats["total"] - stats["forwarded"],
+        }
+        for name, stats in steps.items()
     ]
     documents, characters = len(entries), sum(entry.characters for entry in entries)
     for reason in (REPEATED, COPY, CONTAMINATED):

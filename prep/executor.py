@@ -14,109 +14,75 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import dill
 import loguru
-from datatrove.data import DocumentsPipeline
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-from tqdm import tqdm
 
 from prep.common import BadInput, progress
 
 loguru.logger.remove()  # what a task says goes to its log file
-
-
-class CountBooks(PipelineStep):
-    """Lets every book through, and counts it for the progress bar: one byte per book in one file."""
-
-    name, type = "counted", "COUNT"
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.path = str(folder / ".books")
-
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        with open(self.path, "ab", buffering=0) as counter:
-            for document in data or ():
-                counter.write(b".")
-                yield document
+COUNTER = ".books"  # a file to which readers add a byte a book
+WORKERS = ".workers.lock"  # every worker holds it for life
 
 
 def run_local(stages: list[PipelineExecutor], folder: Path) -> None:
-    """Run stages one after the other, under one bar of all their tasks.
-
-    datatrove's own pool would wait for ever for a worker that was killed; here it ends the run.
-    """
-    counter = folder / ".books"
-    counter.write_bytes(b"")
+    """Run stages one after the other, under one bar of all their tasks; `COUNTER` in `folder` counts books."""
+    (folder / COUNTER).write_bytes(b"")
     waiting = [(stage, stage.get_incomplete_ranks()) for stage in stages]
     total, left = sum(stage.world_size for stage in stages), sum(len(ranks) for _, ranks in waiting)
     with progress(total=total, initial=total - left, unit="task") as bar:
         for stage, ranks in waiting:
-            title = Path(stage.logging_dir.path).name
-            bar.set_description(title, refresh=False)
-
-            def told(tasks: int, bar: tqdm = bar) -> None:
-                if books := counter.stat().st_size:
+            bar.set_description(Path(stage.logging_dir.path).name, refresh=False)
+            for tasks in _done(stage, ranks, folder / WORKERS):
+                if books := (folder / COUNTER).stat().st_size:
                     bar.set_postfix_str(f"{books:,} books", refresh=False)
                 bar.update(tasks)
 
-            if not ranks:
-                continue
-            stage.save_executor_as_json()
-            try:
-                _run_stage(stage, ranks, told)
-            except BrokenProcessPool as error:
-                raise BadInput(
-                    f"a worker of stage {title} was killed (out of memory? use fewer --workers); run again to resume"
-                    f" (log: {stage.logging_dir.path}/logs)"
-                ) from error
 
+def _done(stage: Any, ranks: list[int], lock: Path) -> Iterator[int]:
+    """Run the tasks of a stage; every second, how many more are done.
 
-def _run_stage(stage: Any, ranks: list[int], told: Any) -> None:
+    datatrove's own pool would wait for ever for a worker that was killed; here it ends the run.
+    """
+    pickled = dill.dumps(stage)
     workers = min(stage.workers, len(ranks))
-    if workers == 1:
-        steps = stage.pipeline
+    if workers < 2:
         for rank in ranks:
-            stage.pipeline = deepcopy(steps)  # with statistics of its own
-            _quietly(stage, rank)
-            told(1)
+            _run_task(pickled, rank)
+            yield 1
         return
     # Forked from a server that has imported everything once, and has no threads as this process has.
     multiprocessing.set_forkserver_preload(["prep.gallica"])
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (stage.logging_dir.path,)) as pool:
-        pickled = dill.dumps(stage)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _begin_worker, (lock,)) as pool:
         waiting = {pool.submit(_run_task, pickled, rank) for rank in ranks}
         try:
             while waiting:
                 done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                 for task in done:
                     task.result()
-                told(len(done))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+                yield len(done)
+        except BrokenProcessPool as error:
+            raise BadInput(
+                f"a worker of stage {Path(stage.logging_dir.path).name} was killed (out of memory? use fewer --workers);"
+                f" run again to resume (log: {stage.logging_dir.path}/logs)"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _quietly(stage: Any, rank: int) -> None:
+def _run_task(pickled: bytes, rank: int) -> None:
+    stage = dill.loads(pickled)  # noqa: S301 (what the parent has just pickled)
     with contextlib.redirect_stderr(io.StringIO()):  # the log file has it too
         stage._run_for_rank(rank, 1)
 
 
-def _run_task(pickled: bytes, rank: int) -> None:
-    _quietly(dill.loads(pickled), rank)  # noqa: S301 (what the parent has just pickled)
-
-
-def _begin_worker(logs: str) -> None:
-    """Hold the workers' lock for life, and die with the command, however it dies."""
-    lock = os.open(_workers_lock(Path(logs).parent.parent), os.O_RDWR | os.O_CREAT)  # never closed: held for life
-    fcntl.flock(lock, fcntl.LOCK_SH)
+def _begin_worker(lock: Path) -> None:
+    """Hold the workers' lock, and end with the command, however it ends; the parent is the server forked from."""
+    fcntl.flock(os.open(lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
 
     def watch() -> None:
         if command := multiprocessing.parent_process():
@@ -126,15 +92,11 @@ def _begin_worker(logs: str) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _workers_lock(folder: Path) -> Path:
-    return folder / ".workers.lock"
-
-
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Let one command at a time work in a folder, and none before the workers of a killed one are gone."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock, open(_workers_lock(folder), "w") as workers:
+    with open(folder / ".lock", "w") as lock, open(folder / WORKERS, "w") as workers:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -166,16 +128,9 @@ class Cluster(NamedTuple):
         if self.kind == "ray":
             return RayPipelineExecutor(steps, **common)
         path, modules = Path(sys.executable).parent, os.pathsep.join(filter(None, sys.path))
-        return SlurmPipelineExecutor(
-            steps,
-            **common,
-            time=self.time,
-            partition=self.partition,
-            job_name=name,
-            qos=None,
-            with_srun=False,
-            env_command=f'export PATH="{path}:$PATH" PYTHONPATH="{modules}"',
-        )
+        slurm: dict[str, Any] = {"time": self.time, "partition": self.partition, "job_name": name, "qos": None}
+        environment = f'export PATH="{path}:$PATH" PYTHONPATH="{modules}"'
+        return SlurmPipelineExecutor(steps, **common, **slurm, with_srun=False, env_command=environment)
 
     def run(self, stages: list[PipelineExecutor], folder: Path) -> None:
         """Run stages in order. Slurm's are submitted: each job waits for the one before, and this returns at once."""

@@ -33,7 +33,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from prep.common import BadInput, digest, run, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
-from prep.executor import Cluster, CountBooks, alone
+from prep.executor import COUNTER, Cluster, alone
 from prep.filters import (
     Fiction,
     French,
@@ -46,7 +46,7 @@ from prep.filters import (
 )
 from prep.page_layout import clean_pages
 from prep.readers import Books, source_paths
-from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, load_tokenizer, manifest_path
+from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, holdout_share, jsonl_path, manifest_path
 
 CORPUS_VERSION = 1  # raised by hand when the code makes other books or rows of the same sources
 PACKAGES = (  # decide them too
@@ -89,8 +89,7 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
     rejected, tasks = corpus / "rejected", len(files)
     period = [InPeriod(rejected, args.from_year or 0, args.to_year or 9999)] if args.from_year or args.to_year else []
     clean = [
-        Books(files),
-        CountBooks(corpus),
+        Books(files, corpus / COUNTER),
         WithIdentifier(rejected),
         WithText(rejected),
         *period,
@@ -104,78 +103,70 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
         Signatures(corpus),
     ]
     signatures, buckets = str(corpus / "signatures"), str(corpus / "buckets")
+    group = MinhashDedupBuckets(signatures, buckets, config=MINHASH, lines_to_buffer=1000)
     return [
         ("clean", clean, tasks),
-        (
-            "buckets",
-            [MinhashDedupBuckets(signatures, buckets, config=MINHASH, lines_to_buffer=1000)],
-            MINHASH.num_buckets,
-        ),
+        ("buckets", [group], MINHASH.num_buckets),
         ("choose", [Choose(corpus, tasks, args.holdout, args.against, described)], 1),
     ]
 
 
-def count_or_all(value: str) -> float:
-    return math.inf if value == "all" else int(value)
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1 (to hold nothing out: --holdout 0)")
+    return int(text)
 
 
-def split(value: str) -> Share:
-    number, of = map(int, value.split("/"))
+def count_or_all(text: str) -> float:
+    return math.inf if text == "all" else count(text)
+
+
+def split(text: str) -> Share:
+    number, of = map(int, text.split("/"))
     if not 1 <= number <= of:
         raise ValueError
     return Share(number, of)
 
 
+def utf8_file(text: str) -> Path:
+    try:
+        Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no UTF-8 text: give the novel's (data/2c.txt)") from error
+    return Path(text).resolve()
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments, checked as far as they can be without the sources."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of parquet, TSV archives, JSONL or text")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
-    parser.add_argument("--sequence-len", type=int, required=True, help="tokens a window (the recipe's sequence_len)")
-    parser.add_argument("--windows", type=count_or_all, required=True, help="how many windows to write, or: all")
-    parser.add_argument("--split", type=split, default=Share(1, 2), metavar="K/N", help="which share (default 1/2)")
-    parser.add_argument("--holdout", type=float, default=0.01, help="share of works held out; 0: none (default 0.01)")
-    parser.add_argument(
-        "--heldout-windows", type=int, metavar="N", help="held-out windows at most (default: 262,144 tokens)"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of the draw and the order of rows (default 42)")
-    parser.add_argument("--out", type=Path, required=True, help="the rows, such as data/2a.jsonl")
-    chosen = parser.add_argument_group("which books (the same for both splits)")
-    chosen.add_argument("--from-year", type=int, metavar="YEAR", help="published then or later")
-    chosen.add_argument("--to-year", type=int, metavar="YEAR", help="published then or before")
-    chosen.add_argument("--against", type=Path, metavar="FILE", help="a text no book may overlap with: the novel")
-    chosen.add_argument("--cap-per-work", type=int, metavar="N", help="windows of one work at most, all volumes")
-    who = parser.add_argument_group("who does the work")
-    who.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="(default local)")
-    who.add_argument("--workers", type=int, default=os.cpu_count(), help="tasks at once (default: one a core)")
-    who.add_argument("--partition", default="", help="Slurm's partition")
-    who.add_argument("--time", default="12:00:00", help="Slurm's limit for one task (default %(default)s)")
-    who.add_argument("--work", type=Path, help="folder of the corpus (default: gallica, beside --out)")
-    who.add_argument("--fresh", action="store_true", help="make the corpus again even if it is there")
-    args = parser.parse_args(argv)
-    for name in ("windows", "heldout_windows", "cap_per_work", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be at least 1 (to hold nothing out: --holdout 0)")
-    if args.out.suffix != ".jsonl":
-        raise BadInput(f"--out {args.out} must end in .jsonl")
-    if not 0 <= args.holdout <= 0.5:
-        raise BadInput(f"--holdout {args.holdout} must be a share between 0 and 0.5")
-    if args.against:
-        args.against = args.against.resolve()
-        try:
-            args.against.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"--against {args.against} is no UTF-8 text: give the novel's (data/2c.txt)") from error
-    return args
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder of parquet, TSV archives, JSONL or text")
+    add("--tokenizer", type=Path, required=True, help="folder of the base model")
+    add("--sequence-len", type=int, required=True, help="tokens a window (the recipe's sequence_len)")
+    add("--windows", type=count_or_all, required=True, help="how many windows to write, or: all")
+    add("--split", type=split, default=Share(1, 2), metavar="K/N", help="which share (default 1/2)")
+    add("--holdout", type=holdout_share, default=0.01, help="share of works held out; 0: none (default 0.01)")
+    add("--heldout-windows", type=count, metavar="N", help="held-out windows at most (default: 262,144 tokens)")
+    add("--seed", type=int, default=42, help="of the draw and the order of rows (default 42)")
+    add("--out", type=jsonl_path, required=True, help="the rows, such as data/2a.jsonl")
+    add = parser.add_argument_group("which books (the same for both splits)").add_argument
+    add("--from-year", type=int, metavar="YEAR", help="published then or later")
+    add("--to-year", type=int, metavar="YEAR", help="published then or before")
+    add("--against", type=utf8_file, metavar="FILE", help="a text no book may overlap with: the novel")
+    add("--cap-per-work", type=count, metavar="N", help="windows of one work at most, all volumes")
+    add = parser.add_argument_group("who does the work").add_argument
+    add("--executor", choices=("local", "slurm", "ray"), default="local", help="(default local)")
+    add("--workers", type=count, default=os.cpu_count(), help="tasks at once (default: one a core)")
+    add("--partition", default="", help="Slurm's partition")
+    add("--time", default="12:00:00", help="Slurm's limit for one task (default %(default)s)")
+    add("--fresh", action="store_true", help="make the corpus again even if it is there")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    tokenizer = load_tokenizer(args.tokenizer)
-    Cutter(tokenizer, args.sequence_len)  # raises before anything is read
+    cutter = Cutter(args.tokenizer, args.sequence_len)
     heldout_windows = args.heldout_windows or max(1, HELDOUT_TOKENS // args.sequence_len)
-    draw = Draw(args.split, args.sequence_len, args.windows, heldout_windows, args.cap_per_work, args.seed)
-    cluster = Cluster(args.executor, args.workers, args.partition, args.time)
+    draw = Draw(args.split, args.windows, heldout_windows, args.cap_per_work, args.seed)
     files = source_paths(args.source)
     described: dict[str, Any] = {
         "version": CORPUS_VERSION,
@@ -189,9 +180,9 @@ def main(argv: list[str] | None = None) -> None:
         "packages": versions(*PACKAGES),
     }
     out = args.out.resolve()
-    corpus = (args.work.resolve() if args.work else out.parent / "gallica") / digest(described)[:12]
+    corpus = out.parent / "gallica" / digest(described)[:12]
     manifest: dict[str, Any] = {
-        "tokenizer": str(args.tokenizer),
+        "tokenizer": args.tokenizer,
         "source": {"path": str(args.source)} | collected_from(args.source) | {"files": described["files"]},
         "arguments": {
             "split": f"{args.split.number}/{args.split.of}",
@@ -206,21 +197,19 @@ def main(argv: list[str] | None = None) -> None:
             for path in corpus.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
-        asked = [draw, str(out), manifest, sha256(args.tokenizer / "tokenizer.json")]
-        rows = corpus / f"rows-{digest([str(part) for part in asked])[:12]}"
-        rows.mkdir(exist_ok=True)
-        tokenizer.save(rows / "tokenizer.json")
-        steps = [
-            *pipeline(args, files, corpus, described),
-            ("cut", [CleanBooks(corpus), CutRows(corpus, rows, draw)], len(files)),
-            ("draw", [DrawRows(corpus, rows, len(files), draw, out, manifest)], 1),
-        ]
+        asked = [draw, args.sequence_len, out, manifest, sha256(args.tokenizer / "tokenizer.json")]
+        rows = corpus / f"rows-{digest(list(map(str, asked)))[:12]}"
+        cluster = Cluster(args.executor, args.workers, args.partition, args.time)
+        # A bucket takes a second or two: one worker here, one job on a cluster.
+        buckets = cluster._replace(workers=1)
         stages: list[Any] = []
-        for name, pipe, tasks in steps:
-            folder = rows if name in ("cut", "draw") else corpus
-            # A bucket takes a second or two: one worker here, one job on a cluster.
-            who, per_job = (cluster._replace(workers=1), tasks) if name == "buckets" else (cluster, 1)
-            stages.append(who.stage(name, pipe, tasks, folder, stages[-1] if stages else None, per_job))
+        for name, steps, tasks in pipeline(args, files, corpus, described):
+            who, per_job = (buckets, tasks) if name == "buckets" else (cluster, 1)
+            stages.append(who.stage(name, steps, tasks, corpus, stages[-1] if stages else None, per_job))
+        cut = [CleanBooks(corpus), CutRows(corpus, rows, cutter, draw)]
+        stages.append(cluster.stage("cut", cut, len(files), rows, stages[-1]))
+        last = [DrawRows(corpus, rows, len(files), cutter, draw, out, manifest)]
+        stages.append(cluster.stage("draw", last, 1, rows, stages[-1]))
         print(f"{args.out}: rows from {len(files)} files of {args.source} (corpus: {corpus})", flush=True)
         cluster.run(stages, corpus)
         if args.executor == "slurm":
@@ -232,8 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in documents["rejected"].items()) or "none"
     print(f"{documents['read']:,} books read: {documents['kept']:,} to train on, {documents['heldout']:,} held out")
     print(f"rejected: {reasons}" + (f" ({corpus / 'rejected'})" if documents["rejected"] else ""))
-    for name in ("train", "heldout"):
-        part = told[name]
+    for part in (told["train"], told["heldout"]):
         print(f"{part['path']}: {part['rows']:,} rows, {part['windows']:,} windows of {args.sequence_len}")
 
 

@@ -22,7 +22,7 @@ import sys
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from prep.common import BadInput, reason
-from prep.formats import BOOK_SUFFIXES, BookText, read_book, read_members
+from prep.formats import BOOK_SUFFIXES, read_book, read_members
 
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
 SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", *BOOK_SUFFIXES)
@@ -78,15 +78,16 @@ class Books(PipelineStep):
     name = "books"
     type = "READER"
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], counter: Path):
         super().__init__()
-        self.files = [str(path.resolve()) for path in files]
+        self.files, self.counter = [path.resolve() for path in files], counter
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for path in self.files[rank::world_size]:
-            for document in read_books(Path(path)):
+        with open(self.counter, "ab", buffering=0) as counter:
+            for document in read_books(self.files[rank]):
                 self.stat_update("total", "forwarded")
                 self.update_doc_stats(document)
+                counter.write(b".")  # for the progress bar
                 yield document
 
 
@@ -149,15 +150,10 @@ def _from_jsonl(path: Path) -> Iterator[Document]:
     with opener(path, "rt", encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise BadInput(f"{path}, line {number} is not a JSON object: mend or collect it again")
-            source, text = (
-                row[a] if row.get(a) is not None else row.get(b)
-                for a, b in (("id", "file_id"), ("text", "complete_text"))
-            )
+                row = dict(json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise BadInput(f"{path}, line {number} is not a JSON object: mend or collect it again") from error
+            source, text = row.get("id", row.get("file_id")), row.get("text", row.get("complete_text"))
             yield _book(source, text, row.get("title"), row.get("author"), row.get("date"))
 
 
@@ -168,10 +164,8 @@ def _has_tables(path: Path) -> bool:
 
 def _from_formats(path: Path) -> Iterator[Document]:
     """A file that is one book, or a zip of them; paragraphs have blank lines between them, so that no page rule applies."""
-    found: Iterable[tuple[str, BookText | BadInput]] = (
-        [(path.name, read_book(path))] if path.suffix != ".zip" else (read_members(path.read_bytes(), str(path)))
-    )
-    for name, book in found:
+    members = read_members(path.read_bytes(), str(path)) if path.suffix == ".zip" else [(path.name, read_book(path))]
+    for name, book in members:
         if isinstance(book, BadInput):
             print(f"not read: {book}", file=sys.stderr)
             continue

@@ -6,6 +6,7 @@ the slices that are not full. So a row is contiguous text that ends with the wor
 of that word is dropped together with the EOS, which is at no true end. Text is cut by character offsets and never decoded.
 """
 
+import argparse
 import bisect
 import contextlib
 import hashlib
@@ -21,7 +22,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from tokenizers import Tokenizer
 
 from prep.common import BadInput, atomic_write, sha256, versions
 from prep.dedup import Entry, chosen_books, fraction
@@ -74,30 +74,11 @@ class Tokens(NamedTuple):
     ends: np.ndarray
 
 
-class Loaded(NamedTuple):
-    """A tokenizer without Transformers, whose import would cost each worker seconds."""
-
-    backend: Tokenizer
-    eos: int
-    specials: list[str]
-
-    def save(self, path: Path) -> None:
-        """One file that `read` takes."""
-        record = {"backend": self.backend.to_str(), "eos": self.eos, "specials": self.specials}
-        with atomic_write(path) as handle:
-            json.dump(record, handle)
-
-    @classmethod
-    def read(cls, path: Path) -> "Loaded":
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return cls(Tokenizer.from_str(record["backend"]), record["eos"], record["specials"])
-
-
-def load_tokenizer(folder: str | Path) -> Loaded:
+def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer as Axolotl loads it (AutoTokenizer), from a local folder that holds a `tokenizer.json`."""
     if not (Path(folder) / "tokenizer.json").is_file():
         raise BadInput(f"no tokenizer.json in {folder}: give the folder of the base model (--tokenizer models/base)")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # here, for it takes each worker seconds
     from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
     try:
@@ -108,22 +89,22 @@ def load_tokenizer(folder: str | Path) -> Loaded:
         raise BadInput(f"the tokenizer in {folder} gives no character offsets; a fast tokenizer is needed")
     if tokenizer.eos_token_id is None:
         raise BadInput(f"the tokenizer in {folder} has no end-of-sequence token, which Axolotl appends to every row")
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return Loaded(backend, tokenizer.eos_token_id, [token for token in tokenizer.all_special_tokens if token])
+    return tokenizer
 
 
 class Cutter:
     """Cuts text into rows that Axolotl slices into exactly the stated number of windows."""
 
-    def __init__(self, tokenizer: Loaded, sequence_len: int):
+    def __init__(self, folder: str | Path, sequence_len: int):
         if sequence_len < 64:
             raise BadInput(f"--sequence-len {sequence_len} is too short: a window has at least 64 tokens")
+        tokenizer = load_tokenizer(folder)
         self.sequence_len = sequence_len
-        self.eos = tokenizer.eos
-        self.specials = tokenizer.specials
-        self._tokenizer = tokenizer.backend
+        self.eos = tokenizer.eos_token_id
+        self.specials = [token for token in tokenizer.all_special_tokens if token]
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         mask = self._tokenizer.encode("a").special_tokens_mask
         self.before = mask.index(0)  # special tokens ahead of the text: 1 (BOS) or 0
         self._around = sum(mask) + (self._tokenizer.encode("a").ids[-1] != self.eos)  # a row's that are not its text's
@@ -142,30 +123,20 @@ class Cutter:
         """Texts tokenised without special tokens and offsets, a third faster than with."""
         return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
-    def _pieces(self, text: str) -> tuple[list[int], list[str]]:
-        """A text in pieces that have the tokens of the whole, and where each starts."""
+    def count(self, text: str) -> int:
+        """Tokens Axolotl makes of a row: those of the text, the special ones the tokenizer adds, and one EOS."""
+        ids = self._bare([text])[0].ids
+        return self._around + len(ids) - (ids[-1:] == [self.eos])
+
+    def encode(self, text: str) -> Tokens:
+        """Tokenise a text once, in pieces where they have the tokens of the whole. Takes some 200 bytes a token."""
         starts = [0]
         while self._by_words and (space := _BETWEEN_WORDS.search(text, starts[-1] + PIECE)):
             starts.append(space.end())
-        ends = [start - 1 for start in starts[1:]] + [len(text)]
-        return starts, [text[a:b] for a, b in zip(starts, ends, strict=True)]
-
-    def count(self, text: str) -> int:
-        """Tokens Axolotl makes of a row: those of the text, the special ones the tokenizer adds, and one EOS."""
-        encodings = self._bare(self._pieces(text)[1])
-        return self._around + sum(len(e.ids) for e in encodings) - (encodings[-1].ids[-1:] == [self.eos])
-
-    def encode(self, texts: list[str]) -> list[Tokens]:
-        """Tokenise each text once, keeping offsets. Takes some 200 bytes a token: give a few megabytes at a time."""
-        encoded = []
-        for text in texts:
-            starts, pieces = self._pieces(text)
-            encodings = self._tokenizer.encode_batch(pieces, add_special_tokens=False)
-            offsets = np.concatenate(
-                [np.array(e.offsets, np.int64).reshape(-1, 2) + a for a, e in zip(starts, encodings, strict=True)]
-            )
-            encoded.append(Tokens(text, offsets[:, 0], offsets[:, 1]))
-        return encoded
+        pieces = [text[a : b - 1] for a, b in itertools.pairwise([*starts, len(text) + 1])]
+        encodings = self._tokenizer.encode_batch(pieces, add_special_tokens=False)
+        offsets = [np.array(e.offsets, np.int64).reshape(-1, 2) + a for a, e in zip(starts, encodings, strict=True)]
+        return Tokens(text, *np.concatenate(offsets).T)
 
     def word_start(self, tokens: Tokens, index: int) -> int:
         """The character at which the word nearest to token `index` starts, by distance in tokens."""
@@ -259,7 +230,6 @@ class Draw(NamedTuple):
     """What one command asks of the corpus."""
 
     share: Share
-    sequence_len: int
     windows: float  # infinite: all there are
     heldout_windows: int
     cap_per_work: int | None  # windows of a work, all its editions and volumes together
@@ -271,7 +241,7 @@ def document_rows(text: str, entry: Entry, share: Share, cutter: Cutter, seed: i
     for name, chunk in share.chunks(text, entry.work, entry.source, seed):
         if most <= 0:
             return
-        for number, b in enumerate(cutter.cut(cutter.encode([chunk])[0], windows=most), 1):
+        for number, b in enumerate(cutter.cut(cutter.encode(chunk), windows=most), 1):
             part = f"{name} row {number:02d}"
             yield Row(chunk[b.start : b.end], entry.source, entry.title, entry.author, entry.date, part, *b[2:])
             most -= b.windows
@@ -282,39 +252,32 @@ class CutRows(PipelineStep):
 
     name, type = "cut", "CUT"
 
-    def __init__(self, corpus: Path, folder: Path, draw: Draw):
+    def __init__(self, corpus: Path, folder: Path, cutter: Cutter, draw: Draw):
         super().__init__()
-        self.corpus, self.folder, self.draw = str(corpus), str(folder), draw
+        self.corpus, self.folder, self.cutter, self.draw = corpus, folder, cutter, draw
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
-        folder, draw = Path(self.folder), self.draw
-        mine = {
-            entry.line: (entry, heldout) for entry, heldout in chosen_books(Path(self.corpus)) if entry.rank == rank
-        }
-        cutter = Cutter(Loaded.read(folder / "tokenizer.json"), draw.sequence_len)
+        draw = self.draw
+        mine = {entry.line: (entry, heldout) for entry, heldout in chosen_books(self.corpus) if entry.rank == rank}
         index: list[dict[str, Any]] = []
-        with open(folder / f"{rank:05d}.rows", "wb") as handle:
+        with open(self.folder / f"{rank:05d}.rows", "wb") as handle:
             for line, document in enumerate(data or ()):
                 if line not in mine:
                     continue
                 entry, heldout = mine[line]
-                rows: list[tuple[int, int]] = []  # offset, windows
-                special = any(token in document.text for token in cutter.specials)
+                special = any(token in document.text for token in self.cutter.specials)
                 # No document gives more than its whole side does.
-                share, most = (
-                    (Share(1, 1), float(draw.heldout_windows))
-                    if heldout
-                    else (draw.share, min(draw.windows, draw.cap_per_work or math.inf))
-                )
-                with self.track_time():
-                    for row in document_rows(document.text, entry, share, cutter, draw.seed, 0 if special else most):
-                        rows.append((handle.tell(), row.windows))
-                        handle.write(json.dumps(row).encode() + b"\n")
+                share, most = draw.share, min(draw.windows, draw.cap_per_work or math.inf)
+                if heldout:
+                    share, most = Share(1, 1), draw.heldout_windows
+                rows: list[tuple[int, int]] = []  # offset, windows
+                for row in document_rows(document.text, entry, share, self.cutter, draw.seed, 0 if special else most):
+                    rows.append((handle.tell(), row.windows))
+                    handle.write(json.dumps(row).encode() + b"\n")
                 index.append(
                     {"source": entry.source, "work": entry.work, "heldout": heldout, "special": special, "rows": rows}
                 )
-                self.update_doc_stats(document)
-        with atomic_write(folder / f"{rank:05d}.index.json") as out:
+        with atomic_write(self.folder / f"{rank:05d}.index.json") as out:
             json.dump(index, out)
 
 
@@ -348,45 +311,38 @@ class Pool:
     """The documents of one side, training or held out, and the draw of windows from them."""
 
     def __init__(self, documents: list[Document], cap_per_work: int | None, seed: int):
-        self.documents, self.seed = sorted(documents), seed
-        works: dict[str, list[int]] = defaultdict(list)
-        for i, document in enumerate(self.documents):
-            works[document.work].append(i)
-        self.works = dict(works)
-        counts = {work: sum(self.documents[i].windows for i in members) for work, members in works.items()}
-        self.available = {work: min(count, cap_per_work or count) for work, count in counts.items()}
-        self.total = sum(self.available.values())
+        self.seed = seed
+        self.works: dict[str, list[Document]] = defaultdict(list)
+        for document in sorted(documents):
+            self.works[document.work].append(document)
+        counts = [sum(document.windows for document in members) for members in self.works.values()]
+        self.available = [min(count, cap_per_work or count) for count in counts]
 
-    def shares(self, wanted: int) -> list[int]:
-        """Windows of each document, `wanted` in all: evenly over works, then over the documents of a work."""
-        shares = [0] * len(self.documents)
-        order = [fraction(self.seed, work) for work in self.works]
-        of_works = even_shares(list(self.available.values()), order, wanted)
+    def shares(self, wanted: int) -> list[tuple[Document, int]]:
+        """Documents with some windows each, `wanted` in all: evenly over works, then over the documents of a work."""
+        shares: list[tuple[Document, int]] = []
+        of_works = even_shares(self.available, [fraction(self.seed, work) for work in self.works], wanted)
         for members, share in zip(self.works.values(), of_works, strict=True):
-            own = [self.documents[i] for i in members]
-            of_documents = even_shares([d.windows for d in own], [d.order for d in own], share)
-            for i, count in zip(members, of_documents, strict=True):
-                shares[i] = count
+            counts = even_shares([d.windows for d in members], [d.order for d in members], share)
+            shares += [(document, count) for document, count in zip(members, counts, strict=True) if count]
         return shares
 
-    def draw(self, shares: list[int], folder: Path, cutter: Cutter) -> Iterator[Row]:
+    def draw(self, shares: list[tuple[Document, int]], folder: Path, cutter: Cutter) -> Iterator[Row]:
         """The rows of exactly these windows, shuffled; a document's last row is shortened to what is left of its share."""
         picked: list[tuple[float, int, int, int]] = []
-        for document, share in zip(self.documents, shares, strict=True):
+        for document, share in shares:
             for number, (rank, offset, windows) in enumerate(document.rows):
                 if share > 0:
                     picked.append((fraction(self.seed, document.order, number), rank, offset, min(windows, share)))
                 share -= windows
         with contextlib.ExitStack() as stack:
-            files = {
-                rank: stack.enter_context(open(folder / f"{rank:05d}.rows", "rb"))
-                for rank in {rank for _, rank, *_ in picked}
-            }
+            ranks = {rank for _, rank, *_ in picked}
+            files = {rank: stack.enter_context(open(folder / f"{rank:05d}.rows", "rb")) for rank in ranks}
             for _, rank, offset, windows in sorted(picked):
                 files[rank].seek(offset)
                 row = Row(*json.loads(files[rank].readline()))
                 if windows < row.windows:
-                    bounds = next(cutter.cut(cutter.encode([row.text])[0], windows=windows), None)
+                    bounds = next(cutter.cut(cutter.encode(row.text), windows=windows), None)
                     if not bounds or bounds.windows != windows:
                         raise BadInput(
                             f"{row.source}, {row.part}: cannot be cut to {windows} of its {row.windows} windows; "
@@ -401,51 +357,53 @@ class DrawRows(PipelineStep):
 
     name, type = "draw", "DRAW"
 
-    def __init__(self, corpus: Path, folder: Path, tasks: int, draw: Draw, out: Path, manifest: dict[str, Any]):
+    def __init__(
+        self, corpus: Path, folder: Path, tasks: int, cutter: Cutter, draw: Draw, out: Path, manifest: dict[str, Any]
+    ):
         super().__init__()
-        self.corpus, self.folder, self.tasks = str(corpus), str(folder), tasks
-        self.asked, self.out, self.manifest = draw, str(out), manifest
+        self.corpus, self.folder, self.tasks, self.cutter = corpus, folder, tasks, cutter
+        self.asked, self.out, self.manifest = draw, out, manifest
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
-        folder, asked = Path(self.folder), self.asked
+        asked, length = self.asked, self.cutter.sequence_len
         sides: tuple[list[Document], list[Document]] = ([], [])
         special = [0, 0]
         for task in range(self.tasks):
-            for book in json.loads((folder / f"{task:05d}.index.json").read_text(encoding="utf-8")):
+            for book in json.loads((self.folder / f"{task:05d}.index.json").read_text(encoding="utf-8")):
                 special[book["heldout"]] += book["special"]
                 if book["rows"]:
                     rows = [(task, offset, windows) for offset, windows in book["rows"]]
                     sides[book["heldout"]].append(Document(fraction(asked.seed, book["source"]), book["work"], rows))
         train, heldout = Pool(sides[0], asked.cap_per_work, asked.seed), Pool(sides[1], None, asked.seed)
-        windows = train.total if asked.windows == math.inf else int(asked.windows)
-        if train.total < max(1, windows):
+        there, held = sum(train.available), sum(heldout.available)
+        windows = there if asked.windows == math.inf else int(asked.windows)
+        if there < max(1, windows):
             raise BadInput(
-                f"{self.manifest['source']['path']} gives {train.total:,} windows of {asked.sequence_len} tokens to share "
+                f"{self.manifest['source']['path']} gives {there:,} windows of {length} tokens to share "
                 f"{asked.share.number}/{asked.share.of}; at least {max(1, windows):,} are wanted. "
                 "Ask for fewer (--windows all: what there is) or collect more files"
             )
-        if self.manifest["arguments"]["holdout"] and not heldout.total:
-            raise BadInput(f"no held-out book fills a window of {asked.sequence_len} tokens: raise --holdout")
-        shares, heldout_shares = train.shares(windows), heldout.shares(min(asked.heldout_windows, heldout.total))
-        report = json.loads((Path(self.corpus) / "corpus.json").read_text(encoding="utf-8"))
+        if self.manifest["arguments"]["holdout"] and not held:
+            raise BadInput(f"no held-out book fills a window of {length} tokens: raise --holdout")
+        shares, heldout_shares = train.shares(windows), heldout.shares(min(asked.heldout_windows, held))
+        report = json.loads((self.corpus / "corpus.json").read_text(encoding="utf-8"))
         documents = report["documents"]
         if any(special):
             documents["rejected"] = dict(sorted((documents["rejected"] | {SPECIAL: sum(special)}).items()))
             documents["kept"] -= special[0]
             documents["heldout"] -= special[1]
         documents |= {
-            "used": int(np.count_nonzero(shares)),
-            "heldout_used": int(np.count_nonzero(heldout_shares)),
-            "works_used": len({d.work for d, share in zip(train.documents, shares, strict=True) if share}),
+            "used": len(shares),
+            "heldout_used": len(heldout_shares),
+            "works_used": len({document.work for document, _ in shares}),
             "funnel": report["funnel"],
             "contaminated": report["contaminated"],
         }
-        cutter = Cutter(Loaded.read(folder / "tokenizer.json"), asked.sequence_len)
         write_prepared(
             self.out,
-            train.draw(shares, folder, cutter),
-            heldout.draw(heldout_shares, folder, cutter),
-            sequence_len=asked.sequence_len,
+            train.draw(shares, self.folder, self.cutter),
+            heldout.draw(heldout_shares, self.folder, self.cutter),
+            sequence_len=length,
             seed=asked.seed,
             documents=documents,
             **self.manifest | {"arguments": self.manifest["arguments"] | {"windows": windows}},
@@ -457,41 +415,60 @@ class DrawRows(PipelineStep):
 
 def _write_rows(path: Path, handle: IO[bytes], rows: Iterable[Row], sequence_len: int) -> dict[str, Any]:
     """Write rows and return the manifest's account of these very bytes."""
-    digest = hashlib.sha256()
-    stats: dict[str, Any] = {"path": path.name}
-    stats |= dict.fromkeys(("rows", "windows", "tokens", "tail_tokens", "bytes"), 0)
+    digest, counts = hashlib.sha256(), np.zeros(4, np.int64)
     for row in rows:
         line = row.line().encode()
         handle.write(line)
         digest.update(line)
-        counts = (1, row.windows, row.windows * sequence_len, row.tail, len(line))
-        for key, count in zip(("rows", "windows", "tokens", "tail_tokens", "bytes"), counts, strict=True):
-            stats[key] += count
-    return stats | {"sha256": digest.hexdigest()}
+        counts += (1, row.windows, row.tail, len(line))
+    number, windows, tail, size = counts.tolist()
+    return {
+        "path": path.name,
+        "rows": number,
+        "windows": windows,
+        "tokens": windows * sequence_len,
+        "tail_tokens": tail,
+        "bytes": size,
+        "sha256": digest.hexdigest(),
+    }
 
 
-def heldout_path(out: str | Path) -> Path:
+def jsonl_path(text: str) -> Path:
+    """An argparse type: the file of rows, beside which others are written under its stem."""
+    if not text.endswith(".jsonl"):
+        raise argparse.ArgumentTypeError(f"{text} must end in .jsonl")
+    return Path(text)
+
+
+def holdout_share(text: str) -> float:
+    """An argparse type: the share that is held out."""
+    if not 0 <= float(text) <= 0.5:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 0.5")
+    return float(text)
+
+
+def heldout_path(out: Path) -> Path:
     """data/2a.jsonl -> data/2a.heldout.jsonl"""
-    return Path(out).with_suffix(".heldout.jsonl")
+    return out.with_suffix(".heldout.jsonl")
 
 
-def manifest_path(out: str | Path) -> Path:
+def manifest_path(out: Path) -> Path:
     """data/2a.jsonl -> data/2a.manifest.json"""
-    return Path(out).with_suffix(".manifest.json")
+    return out.with_suffix(".manifest.json")
 
 
 def write_prepared(
-    out: str | Path,
+    out: Path,
     train: Iterable[Row],
     heldout: Iterable[Row],
     *,
-    tokenizer: str | Path,
+    tokenizer: Path,
     sequence_len: int,
     source: dict[str, Any],
     arguments: dict[str, Any],
     seed: int,
     documents: dict[str, Any],
-    text: str | None = None,
+    text: str = "",
     packages: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Write rows, held-out rows, the `text` they are cut from (`2c.txt`) if given, and the manifest; returns the manifest.
@@ -500,13 +477,11 @@ def write_prepared(
     the old manifest's sha256s do not match the new files. `tokens` counts those in full windows (special tokens
     included), `tail_tokens` those that `min_sample_len` drops.
     """
-    if Path(out).suffix != ".jsonl":
-        raise BadInput(f"--out {out} must end in .jsonl")
     held, manifest_file = heldout_path(out), manifest_path(out)
     # Contexts leave in reverse order: rows, held-out rows, text, manifest.
     with (
         atomic_write(manifest_file) as manifest_handle,
-        contextlib.nullcontext() if text is None else atomic_write(Path(out).with_suffix(".txt")) as text_handle,
+        atomic_write(out.with_suffix(".txt")) if text else contextlib.nullcontext() as text_handle,
         atomic_write(held, "wb") as held_handle,
         atomic_write(out, "wb") as train_handle,
     ):
@@ -514,14 +489,14 @@ def write_prepared(
             "source": source,
             "arguments": arguments,
             "seed": seed,
-            "tokenizer": {"path": str(tokenizer), "sha256": sha256(Path(tokenizer) / "tokenizer.json")},
+            "tokenizer": {"path": str(tokenizer), "sha256": sha256(tokenizer / "tokenizer.json")},
             "sequence_len": sequence_len,
             "documents": documents,
-            "train": _write_rows(Path(out), train_handle, train, sequence_len),
+            "train": _write_rows(out, train_handle, train, sequence_len),
             "heldout": _write_rows(held, held_handle, heldout, sequence_len),
             "versions": versions("tokenizers", "transformers", *packages),
         }
-        if text_handle and text is not None:
+        if text_handle:
             text_handle.write(text)
         json.dump(manifest, manifest_handle, ensure_ascii=False, indent=2)
         manifest_handle.write("\n")

@@ -21,17 +21,10 @@ def books() -> list[dict[str, Any]]:
     records = []
     for number, tale in enumerate(tales(), 1):
         head, _, text = tale.partition("\n\n")
-        fields = dict(line.split(" : ", 1) for line in head.split("\n"))
-        records.append(
-            {
-                "file_id": f"bpt{number:02d}",
-                "title": fields["Titre"],
-                "author": fields["Auteur"] if number != 3 else None,
-                "date": fields["Date"] if number != 4 else "1876-????",
-                "character_count": len(text),
-                "complete_text": text,
-            }
-        )
+        title, author, date = (line.split(" : ", 1)[1] for line in head.split("\n"))
+        fields = {"title": title, "author": author, "date": date, "character_count": len(text), "complete_text": text}
+        records.append({"file_id": f"bpt{number:02d}"} | fields)
+    records[2]["author"], records[3]["date"] = None, "1876-????"
     return records
 
 
@@ -43,11 +36,15 @@ def library(folder: Path, records: list[dict[str, Any]], files: int = 3) -> Path
     return folder
 
 
+def words(source: Path, tokenizer: Path, out: Path, **options: Any) -> list[str]:
+    given = {"sequence_len": 512, "windows": "all", "holdout": 0.2, "workers": 1} | options
+    given = {"source": source, "tokenizer": tokenizer, "out": out} | given
+    return [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+
+
 def prepare(source: Path, tokenizer: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Run the script's main and return its manifest. Defaults: 512 tokens, everything, a fifth held out."""
-    given = {"sequence_len": 512, "windows": "all", "holdout": 0.2, "workers": 1} | options
-    argv = ["--source", str(source), "--tokenizer", str(tokenizer), "--out", str(out)]
-    main(argv + [str(word) for key, value in given.items() for word in ("--" + key.replace("_", "-"), value)])
+    main(words(source, tokenizer, out, **options))
     return json.loads(manifest_path(out).read_text(encoding="utf-8"))
 
 

@@ -1,7 +1,6 @@
 """The novel's rows: noise out, one block held out, four phases, windows as Axolotl counts them."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -9,7 +8,8 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest import mock
 
 import pytest
 from axolotl_preprocessing import axolotl_windows
@@ -19,13 +19,12 @@ from small_tokenizers import tales
 
 from bench.score_cleaning import f1, paragraphs_of, score
 from prep.castle import drop_note_calls, main
-from prep.common import BadInput
+from prep.common import BadInput, sha256
 from prep.formats import read_book
 from prep.page_layout import clean_pages
-from prep.rows import Cutter, load_tokenizer
+from prep.rows import Cutter
 
 SCRIPT = Path(__file__).parent.parent / "prep" / "castle.py"
-OUTPUTS = ["2c.jsonl", "2c.heldout.jsonl", "2c.manifest.json", "2c.txt"]
 
 
 @pytest.fixture(scope="module")
@@ -37,67 +36,60 @@ def novel() -> list[str]:
     return doubled
 
 
-class Result(NamedTuple):
-    returncode: int
-    stderr: str
+class Made:
+    """What the script wrote."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.book = folder / "data", folder / "roman.txt"
+        self.train, self.held = (self.rows(f"2c.{part}") for part in ("jsonl", "heldout.jsonl"))
+        self.manifest = json.loads((self.folder / "2c.manifest.json").read_text(encoding="utf-8"))
+        self.paragraphs = (self.folder / "2c.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["text"] for row in self.train]
 
 
-def castle(folder: Path, book: Path, tokenizer: Path, *options: str) -> Result:
-    """Run the script's `main` in `folder`, as `prep.common.run` would; the import of the libraries takes seconds."""
-    argv = sys.argv
-    sys.argv = ["castle.py", "--book", str(book), "--tokenizer", str(tokenizer), "--out", "data/2c.jsonl", *options]
-    try:
-        with contextlib.chdir(folder):
-            main()
-    except BadInput as error:
-        return Result(1, f"{error}\n")
-    finally:
-        sys.argv = argv
-    return Result(0, "")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def castle(folder: Path, book: Path, tokenizer: Path, *options: str) -> Made:
+    """Run the script's `main` in `folder`: the import of the libraries takes seconds."""
+    words = ["castle.py", "--book", str(book), "--tokenizer", str(tokenizer), "--out", "data/2c.jsonl", *options]
+    with contextlib.chdir(folder), mock.patch.object(sys, "argv", words):
+        main()
+    return Made(folder)
 
 
 @pytest.fixture(scope="module")
-def prepared(novel, tokenizer, tmp_path_factory) -> Path:
+def prepared(novel, tokenizer, tmp_path_factory) -> Made:
     folder = tmp_path_factory.mktemp("run")
-    book = folder / "roman.txt"
-    book.write_text("\n\n".join(novel), encoding="utf-8")
-    result = castle(folder, book, tokenizer, "--seed", "7")
-    assert result.returncode == 0, result.stderr
-    return folder
+    (folder / "roman.txt").write_text("\n\n".join(novel), encoding="utf-8")
+    return castle(folder, folder / "roman.txt", tokenizer, "--seed", "7")
 
 
 def test_axolotl_finds_the_windows_of_the_manifest_and_nothing_is_truncated(prepared, novel, tokenizer):
-    rows = read_rows(prepared / "data" / "2c.jsonl")
-    manifest = json.loads((prepared / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
-    cutter = Cutter(load_tokenizer(tokenizer), 2048)
+    cutter = Cutter(tokenizer, 2048)
     total = cutter.count("\n\n".join(novel))
     assert total > 64 * 2048
-    lengths, windows = axolotl_windows([row["text"] for row in rows], tokenizer, 2048)
-    assert len(windows) == manifest["train"]["windows"] == lengths.count(2048)
+    lengths, windows = axolotl_windows(prepared.texts, tokenizer, 2048)
+    assert len(windows) == prepared.manifest["train"]["windows"] == lengths.count(2048)
     assert {len(window) for window in windows} == {2048}
     assert all(cutter.eos not in window[1:] for window in windows)
-    assert sum(lengths) - 2048 * len(windows) == manifest["train"]["tail_tokens"]
+    assert sum(lengths) - 2048 * len(windows) == prepared.manifest["train"]["tail_tokens"]
     # Four times what is not held out, but for what precedes each start and the last window that is not full, in two parts.
-    held = manifest["heldout"]["tokens"]
+    held = prepared.manifest["heldout"]["tokens"]
     assert 4 * (total - held) - 2 * (512 + 1024 + 1536 + 4 * 2048) - 500 < 2048 * len(windows) < 4 * (total - held)
     assert abs(held / total - 0.05) < 0.01
 
 
 def test_phases_start_at_the_stride_and_are_whole(prepared, tokenizer):
     """Each phase of each part: its first row starts 0, 512, 1024 or 1536 tokens in, and its rows follow each other."""
-    rows = sorted(read_rows(prepared / "data" / "2c.jsonl"), key=lambda row: row["part"])
+    rows = sorted(prepared.train, key=lambda row: row["part"])
     assert len({row["part"] for row in rows}) == len(rows)
-    text = (prepared / "data" / "2c.txt").read_text(encoding="utf-8")
-    held = "\n\n".join(row["text"] for row in read_rows(prepared / "data" / "2c.heldout.jsonl"))
-    manifest = json.loads((prepared / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
-    _, end = manifest["documents"]["heldout_paragraphs"]
-    paragraphs = text.rstrip("\n").split("\n\n")
-    parts = {"1/2": text[: text.index(held[:200])].rstrip("\n"), "2/2": "\n\n".join(paragraphs[end:])}
-    cutter = Cutter(load_tokenizer(tokenizer), 2048)
+    start, end = prepared.manifest["documents"]["heldout_paragraphs"]
+    parts = {"1/2": "\n\n".join(prepared.paragraphs[:start]), "2/2": "\n\n".join(prepared.paragraphs[end:])}
+    cutter = Cutter(tokenizer, 2048)
     phases: dict[tuple[str, int], list[str]] = {}
     for row in rows:
         _, part, _, phase, _, _ = row["part"].split()
@@ -105,57 +97,51 @@ def test_phases_start_at_the_stride_and_are_whole(prepared, tokenizer):
     assert sorted(phases) == [(part, phase) for part in ("1/2", "2/2") for phase in (0, 512, 1024, 1536)]
     for (part, phase), texts in phases.items():
         at = parts[part].index(texts[0])
-        assert abs(len(cutter.encode([parts[part][:at]])[0].ends) - phase) <= 4
-        for row_text in texts:
-            at = parts[part].index(row_text, at)
+        assert abs(len(cutter.encode(parts[part][:at]).ends) - phase) <= 4
+        for text in texts:
+            at = parts[part].index(text, at)
             assert at == 0 or parts[part][at - 1].isspace()
-            at += len(row_text)
-        assert len(cutter.encode([parts[part][at:]])[0].ends) < 2048 + 16
+            at += len(text)
+        assert len(cutter.encode(parts[part][at:]).ends) < 2048 + 16
 
 
 def test_no_held_out_text_in_any_training_row(prepared):
-    train = [row["text"] for row in read_rows(prepared / "data" / "2c.jsonl")]
-    (held,) = read_rows(prepared / "data" / "2c.heldout.jsonl")
-    manifest = json.loads((prepared / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
-    paragraphs = (prepared / "data" / "2c.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\n")
-    start, end = manifest["documents"]["heldout_paragraphs"]
-    block = paragraphs[start:end]
-    assert "\n\n".join(block).startswith(held["text"])
-    assert not any(paragraph in text for paragraph in block for text in train)
+    start, end = prepared.manifest["documents"]["heldout_paragraphs"]
+    paragraphs, block = prepared.paragraphs, prepared.paragraphs[start:end]
+    assert "\n\n".join(block).startswith(prepared.held[0]["text"]) and len(prepared.held) == 1
+    assert not any(paragraph in text for paragraph in block for text in prepared.texts)
     # All the rest is there, and the block lies in the middle.
-    joined = "\n\n".join(train)
+    joined = "\n\n".join(prepared.texts)
     assert all(paragraph in joined for paragraph in [*paragraphs[3 : start - 60], *paragraphs[end + 3 : -60]])
     before, after = len("".join(paragraphs[:start])), len("".join(paragraphs[end:]))
     assert abs(before - after) < 0.05 * (before + after)
 
 
 def test_same_seed_same_bytes_other_seed_other_order(prepared, tokenizer, tmp_path):
-    def digests(folder: Path) -> list[str]:
-        return [hashlib.sha256((folder / "data" / name).read_bytes()).hexdigest() for name in OUTPUTS]
+    def digests(folder: Path) -> dict[str, str]:
+        return {path.name: sha256(path) for path in folder.iterdir()}
 
-    book = prepared / "roman.txt"
-    again = tmp_path / "again"
-    again.mkdir()
-    assert castle(again, book, tokenizer, "--seed", "7").returncode == 0
-    assert digests(again) == digests(prepared)
-    assert castle(again, book, tokenizer, "--seed", "8").returncode == 0
-    lines = [(folder / "data" / "2c.jsonl").read_text(encoding="utf-8").splitlines() for folder in (again, prepared)]
-    assert lines[0] != lines[1] and sorted(lines[0]) == sorted(lines[1])
-    assert [p.name for p in sorted((again / "data").iterdir())] == sorted(OUTPUTS)
+    again = castle(tmp_path, prepared.book, tokenizer, "--seed", "7")
+    assert digests(again.folder) == digests(prepared.folder)
+    assert set(digests(again.folder)) == {"2c.jsonl", "2c.heldout.jsonl", "2c.manifest.json", "2c.txt"}
+    other = castle(tmp_path, prepared.book, tokenizer, "--seed", "8")
+    assert other.texts != prepared.texts and sorted(other.texts) == sorted(prepared.texts)
 
 
 def test_without_holdout_the_whole_book_is_trained_on(prepared, tokenizer, tmp_path):
-    result = castle(tmp_path, prepared / "roman.txt", tokenizer, "--holdout", "0")
-    assert result.returncode == 0, result.stderr
-    rows = read_rows(tmp_path / "data" / "2c.jsonl")
-    assert {row["part"].split()[1] for row in rows} == {"1/1"}
+    made = castle(tmp_path, prepared.book, tokenizer, "--holdout", "0")
+    assert {row["part"].split()[1] for row in made.train} == {"1/1"}
     # In one row each phase would be longer than the 64 windows Axolotl takes.
-    windows = len(axolotl_windows([row["text"] for row in rows], tokenizer, 2048)[1])
-    assert windows > 4 * 64
-    manifest = json.loads((tmp_path / "data" / "2c.manifest.json").read_text(encoding="utf-8"))
-    assert windows == manifest["train"]["windows"]
-    assert manifest["heldout"]["rows"] == 0 and (tmp_path / "data" / "2c.heldout.jsonl").read_bytes() == b""
-    assert manifest["documents"]["heldout_paragraphs"] is None
+    windows = len(axolotl_windows(made.texts, tokenizer, 2048)[1])
+    assert made.manifest["train"]["windows"] == windows > 4 * 64
+    assert made.manifest["heldout"]["rows"] == 0 and (made.folder / "2c.heldout.jsonl").read_bytes() == b""
+    assert made.manifest["documents"]["heldout_paragraphs"] is None
+
+
+def test_a_short_book_holds_out_one_whole_window(tokenizer, tmp_path):
+    (tmp_path / "conte.txt").write_text("\n\n".join(paragraphs_of("\n\n".join(tales()[:3]))), encoding="utf-8")
+    [row] = castle(tmp_path, tmp_path / "conte.txt", tokenizer, "--holdout", "0.01").held
+    assert len(axolotl_windows([row["text"]], tokenizer, 2048)[1]) == 1
 
 
 # --- the book's noise -----------------------------------------------------------------------------------------------
@@ -237,64 +223,56 @@ def test_note_calls(text, expected):
     assert bool(count) == (expected is not None)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "utf-16"])
-def test_encodings(tmp_path, encoding):
-    book = tmp_path / "roman.txt"
-    book.write_bytes("« L’été, l’œuvre… » – dit-il".encode(encoding))
-    assert read_book(book).text == "« L’été, l’œuvre… » – dit-il"
-
-
-def write_pdf(path: Path, sheets: list[list[str]]) -> None:
-    canvas = Canvas(str(path), pagesize=A5)
-    for number, lines in enumerate(sheets, 5):
-        for n, line in enumerate([*lines, f"– {number} –"]):
-            canvas.drawString(40, 560 - 14 * n, line)
-        canvas.showPage()
-    canvas.save()
-
-
 def test_a_pdf_gives_the_text_it_was_made_from(tmp_path):
     paragraphs = [p for tale in tales()[:3] for p in paragraphs_of(tale)]
     lines = [line for p in paragraphs for line in textwrap.wrap(p, 64, break_on_hyphens=False)]
     sheets = [lines[n : n + 32] for n in range(0, len(lines), 32)]
-    write_pdf(tmp_path / "roman.pdf", sheets)
+    canvas = Canvas(str(tmp_path / "roman.pdf"), pagesize=A5)
+    for number, sheet in enumerate(sheets, 5):
+        for n, line in enumerate([*sheet, f"– {number} –"]):
+            canvas.drawString(40, 560 - 14 * n, line)
+        canvas.showPage()
+    canvas.save()
     found = clean_pages(read_book(tmp_path / "roman.pdf").text)
     result = score(found.paragraphs, paragraphs)
     assert found.counts["page_numbers"] == len(sheets)
     assert result["errors"] == 0 and f1(result) > 0.95
 
 
-def test_bad_books(tmp_path, tokenizer):
-    scans = tmp_path / "scans.pdf"
-    canvas = Canvas(str(scans))
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def scans() -> bytes:
+    canvas = Canvas("scans.pdf")
     for _ in range(3):
         canvas.rect(100, 100, 200, 200, fill=1)
         canvas.showPage()
-    canvas.save()
-    (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "blank.txt").write_bytes(b" \r\n\n")
-    (tmp_path / "binary.txt").write_bytes(random.Random(1).randbytes(5000))
-    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7\n%cut off here")
-    (tmp_path / "short.txt").write_text("K. ouvrit la porte.\n" * 3, encoding="utf-8")
-    messages = {
-        "scans.pdf": "no text layer",
-        "empty.txt": "is empty",
-        "blank.txt": "is empty",
-        "binary.txt": "convert it to UTF-8",
-        "broken.pdf": "cannot be read as a PDF",
-        "short.txt": "too few",
-        "missing.txt": "no such book",
-    }
-    for name, message in messages.items():
-        result = castle(tmp_path, tmp_path / name, tokenizer)
-        assert result.returncode == 1, name
-        assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
-        assert not (tmp_path / "data").exists(), name
+    return canvas.getpdfdata()
 
 
-def test_the_script_says_one_line_and_leaves_with_1(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("scans.pdf", scans(), "no text layer"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \r\n\n", "is empty"),
+        ("binary.txt", random.Random(1).randbytes(5000), "convert it to UTF-8"),
+        ("broken.pdf", b"%PDF-1.7\n%cut off here", "cannot be read as a PDF"),
+        ("short.txt", b"K. ouvrit la porte.\n" * 3, "too few"),
+        ("missing.txt", None, "no such book"),
+    ],
+)
+def test_bad_books(name, data, message, tmp_path, llama):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(BadInput, match=message) as error:
+        castle(tmp_path, tmp_path / name, llama)
+    assert "\n" not in str(error.value) and not (tmp_path / "data").exists()
+
+
+def test_the_script_says_one_line_and_leaves_with_1(tmp_path, llama):
     (tmp_path / "empty.txt").write_bytes(b"")
-    command = [sys.executable, str(SCRIPT), "--book", "empty.txt", "--tokenizer", str(tokenizer), "--out", "2c.jsonl"]
+    command = [sys.executable, str(SCRIPT), "--book", "empty.txt", "--tokenizer", str(llama), "--out", "2c.jsonl"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (1, "", "castle.py: empty.txt is empty\n")
     assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
@@ -303,37 +281,29 @@ def test_the_script_says_one_line_and_leaves_with_1(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--holdout", "0.9"], "between 0 and 0.5"),
+        (["--holdout", "0.9"], "0.9 is not a share between 0 and 0.5"),
+        (["--out", "2c.txt"], "2c.txt must end in .jsonl"),
         (["--stride", "500"], "must divide"),
         (["--tokenizer", "nowhere"], "no tokenizer.json"),
     ],
 )
-def test_bad_options(prepared, tokenizer, tmp_path, options, message):
-    result = castle(tmp_path, prepared / "roman.txt", tokenizer, *options)
-    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
-    assert not (tmp_path / "data").exists()
+def test_bad_options(options, message, llama, tmp_path, capsys):
+    (tmp_path / "roman.txt").write_text("K. ouvrit la porte.\n")
+    with pytest.raises((BadInput, SystemExit)) as stop:
+        castle(tmp_path, tmp_path / "roman.txt", llama, *options)
+    assert message in f"{stop.value} {capsys.readouterr().err}" and not (tmp_path / "data").exists()
+    assert stop.type is BadInput or str(stop.value) == "2"
 
 
-def test_a_short_book_holds_out_one_whole_window(tokenizer, tmp_path):
-    (tmp_path / "conte.txt").write_text("\n\n".join(paragraphs_of("\n\n".join(tales()[:3]))), encoding="utf-8")
-    result = castle(tmp_path, tmp_path / "conte.txt", tokenizer, "--holdout", "0.01")
-    assert result.returncode == 0, result.stderr
-    (row,) = read_rows(tmp_path / "data" / "2c.heldout.jsonl")
-    assert len(axolotl_windows([row["text"]], tokenizer, 2048)[1]) == 1
-
-
-CORPUS = os.environ.get("CORPUS_DIR")
+CORPUS = os.environ.get("CORPUS_DIR", "")
 
 
 @pytest.mark.skipif(
     not CORPUS, reason="CORPUS_DIR is not set: a folder with book/ (book.txt, truth.txt) and tokenizer/"
 )
 def test_the_corpus_book_equals_its_truth(tmp_path):
-    folder = Path(CORPUS or "")
-    result = castle(tmp_path, folder / "book" / "book.txt", folder / "tokenizer")
-    assert result.returncode == 0, result.stderr
-    found = paragraphs_of((tmp_path / "data" / "2c.txt").read_text(encoding="utf-8"))
-    scored = score(found, paragraphs_of((folder / "book" / "truth.txt").read_text(encoding="utf-8")))
-    print(f"\n{scored}")
+    made = castle(tmp_path, Path(CORPUS) / "book" / "book.txt", Path(CORPUS) / "tokenizer")
+    truth = (Path(CORPUS) / "book" / "truth.txt").read_text(encoding="utf-8")
+    scored = score(made.paragraphs, paragraphs_of(truth))
     assert scored["errors"] < 0.0001 * scored["characters"] and f1(scored) > 0.97
     assert not any(scored[kind] for kind in ("number", "header", "hyphen"))

@@ -1,6 +1,5 @@
 """Rows and manifest: windows as Axolotl's own code counts them, for both kinds of tokenizer."""
 
-import hashlib
 import itertools
 import json
 import random
@@ -12,7 +11,7 @@ import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, tales
 
-from prep.common import BadInput
+from prep.common import BadInput, sha256
 from prep.dedup import Entry
 from prep.rows import (
     CHUNK,
@@ -25,7 +24,6 @@ from prep.rows import (
     document_rows,
     even_shares,
     heldout_path,
-    load_tokenizer,
     manifest_path,
     write_prepared,
 )
@@ -39,7 +37,7 @@ def novel() -> str:
 
 def cut(cutter: Cutter, text: str, **options) -> tuple[list[Bounds], list[str]]:
     """The rows' bounds, and their texts."""
-    found = list(cutter.cut(cutter.encode([text])[0], **options))
+    found = list(cutter.cut(cutter.encode(text), **options))
     return found, [text[row.start : row.end] for row in found]
 
 
@@ -50,7 +48,7 @@ def slices(found: list[Bounds], sequence_len: int) -> list[int]:
 
 @pytest.mark.parametrize("sequence_len", [64, 512, 2048])
 def test_axolotl_finds_exactly_the_stated_windows(tokenizer, novel, sequence_len):
-    cutter = Cutter(load_tokenizer(tokenizer), sequence_len)
+    cutter = Cutter(tokenizer, sequence_len)
     found, texts = cut(cutter, novel)
     lengths, windows = axolotl_windows(texts, tokenizer, sequence_len)
     assert sum(row.windows for row in found) == len(windows) > 64 * 512 // sequence_len
@@ -58,7 +56,7 @@ def test_axolotl_finds_exactly_the_stated_windows(tokenizer, novel, sequence_len
     assert all(cutter.eos not in window[1:] for window in windows)
     # Nothing is lost but the rest of each row's last words, and less than a row of one window more at the end.
     assert sum(row.tail for row in found) <= 12 * len(found)
-    assert len(cutter.encode([novel[found[-1].start :]])[0].ends) < (found[-1].windows + 1) * sequence_len
+    assert len(cutter.encode(novel[found[-1].start :]).ends) < (found[-1].windows + 1) * sequence_len
     assert {row.windows for row in found[:-1]} <= {MAX_WINDOWS}
     if sequence_len >= 512:  # a row ends with a word; with shorter windows, only with a short one
         assert all(novel[one.end : other.start].isspace() for one, other in itertools.pairwise(found))
@@ -75,7 +73,7 @@ def test_odd_text_is_counted_as_axolotl_counts_it(tokenizer, novel, monkeypatch)
     monkeypatch.setattr("prep.rows.MAX_WINDOWS", 3)
     draw = random.Random(1)
     odd = ["x" * 3000, "🙂🚂" * 300, "Ἐν ἀρχῇ ἦν ὁ λόγος " * 40, "\n\n\n\n", "  ", "A.B.C." * 200, novel[5000:9000]]
-    found, texts = cut(Cutter(load_tokenizer(tokenizer), 64), "".join(draw.choice(odd) for _ in range(80)))
+    found, texts = cut(Cutter(tokenizer, 64), "".join(draw.choice(odd) for _ in range(80)))
     assert len(found) > 50
     assert axolotl_windows(texts, tokenizer, 64)[0] == slices(found, 64)
 
@@ -83,12 +81,10 @@ def test_odd_text_is_counted_as_axolotl_counts_it(tokenizer, novel, monkeypatch)
 def test_a_row_whose_first_word_gives_fewer_tokens_is_lengthened_or_given_up(llama, monkeypatch):
     """After a newline ▁ is missing, at the start of a row it is there: the count of the row itself decides."""
     monkeypatch.setattr("prep.rows.MAX_WINDOWS", 1)
-    cutter = Cutter(load_tokenizer(llama), 64)
-    rows, bounds = [], []
-    for words in range(20, 60):  # texts that end anywhere in a window, also just short of a full one
-        found, texts = cut(cutter, "\n".join(["maison"] * words), start=7)
-        bounds += found
-        rows += texts
+    cutter = Cutter(llama, 64)
+    # Texts that end anywhere in a window, also just short of a full one.
+    made = [cut(cutter, "\n".join(["maison"] * words), start=7) for words in range(20, 60)]
+    bounds, rows = [row for found, _ in made for row in found], [text for _, texts in made for text in texts]
     lengths, windows = axolotl_windows(rows, llama, 64)
     assert len(windows) == len(bounds) > 40
     assert lengths == slices(bounds, 64)
@@ -97,8 +93,8 @@ def test_a_row_whose_first_word_gives_fewer_tokens_is_lengthened_or_given_up(lla
 
 def test_a_tail_never_makes_a_window_with_a_false_end(tokenizer, novel):
     """Texts of every length around a window's: EOS must not complete one."""
-    cutter = Cutter(load_tokenizer(tokenizer), 64)
-    ends = cutter.encode([novel])[0].ends
+    cutter = Cutter(tokenizer, 64)
+    ends = cutter.encode(novel).ends
     rows = [text for last in range(60, 132) for text in cut(cutter, novel[: int(ends[last])])[1]]
     _, windows = axolotl_windows(rows, tokenizer, 64)
     assert len(windows) > 70
@@ -107,25 +103,25 @@ def test_a_tail_never_makes_a_window_with_a_false_end(tokenizer, novel):
 
 
 def test_word_start_is_the_nearest(tokenizer, novel):
-    cutter = Cutter(load_tokenizer(tokenizer), 64)
-    [tokens] = cutter.encode([novel])
+    cutter = Cutter(tokenizer, 64)
+    tokens = cutter.encode(novel)
     for index in range(300, 2000, 37):
         start = cutter.word_start(tokens, index)
         assert not novel[start].isspace() and novel[start - 1].isspace()
-        assert abs(len(cutter.encode([novel[:start]])[0].ends) - index) <= 4
+        assert abs(len(cutter.encode(novel[:start]).ends) - index) <= 4
 
 
 def test_tokenizers_that_cannot_serve(tmp_path, gpt2):
-    with pytest.raises(BadInput, match=r"no tokenizer\.json"):
-        load_tokenizer(tmp_path / "nothing")
     broken = save_gpt2_like(tmp_path / "broken")
     (broken / "tokenizer.json").write_text('{"version": "1.0", "model": ')
-    with pytest.raises(BadInput, match="cannot be loaded"):
-        load_tokenizer(broken)
-    with pytest.raises(BadInput, match="no end-of-sequence"):
-        load_tokenizer(save(gpt2_like(), tmp_path / "endless"))
-    with pytest.raises(BadInput, match="too short"):
-        Cutter(load_tokenizer(gpt2), 32)
+    for folder, length, words in (
+        (tmp_path / "nothing", 64, r"no tokenizer\.json"),
+        (broken, 64, "cannot be loaded"),
+        (save(gpt2_like(), tmp_path / "endless"), 64, "no end-of-sequence"),
+        (gpt2, 32, "too short"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            Cutter(folder, length)
 
 
 # --- chunks and shares -----------------------------------------------------------------------------------------------
@@ -164,7 +160,7 @@ def test_every_share_takes_its_own_chunks_and_begins_by_the_work():
 
 def test_a_long_book_gives_no_more_windows_than_asked_of_it(llama, novel):
     """And all it has where more is asked, from one chunk after the other."""
-    cutter = Cutter(load_tokenizer(llama), 512)
+    cutter = Cutter(llama, 512)
     entry = Entry(0, 0, "bpt1", "Contes", "", "1880", "contes", 0, 1.0, "")
     for most, used in ((5, 1), (60, 2), (10_000, 3)):
         made = list(document_rows(novel, entry, Share(1, 1), cutter, 1, most))
@@ -188,18 +184,16 @@ def test_shares_are_as_even_as_lengths_allow():
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def some_rows(count: int, windows: int = 2):
+def some_rows(count: int, fails: bool = False):
     for i in range(count):
-        yield Row(f"« Été » {i}\n\nœuvre", f"id{i}", "Titre", "", "1876-????", f"{i}", windows, 3)
+        yield Row(f"« Été » {i}\n\nœuvre", f"id{i}", "Titre", "", "1876-????", f"{i}", 2, 3)
+    if fails:
+        raise OSError(28, "No space left on device")
 
 
 def write(out: Path, tokenizer: Path, train, heldout=()):
     rest: dict[str, Any] = {"source": {"path": "x"}, "arguments": {}, "seed": 1, "documents": {"read": 1}}
     return write_prepared(out, train, heldout, tokenizer=tokenizer, sequence_len=512, **rest)
-
-
-def contents(out: Path) -> list[bytes]:
-    return [path.read_bytes() for path in (out, heldout_path(out), manifest_path(out))]
 
 
 def test_the_manifest_describes_the_files(llama, tmp_path):
@@ -209,36 +203,24 @@ def test_the_manifest_describes_the_files(llama, tmp_path):
     for part, path in (("train", out), ("heldout", tmp_path / "data" / "2a.heldout.jsonl")):
         data, rows = path.read_bytes(), len(path.read_bytes().splitlines())
         counts = {"rows": rows, "windows": 2 * rows, "tokens": 1024 * rows, "tail_tokens": 3 * rows}
-        digest = hashlib.sha256(data).hexdigest()
-        assert manifest[part] == {"path": path.name, **counts, "bytes": len(data), "sha256": digest}
-    assert manifest["tokenizer"]["sha256"] == hashlib.sha256((llama / "tokenizer.json").read_bytes()).hexdigest()
+        assert manifest[part] == {"path": path.name, **counts, "bytes": len(data), "sha256": sha256(path)}
+    assert manifest["tokenizer"]["sha256"] == sha256(llama / "tokenizer.json")
     first = json.loads(out.read_text().splitlines()[0])
     assert list(first) == ["text", "source", "title", "author", "date", "part"]
     assert first["text"] == "« Été » 0\n\nœuvre"
 
 
-def test_a_write_that_fails_leaves_the_files_before(llama, tmp_path):
+def test_a_write_that_fails_leaves_the_files_before_and_the_manifest_is_renamed_last(llama, tmp_path):
     out = tmp_path / "2a.jsonl"
     write(out, llama, some_rows(5), some_rows(2))
-    before = contents(out)
-
-    def failing():
-        yield from some_rows(3)
-        raise OSError(28, "No space left on device")
-
-    for train, heldout in ((failing(), ()), (some_rows(9), failing())):
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for train, heldout in ((some_rows(3, fails=True), ()), (some_rows(9), some_rows(3, fails=True))):
         with pytest.raises(OSError, match="No space"):
             write(out, llama, train, heldout)
-        assert contents(out) == before
-        assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_a_manifest_is_renamed_last(llama, tmp_path):
-    """Where the manifest cannot take its place, the new rows are there and no manifest records them."""
-    out = tmp_path / "2a.jsonl"
-    manifest_path(out).mkdir()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 3
+    # Where the manifest cannot take its place, the new rows are there and no manifest records them.
+    other = tmp_path / "2b.jsonl"
+    manifest_path(other).mkdir()
     with pytest.raises(OSError):
-        write(out, llama, some_rows(5))
-    assert out.exists() and heldout_path(out).exists()
-    with pytest.raises(BadInput, match=r"\.jsonl"):
-        write(tmp_path / "2a.txt", llama, some_rows(1))
+        write(other, llama, some_rows(5))
+    assert other.exists() and heldout_path(other).exists()
