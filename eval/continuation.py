@@ -1,17 +1,14 @@
-"""The novel goes on: a stage writes on from the last pages of the book, as many words as asked.
+"""Continue the novel: a stage writes on from the last pages of the book, as many words as asked.
 
-It writes passage by passage. For each, the model sees a window of the text so far: the most recent paragraphs, whole,
-as many as fit; with --keep WORDS, before them the first paragraphs of what it started from, for the names and the voice
-that the window has left behind. Several candidates are drawn together and each is cut at its last sentence. Those that
-break a rule are put aside: no sentence ends in it, it is short, it loops, or it shares more than --longest-copy words in
-a row with the training text or with what is already written. Of the others, the one that the model itself finds most
-likely, a token on average, is kept. If all break a rule, others are drawn, at most three times; then the one that breaks
-fewest is kept, and the record says so.
+It writes in passages. For each, the model sees as many of the most recent paragraphs as fit into its window; with --keep
+WORDS, also the first paragraphs, for the names and the voice. Several candidates are drawn together, each is cut at its last
+sentence, and those with a fault are set aside: no sentence ends, short, loops, shares more than --longest-copy words in a row
+with the training text or with what is already written. Of the others the one that the model finds likeliest, per token, is
+kept. If all have a fault, others are drawn, three batches at most; then the one with fewest is kept, and the record says so.
 
-Writes <out>/<stage>-<seed>-<hash>.txt, .epub, and .json, the record: model and hashes, seed, parameters, and of every
-passage all candidates' scores. The hash is that of everything the text depends on, so the same command finds its own
-record: interrupted, it goes on where it was, to the same text; with more --words, it prolongs it.
-The text stands on the screen passage by passage, as soon as each is chosen.
+Writes <out>/<stage>-<seed>-<hash>.txt, .epub, and .json, the record: model and hashes, seed, parameters, and all candidates'
+scores. The hash is of everything the text depends on, so the same command finds its own record: an interrupted text continues
+as it would have, and more --words prolong it.
 
     python eval/continuation.py --words 800
     python eval/continuation.py --stage 2a --from "K. ouvrit la porte." --words 300 --candidates 8
@@ -224,11 +221,11 @@ def passages(
     trained_on: metrics.CopyFinder | None = None,
     written: Sequence[str] = (),
 ) -> Iterator[Passage]:
-    """Passages that go on from `beginning`, without end: take as many as wanted.
+    """Passages that continue `beginning`, without end: take as many as wanted.
 
-    `written` are those that follow it already. A passage depends on the text before it, the settings and its number
-    alone, so what follows is what would have followed in one go. The text so far is
-    `beginning.rstrip() + "".join(passage texts)`. Raises BadInput when the window does not do, or nothing can be written.
+    `written` are those that follow it already. A passage depends only on the text before it, the settings and its number, so
+    an interrupted text continues as it would have. Raises BadInput when the window is too small or too large, or when
+    nothing can be written.
 
         for passage in itertools.islice(passages(model, tokenizer, "K. ouvrit la porte.", Settings()), 3):
             print(passage.chosen.text, end="")
@@ -237,9 +234,8 @@ def passages(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", settings.window)
     if settings.window > limit or room < LEAST_CONTEXT:
         raise BadInput(
-            f"a window of {settings.window} tokens, {settings.passage_tokens} of them for the passage, does not do: the "
-            f"model has {limit} positions, and {LEAST_CONTEXT} tokens of context are the least; change --window or "
-            "--passage-tokens"
+            f"a window of {settings.window} tokens, {settings.passage_tokens} of them for the passage, does not do: the model "
+            f"has {limit} positions, and needs {LEAST_CONTEXT} tokens of context; change --window or --passage-tokens"
         )
     # The penalty counts the passage only: over a window of 2,000 tokens it would weigh on every common word.
     decoding = generation.decoding(settings.passage_tokens)

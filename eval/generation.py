@@ -30,15 +30,15 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
         raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
     prompts = []
     for entry in entries:
-        text = entry.get("text", "")
+        name, text = entry.get("name"), entry.get("text", "")
         if "tail_of" in entry:
             source = Path(entry["tail_of"])
             if not source.is_file():
-                raise BadInput(f"prompt {entry['name']}: {source} is missing (looked from {Path.cwd()}); prepare it")
+                raise BadInput(f"prompt {name}: {source} is missing (looked from {Path.cwd()}); prepare it")
             text = tail(source.read_text(encoding="utf-8"), entry["words"])
-        if not text.strip() or not entry.get("name"):
+        if not name or not text.strip():
             raise BadInput(f"{path}: a prompt has a name and a text (or tail_of and words); this one lacks it: {entry}")
-        prompts.append({"name": entry["name"], "text": text})
+        prompts.append({"name": name, "text": text})
     return prompts
 
 

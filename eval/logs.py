@@ -139,25 +139,11 @@ def find(outputs: Path, known: dict[Path, Run]) -> list[Run]:
 
 
 def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -> int | None:
-    """How many steps the run will have: from its last whole checkpoint, its --max_steps, or the epochs done so far.
-
-    None before anything tells.
-    """
-    checkpoints = folder.glob("checkpoint-*/trainer_state.json")
-    newest = sorted(checkpoints, key=lambda path: int(path.parent.name.partition("-")[2] or 0), reverse=True)
-    for path in [*newest, folder / "started.json"]:
-        try:
-            state = json.loads(path.read_text())
-            return int(state.get("settings", state)["max_steps"])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ):  # being written, or removed since it was listed
-            continue
-    return round(step * epochs / epoch) if epoch else None
+    """How many steps the run will have: its --max_steps, or from the epochs done so far. None before anything tells."""
+    try:
+        return int(json.loads((folder / "started.json").read_text())["settings"]["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):  # not given, or being written
+        return round(step * epochs / epoch) if epoch else None
 
 
 def duration(seconds: float) -> str:

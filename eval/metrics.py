@@ -37,14 +37,8 @@ def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def repetition(text: str, n: int) -> float | None:
-    """rep-n: the share of a text's n-grams that it has already used; None when it has none (Welleck et al. 2020)."""
-    grams = ngrams(words(text), n)
-    return 1 - len(set(grams)) / len(grams) if grams else None
-
-
 def distinct(texts: Sequence[str], n: int) -> float | None:
-    """distinct-n: different n-grams over all n-grams of all texts together (Li et al. 2016)."""
+    """distinct-n: different n-grams over all n-grams of all texts together (Li et al. 2016); None without any."""
     grams = [gram for text in texts for gram in ngrams(words(text), n)]
     return len(set(grams)) / len(grams) if grams else None
 
@@ -129,8 +123,9 @@ def degeneration(samples: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         return statistics.fmean(known) if known else None
 
     texts = [sample["text"] for sample in samples]
+    new = [share for text in texts if (share := distinct([text], 4)) is not None]
     return {
-        "rep_4": mean([repetition(text, 4) for text in texts]),
+        "rep_4": mean([1 - share for share in new]),  # the share of a text's 4-grams already used (Welleck et al. 2020)
         "distinct_2": distinct(texts, 2),
         "looping": mean([loops(text) for text in texts]),
         "ended_early": mean([sample["ended"] for sample in samples]),
@@ -238,12 +233,6 @@ def name_frequency(text: str, known: frozenset[str]) -> float | None:
     return 1000 * sum(word in known for word in found) / len(found) if found else None
 
 
-def first_words(text: str, count: int) -> str:
-    """The text up to its word number `count`."""
-    ends = [match.end() for match in WORD.finditer(text)]
-    return text[: ends[count - 1]] if 0 < count <= len(ends) else text
-
-
 def style(
     samples: Mapping[str, Sequence[str]], novel: str, heldout: str | None, gallica: Mapping[str, str], base: str
 ) -> dict[str, dict[str, Any]]:
@@ -256,7 +245,8 @@ def style(
     sides = {name: "\n\n".join(texts) for name, texts in samples.items()}
     size = max((len(words(text)) for text in sides.values()), default=0)
     if heldout:
-        sides["the novel, held out"] = first_words(heldout, size)
+        ends = [match.end() for match in WORD.finditer(heldout)]
+        sides["the novel, held out"] = heldout[: ends[size - 1]] if 0 < size <= len(ends) else heldout
     sides["the novel"] = novel
     if gallica:
         sides["Gallica, held out"] = "\n\n".join(gallica.values())

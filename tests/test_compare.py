@@ -1,4 +1,4 @@
-"""Several runs in one page, out of small reports written by hand."""
+"""Several runs in one page, out of the committed report with losses written by hand."""
 
 import json
 import math
@@ -13,74 +13,28 @@ import pytest
 from eval import compare, report, tables
 from prep.common import BadInput
 
-HASH = "a" * 64
-
-
-def score(bits: float) -> dict[str, Any]:
-    block = {"nll": 1.0, "bytes": 4}
-    document = {
-        "source": "w",
-        "part": "1",
-        "nll": 1.0,
-        "tokens": 1,
-        "bytes": 4,
-        "words": 1,
-        "spans": [],
-        "blocks": [block],
-    }
-    perplexities = {f"{unit}_perplexity": 2.0 for unit in ("byte", "word", "token")}
-    interval = {"unit": "block", "units": 3, "bits_per_byte": [bits - 0.1, bits + 0.1]}
-    sums = {"nll": 1.0, "tokens": 1, "bytes": 4, "words": 1}
-    return {**sums, **perplexities, "bits_per_byte": bits, "interval": interval, "documents": [document]}
-
-
-def stage(bits: float, losses: list[tuple[float | None, float | None, float | None]] | None) -> dict[str, Any]:
-    """A stage whose trainer logged these (tokens, loss, validation loss)."""
-    log = [
-        {"step": i, "epoch": None, "tokens": tokens, "loss": loss, "eval_loss": check}
-        for i, (tokens, loss, check) in enumerate(losses or [], 1)
-    ]
-    figures = ("rep_4", "distinct_2", "looping", "ended_early", "not_french", "artefacts")
-    return {
-        "inputs": HASH,
-        "parent": None,
-        "form": None,
-        "recipe": None,
-        "model": "models/base",
-        "adapter": None,
-        "weights": {"model.safetensors": HASH},
-        "gate": None,
-        "training": log or None,
-        "scores": {"novel_heldout": score(bits)},
-        "positions": {},
-        "memorisation": None,
-        "samples": [],
-        "degeneration": dict.fromkeys(figures, 0.0),
-        "seconds": {"scoring": 1.0, "positions": 0.0, "sampling": 1.0},
-    }
-
-
-def small_report(run: str, stages: dict[str, Any], text: str = HASH) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "run": run,
-        "date": "2000-01-01",
-        "seconds": 1.0,
-        "arguments": {"decoding": {}},
-        "environment": {"device": "cpu", "dtype": "float32", "cpu": "small", "versions": {"torch": "1"}, "git": None},
-        "tasks": {"novel_heldout": {"path": None, "file_sha256": None, "documents": 1, "text_sha256": text}},
-        "prompts": [{"name": "p", "text": "K."}],
-        "reference": None,
-        "stages": stages,
-        "differences": {},
-    }
+DEMO = Path(report.__file__).parent / "reports/demo.json"
+LOSSES = {  # (tokens, loss, validation loss)
+    "small": {"2a": [(100, 4.0, None), (200, 3.0, 3.5)]},
+    "large": {"2a": [(1000, 3.9, None)], "2b": [(500, 2.0, 2.5)]},
+}
 
 
 @pytest.fixture
 def reports() -> list[dict[str, Any]]:
-    first = {"base": stage(2.0, None), "2a": stage(1.5, [(100, 4.0, None), (200, 3.0, 3.5)]), "2b": None}
-    second = {"base": stage(2.5, None), "2a": stage(1.75, [(1000, 3.9, None)]), "2b": stage(1.25, [(500, 2.0, 2.5)])}
-    return [small_report("small", first), small_report("large", second)]
+    """Two runs, the first without 2b."""
+    made = []
+    for run, losses in LOSSES.items():
+        each = report.load(DEMO) | {"run": run, "differences": {}, "style": None}
+        each["stages"] = {name: each["stages"][name] for name in ("base", "2a", "2b")}
+        for name, stage in each["stages"].items():
+            stage["training"] = [
+                {"step": step, "epoch": None, "tokens": tokens, "loss": loss, "eval_loss": check}
+                for step, (tokens, loss, check) in enumerate(losses.get(name, []), 1)
+            ]
+        made.append(each)
+    made[0]["stages"]["2b"] = None
+    return made
 
 
 def test_losses_are_over_all_tokens_of_the_chain(reports):
@@ -109,18 +63,17 @@ def test_one_axis_holds_every_run(reports):
     far = compare.draw_losses(reports)
     assert far and far.axes[0].get_xscale() == "log"
     for each in reports:
-        each["stages"] = {"base": stage(2.0, None)}
+        each["stages"] = {"base": each["stages"]["base"]}
     assert compare.draw_losses(reports) is None
 
 
-def test_bits_stand_side_by_side(reports):
+def test_bits_are_side_by_side(reports):
     head, rows = compare.beside(reports)
-    assert head == ["stage, text", "small", "large"]
-    assert rows == [
-        ["base, novel_heldout", "2.000 [1.900, 2.100]", "2.500 [2.400, 2.600]"],
-        ["2a, novel_heldout", "1.500 [1.400, 1.600]", "1.750 [1.650, 1.850]"],
-        ["2b, novel_heldout", "–", "1.250 [1.150, 1.350]"],
-    ]
+    assert head == ["stage, text", "small", "large"] and len(rows) == 3 * len(reports[0]["tasks"])
+    cells = {name: values for name, *values in rows}
+    base = reports[0]["stages"]["base"]
+    assert cells["base, code"] == [tables.bits(base, "code")] * 2
+    assert cells["2b, code"] == ["–", tables.bits(reports[1]["stages"]["2b"], "code")]
 
 
 def test_rows_of_one_name_stand_under_each_other(reports):
@@ -135,7 +88,7 @@ def test_rows_of_one_name_stand_under_each_other(reports):
 
 def test_what_does_not_compare_is_said_or_left_out(reports):
     titles = re.findall(r"<h2>(.*?)</h2>", compare.html(reports))
-    assert titles == ["Loss over tokens", "Bits per byte", "Degeneration", "Perplexity"]
+    assert titles == ["Loss over tokens", "Bits per byte", "Memorisation", "Degeneration", "Perplexity"]
     assert compare.warning(reports) == ""
     reports[1]["tasks"]["novel_heldout"]["text_sha256"] = "b" * 64
     assert "novel_heldout" in compare.warning(reports)
@@ -153,12 +106,13 @@ def write(folder: Path, reports: list[dict[str, Any]]) -> None:
 
 def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, capsys):
     write(tmp_path, reports)
+    bits = tables.bits(reports[0]["stages"]["base"], "code")
     monkeypatch.setattr(sys, "argv", ["compare.py", "small", "large", "--reports", str(tmp_path)])
     compare.main()
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 1 and "1.750 [1.650, 1.850]" in page and "color-scheme" in page
+    assert page.count("<svg") == 1 and bits in page and "color-scheme" in page
     assert not re.search(r'(src|href)="(?!#)', page.replace('xlink:href="#', ""))  # nothing is fetched
-    assert "2.000 [1.900, 2.100]" in capsys.readouterr().out
+    assert bits in capsys.readouterr().out
     assert compare.html(reports) == page
 
     (tmp_path / "small.json").rename(tmp_path / "renamed.json")

@@ -21,7 +21,7 @@ from small_tokenizers import save_gpt2_like, save_llama_like, tales
 from tiny_curriculum import save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from eval import evaluation, generation, intervals, logs, metrics, models, plots, report, scoring, tables, verdict
+from eval import evaluation, generation, intervals, logs, metrics, models, report, scoring, tables, verdict
 from prep.common import BadInput, sha256
 from train.stages import load_chain
 
@@ -95,14 +95,8 @@ def test_scores_are_those_of_lm_eval_alone(place):
 
 
 def test_a_batch_is_text_for_nine_tenths():
-    lengths = sorted(np.random.default_rng(0).integers(1, 2049, size=200).tolist(), reverse=True)
-    for size in (1, 4, 16):
-        cuts = list(scoring.batches(lengths, size))
-        assert [first for first, _ in cuts] == [0, *(end for _, end in cuts[:-1])] and cuts[-1][1] == len(lengths)
-        assert all(0 < end - first <= size for first, end in cuts)
-        assert all(min(lengths[first:end]) >= 0.9 * lengths[first] for first, end in cuts)
     assert list(scoring.batches([2048] * 6 + [1800, 1000], 4)) == [(0, 4), (4, 6), (6, 7), (7, 8)]
-    assert list(scoring.batches([], 4)) == []
+    assert list(scoring.batches([10, 9, 8], 16)) == [(0, 2), (2, 3)] and list(scoring.batches([], 4)) == []
 
 
 @pytest.fixture
@@ -183,47 +177,20 @@ def test_the_report_prices_rounding_and_merging(in_four_bits):
         evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "1", "--stages", "2b")
 
 
-def a_file_in_the_way() -> None:
-    shutil.rmtree("eval", ignore_errors=True)
-    Path("eval").write_text("")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda: Path("outputs/2b/trained.json").write_text("{"), "trained.json is damaged"),
-        (
-            a_file_in_the_way,
-            "File exists|Not a directory",
-        ),
-    ],
-)
-def test_what_can_be_refused_is_refused_before_scoring(in_four_bits, monkeypatch, spoil, message):
+def test_an_unwritable_folder_is_refused_before_scoring(place, monkeypatch):
     monkeypatch.setattr(models, "loaded", lambda *_: pytest.fail("scored"))
-    spoil()
-    with pytest.raises((BadInput, OSError), match=message):
+    monkeypatch.setattr(sys, "argv", [])
+    Path("eval").write_text("")
+    with pytest.raises(OSError, match=r"File exists|Not a directory"):
         evaluate("--tasks", "gallica_heldout", "--limit", "1")
 
 
 # --- by position ------------------------------------------------------------------------------------------------------
 
 
-def test_every_piece_is_scored_once_at_each_range():
-    ends = scoring.windows([4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23])
-    for piece in (4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23):
-        for ahead, end in scoring.RANGES:
-            start = scoring.window_start(piece, ahead)
-            assert ahead <= piece - start < max(end, 1) and start >= 0
-            assert ends[start] > piece
-    assert max(end - start for start, end in ends.items()) == 8  # no window is longer than 2048 tokens
-    long = scoring.windows(list(range(4, 404)))
-    through = sum(end - start for start, end in long.items())
-    assert through / 400 == pytest.approx(4, rel=0.05)  # tokens through the model for each one scored
-    assert scoring.choose([8, 3, 12], 8) == [[4, 5, 6, 7], [], [4, 5, 6, 7]]  # spread over the texts
-
-
 def test_positions_are_those_of_the_text(place):
     """Each range holds what the model says of the same tokens with just that context, computed one by one."""
+    assert scoring.choose([8, 3, 12], 8) == [[4, 5, 6, 7], [], [4, 5, 6, 7]]  # spread over the texts
     tokenizer = AutoTokenizer.from_pretrained("models/base")
     model = LlamaForCausalLM.from_pretrained("models/base").eval()
     scorer = scoring.TokenScorer(model, tokenizer, 3, "test")
@@ -342,6 +309,9 @@ def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
 # --- prose and memory -------------------------------------------------------------------------------------------------
 
 
+SIXTY = " ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) + " "
+
+
 @pytest.mark.parametrize(
     ("text", "looping"),
     [
@@ -349,12 +319,11 @@ def test_the_tail_of_a_book_is_its_last_whole_paragraphs():
         ("Il ouvrit la porte. " * 2, False),
         ("Non, non, non ! dit-il.", False),
         ("non " * 8, True),
+        ("mot " * 7, False),
         ("Il entra, puis il sortit, et la nuit tomba sur le village. " + "la nuit tomba " * 3, True),
         ("un deux trois quatre un deux trois cinq un deux trois six", False),
-        ("mot " * 7, False),
-        (" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) * 3, False),  # joined at the seams
-        ((" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(60)) + " ") * 3, True),  # sixty words
-        ((" ".join("abcdefghijklmnopqrst"[i % 20] * (1 + i // 20) for i in range(61)) + " ") * 3, False),
+        (SIXTY * 3, True),
+        (f"{SIXTY}x " * 3, False),  # sixty-one words
         ("a b c a b d a b e a b f a b g a b h a b i", False),  # what recurs is broken up each time
     ],
 )
@@ -573,11 +542,9 @@ def judged(**changes: Any) -> str:
         ({"copied": 15, "usual": [3]}, "memorised (a sample copies 15 words)"),
         ({"copied": 15}, "did not memorise"),
         ({"copied": 16}, "memorised (a sample copies 16 words)"),
+        ({"degeneration": {"looping": 0.1, "rep_4": 0.065, "not_french": 0.14}}, "did not degenerate"),
         ({"degeneration": {"looping": 0.5}}, "degenerated (50% of samples loop)"),
-        ({"degeneration": {"looping": 0.1}}, "did not degenerate"),
-        ({"degeneration": {"rep_4": 0.065}}, "did not degenerate"),
         ({"degeneration": {"rep_4": 0.08}}, "degenerated (8% of 4-grams"),
-        ({"degeneration": {"not_french": 0.14}}, "did not degenerate"),
         ({"degeneration": {"not_french": 0.16}}, "degenerated (16% of words are not French)"),
         ({"degeneration": {"artefacts": 0.6}}, "degenerated (0.6 lines of OCR debris"),
     ],
@@ -620,37 +587,6 @@ def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
         {"step": 1, "epoch": 0.1, "tokens": 512, "loss": 3.5, "eval_loss": None},
         {"step": 10, "epoch": 1.0, "tokens": 5120, "loss": 3.0, "eval_loss": 3.25},
     ]
-
-
-def test_losses_are_drawn(tmp_path):
-    log = [{"step": 1, "epoch": 1, "tokens": None, "loss": 3.0, "eval_loss": None}]
-    log.append({"step": 2, "epoch": 2, "tokens": None, "loss": None, "eval_loss": 2.5})
-    picture = plots.draw_losses({"stages": {"base": {"training": None}, "2a": {"training": log}}})
-    assert picture is not None
-    [axis] = picture.axes
-    drawn = {line.get_label(): [tuple(point) for point in np.asarray(line.get_xydata())] for line in axis.lines}
-    assert axis.get_title() == "2a" and drawn == {"training": [(1, 3.0)], "validation": [(2, 2.5)]}
-
-
-def test_the_memorisation_picture_holds_every_span_and_copy():
-    spans = {"novel_train": [-10.0, -0.1], "novel_heldout": [-50.0]}
-    scores = {task: {"documents": [{"spans": values}]} for task, values in spans.items()}
-    samples = [{"copied": {"words": words}} for words in (3, 21)]
-    stages = {
-        "2c": {"form": None, "scores": scores, "samples": samples},
-        "2c (merged)": {"form": "merged", "scores": scores, "samples": []},
-    }
-    picture = plots.draw_memory({"stages": stages, "reference": {"copied": [4]}})
-    assert picture is not None
-    left, right = picture.axes
-    points = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in left.lines}
-    assert points["trained"] == pytest.approx([-10 / math.log(10), -0.1 / math.log(10)])
-    assert points["held out"] == pytest.approx([-50 / math.log(10)])
-    assert [-3, -3] in [pytest.approx(values) for values in points.values()]  # one in a thousand
-    assert [np.asarray(line.get_ydata()).tolist() for line in right.lines] == [[3, 21], [4]]
-    assert [tick.get_text() for tick in right.get_xticklabels()] == ["2c", "author"]
-    empty: Any = {"2c": {"form": None, "scores": {}, "samples": []}}
-    assert plots.draw_memory({"stages": empty, "reference": None}) is None
 
 
 # --- whole runs that went wrong ---------------------------------------------------------------------------------------
