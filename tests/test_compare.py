@@ -14,7 +14,7 @@ from eval import compare, report, tables
 from prep.common import BadInput
 
 DEMO = Path(report.__file__).parent / "reports/demo.json"
-LOSSES = {  # (tokens, loss, validation loss)
+LOSSES: dict[str, dict[str, list[Any]]] = {  # (tokens, loss, validation loss)
     "small": {"2a": [(100, 4.0, None), (200, 3.0, 3.5)]},
     "large": {"2a": [(1000, 3.9, None)], "2b": [(500, 2.0, 2.5)]},
 }
