@@ -27,6 +27,7 @@ from striprtf.striprtf import rtf_to_text
 
 from prep.common import BadInput
 from prep.encodings import decode
+from prep.front_matter import drop_edition
 from prep.pdf import read_pdf
 
 BOOK_SUFFIXES = (".pdf", ".epub", ".docx", ".odt", ".html", ".htm", ".xhtml", ".rtf", ".txt")
@@ -68,6 +69,10 @@ def read_bytes(data: bytes, name: str) -> BookText:
         "odt": _read_office,
     }
     book = readers[kind](data, name)
+    if book.paragraphs is not None:
+        counts = Counter(book.counts)
+        lines = drop_edition([line for paragraph in book.paragraphs for line in (paragraph, "")], counts)
+        book = book._replace(paragraphs=list(filter(None, lines)), counts=dict(+counts))
     if len(book.whole().split()) < 10:
         raise BadInput(f"{name} holds no text (pictures of pages?): run OCR on it, or give a text")
     return book

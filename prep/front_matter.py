@@ -28,26 +28,41 @@ def drop_front_matter(lines: list[str], counts: Counter[str]) -> list[str]:
     return _drop_title_pages(_drop_stamps(lines, width, counts), counts)
 
 
-# --- Project Gutenberg's header and licence -------------------------------------------------------------------------
+# --- what digital editions add -------------------------------------------------------------------------
 
 _START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|\*END[ *]*THE SMALL PRINT", re.I)
 _END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|End of (?:the |this )?Project Gutenberg", re.I)
+_HEADER = re.compile(
+    r".*Project Gutenberg|This eBook is for the use of|(?:Title|Author|Translator|Editor|Illustrator|Release Date|Posting Date"
+    r"|Last Updated|Language|Character set encoding) ?:|\W?E(?:Book|text) ?#",
+    re.I,
+)
+# The last page of Wikisource's, Ebooks libres et gratuits' and others' books.
+_ABOUT = re.compile(r"\W*[ÀA] propos de cette [ée]dition [ée]lectronique\W*$", re.I)
+_MAKERS = re.compile(r"Wikisource|libres? (?:et gratuit|de droits)|bénévoles", re.I)
+_EXPORTED = re.compile(r"Export[ée]e? de Wikisource le \d.{4,20}$")
 _CREDITS = re.compile(r"(?:Produced|Credits|Transcribed|E-?text (?:prepared|produced)).{0,12}\b(?:by|:)", re.I)
 
 
 def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
-    """The lines between Project Gutenberg's START and END markers, without its credits; all lines where it has none."""
+    """The lines without Project Gutenberg's header, credits and licence, which its markers prove, and without the page
+    about the edition at the end; all lines where there is none."""
     starts = [i for i, line in enumerate(lines) if _START.match(line)]
-    if not starts:
-        return lines
-    first = _after_block(lines, starts[-1])
+    first = _after_block(lines, starts[-1]) if starts else 0
     last = next((i for i in range(first, len(lines)) if _END.match(lines[i])), len(lines))
-    for _ in range(3):  # blocks that may be credits
-        first = next((i for i in range(first, last) if lines[i]), last)
-        if first < last and _CREDITS.match(lines[first]):
+    if starts or last < len(lines):
+        for _ in range(20):  # blocks that may be of the header or credits
+            first = next((i for i in range(first, last) if lines[i]), last)
+            if first == last or not (_CREDITS.match(lines[first]) or _HEADER.match(lines[first])):
+                break
             first = _after_block(lines, first)
-    counts["edition_notes"] += sum(map(_is_text, lines[:first] + lines[last:]))
-    return lines[first:last]
+    for i in range(max(first, last - 300), last):
+        if _ABOUT.match(lines[i]) and any(map(_MAKERS.search, lines[i : min(i + 20, last)])):
+            last = i
+            break
+    kept = [line for line in lines[first:last] if not _EXPORTED.match(line)]
+    counts["edition_notes"] += sum(map(_is_text, lines)) - sum(map(_is_text, kept))
+    return kept
 
 
 def _after_block(lines: list[str], index: int) -> int:

@@ -17,6 +17,11 @@ from prep.front_matter import drop_edition, drop_front_matter, drop_notice, lett
 from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
 from prep.typography import clean_characters, to_convention
 
+# What editions leave in plain text: "[Illustration: le bac]", "le bac[12]", "_Le Temps_".
+_ILLUSTRATION = re.compile(r"\[Illustration\b[^\]\f]{0,600}\]", re.I)
+_BRACKETED = re.compile(r"\[(?<=[^\n]\[)\d{1,3}\](?!\w)")
+_ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]+?)(?<=\S)_(?![\w_])")
+
 
 class Cleaned(NamedTuple):
     """A book's paragraphs in the project's typographic convention, and the lines dropped, by kind."""
@@ -32,7 +37,8 @@ def clean_pages(text: str) -> Cleaned:
     `hyphens_kept` and `page_breaks_joined` are places, the other counts are lines.
     """
     counts: Counter[str] = Counter()
-    text = clean_characters(text).replace("\f", f"\n{PAGE_END}\n")
+    text, counts["illustrations"] = _ILLUSTRATION.subn("", clean_characters(text))
+    text = text.replace("\f", f"\n{PAGE_END}\n")
     lines = [line.strip() for line in text.split("\n")]
     lines = drop_notice(drop_edition(lines, counts), counts)
     if PAGE_END in lines or _chain(lines):
@@ -40,17 +46,22 @@ def clean_pages(text: str) -> Cleaned:
     else:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)
-    text = to_convention("\n".join(join_lines(lines, gaps, counts)))
+    text, counts["bracketed_calls"] = _BRACKETED.subn("", "\n".join(join_lines(lines, gaps, counts)))
+    text, counts["italics"] = _ITALICS.subn(r"\1", text)
+    text = to_convention(text)
     return Cleaned(text.split("\n") if text else [], dict(sorted((+counts).items())))
 
 
 # --- page numbers ---------------------------------------------------------------------------------------------------
 
 # A number alone in its line, with or without ornament; a number with a few words before or after it.
-_NUMBER = re.compile(r"[^\w\n]{0,4}(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))[^\w\n]{0,4}")
+_NUMBER = re.compile(
+    r"[^\w\n]{0,4}(?:[Pp](?:age|\.)? ?)?(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))(?: ?(?:/|sur) ?\d{1,4})?[^\w\n]{0,4}"
+)
 _HEADED = re.compile(r"\W{0,3}(?:(\d{1,4})\b\W{1,4}(.{3,60})|(.{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})")
 _DASHED = re.compile(
-    r"^[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*[\dlIOoSB]{1,4}[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*$|^[\[(] ?\d{1,4} ?[\])]$"
+    r"^[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*[\dlIOoSB]{1,4}[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*$"
+    r"|^[\[(] ?\d{1,4} ?[\])]$|^p\. ?\d{1,4}$"
 )
 _FIGURE = re.compile(r"(?<!\w)\d{1,4}(?!\w)")
 _ROMAN = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}

@@ -32,8 +32,6 @@ class _Char(NamedTuple):
 
 
 _Line = list[_Char]
-# "p. 12" and "12/240" as a page's first or last line: for page_layout they are the number alone.
-_NUMBERED = re.compile(r"(?:\A|(?<=\n)(?=.*\Z))(?:p\. ?(\d{1,4})|(\d{1,4}) ?/ ?\d{1,4})(?= *(?:\n|\Z))")
 
 
 def read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int], list[str]]:
@@ -76,8 +74,7 @@ def read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int], list[str]]:
         columns = _two_columns(lines)
         counts["two_column_pages"] += columns is not None
         lines, open_note = _without_notes(columns or lines, body, open_note, counts)
-        text = _text([_joined_capital(line, body, vocabulary, counts) for line in lines])
-        texts.append(_NUMBERED.sub(lambda match: match[1] or match[2], text))
+        texts.append(_text([_joined_capital(line, body, vocabulary, counts) for line in lines]))
     return "\f".join(texts), dict(+counts), warnings
 
 

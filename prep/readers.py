@@ -32,6 +32,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from prep.common import BadInput, reason
+from prep.encodings import repaired
 from prep.formats import BOOK_SUFFIXES, read_book, read_members
 
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
@@ -70,6 +71,8 @@ def read_books(path: Path) -> Iterator[Document]:
                 yield from _from_pages(table, name)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not in UTF-8 ({reason(error)}): convert it to UTF-8") from error
 
 
 class Books(PipelineStep):
@@ -92,13 +95,21 @@ class Books(PipelineStep):
 
 
 def _book(source: Any, text: Any, title: Any = "", author: Any = "", date: Any = "") -> Document:
-    """Fields as one line of text each, at most 300 characters, since some catalogues are absurd; odd ones empty."""
+    """Fields as one line of text each, at most 300 characters, since some catalogues are absurd; odd ones empty.
+
+    A text encoded twice is mended, or left empty, so that it is rejected, where it cannot be.
+    """
 
     def field(value: Any) -> str:
         return " ".join(str(value).split())[:300] if value is not None else ""
 
     metadata = {"title": field(title), "author": field(author), "date": field(date)}
-    return Document(text=text if isinstance(text, str) else "", id=field(source), metadata=metadata)
+    try:
+        text = repaired(text, field(source)) if isinstance(text, str) else ""
+    except BadInput as error:
+        print(f"not read: {error}", file=sys.stderr)
+        text = ""
+    return Document(text=text, id=field(source), metadata=metadata)
 
 
 def _damaged(path: Path, error: Exception) -> BadInput:
@@ -147,7 +158,7 @@ def _value(scalar: pa.Scalar) -> Any:
 
 def _from_jsonl(path: Path) -> Iterator[Document]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="replace") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = dict(json.loads(line))
@@ -194,7 +205,7 @@ def _page_tables(path: Path) -> Iterator[IO[bytes]]:
 def _from_pages(table: IO[bytes], name: str) -> Iterator[Document]:
     """The books of one table of pages; a book's pages are consecutive rows."""
     csv.field_size_limit(sys.maxsize)  # a page is a field
-    with io.TextIOWrapper(table, encoding="utf-8", errors="replace", newline="") as lines:
+    with io.TextIOWrapper(table, encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         if not rows.fieldnames:  # an empty table has no books
             return

@@ -14,6 +14,7 @@ without spaces, an en dash is a hyphen ("Paris–Lyon"), and so is an em dash be
 import html
 import re
 import unicodedata
+from html.entities import html5
 
 _APOSTROPHES = "’‘ʼ‛′´`＇ˈ"
 _SPACES = "\t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
@@ -61,6 +62,8 @@ _RULES: list[tuple[str, re.Pattern[str] | str, str]] = [
     (" .", re.compile(r" \.(?!\.)"), "."),
     ("....", re.compile(r"\.\.\.\.+"), "..."),
 ]
+# Only what ends in ";" is an entity, named or numbered: "&c" and "R&D" are text.
+_ENTITY = re.compile(r"&(?:#(?:\d{1,7}|[xX][\da-fA-F]{1,6});|([a-zA-Z]\w*;))")
 _RARE = re.compile("[" + re.escape("".join(_CHARACTERS)) + "]")
 
 
@@ -71,7 +74,9 @@ def clean_characters(text: str) -> str:
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "&" in text:
-        text = html.unescape(text)
+        text = _ENTITY.sub(
+            lambda match: html.unescape(match[0]) if match[1] is None or match[1] in html5 else match[0], text
+        )
     if "\u00ad" in text:
         text = re.sub("\u00ad(?= *$)", "-", text, flags=re.M).replace("\u00ad", "")
     text = unicodedata.normalize("NFC", text)

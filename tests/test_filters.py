@@ -257,6 +257,19 @@ def test_plain_text_and_odd_lines(tmp_path):
         list(read_books(tmp_path / "odd.jsonl"))
 
 
+def test_tables_in_latin_1_are_refused_and_a_text_encoded_twice_is_mended_or_left_out(tmp_path, capsys):
+    line = json.dumps({"id": "a", "text": "L'été"}, ensure_ascii=False) + "\n"
+    for name, data in {"a.jsonl": line, "a.tsv": TABLE}.items():
+        (tmp_path / name).write_bytes(data.encode("latin-1"))
+        with pytest.raises(BadInput, match=f"{name} is not in UTF-8"):
+            list(read_books(tmp_path / name))
+    text = texts()[0]
+    twice = text.encode().decode("latin-1")
+    source = library(tmp_path / "source", [{"file_id": "a", "complete_text": t} for t in (twice, twice + text)], 1)
+    assert [book.text for book in read_books(source / "gallica_mono_1.parquet")] == [text, ""]
+    assert "a is UTF-8 encoded twice, in part" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_book_of_thirteen_million_characters_and_files_without_books(llama, tmp_path):
     records = books()

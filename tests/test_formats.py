@@ -124,6 +124,15 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
     assert book.counts == {"note_calls": 3, "notes": 3, "edition_parts": 2}
 
 
+def test_project_gutenbergs_header_and_licence_in_an_epub_stay_out():
+    first = tagged(
+        ["The Project Gutenberg EBook of Un conte", "*** START OF THE PROJECT GUTENBERG EBOOK ***", "Produced by X"]
+    )
+    last = tagged(["*** END OF THE PROJECT GUTENBERG EBOOK ***", "Section 1. General terms"])
+    book = read_bytes(epub({"a": first, "b": tagged(LONG), "c": last}, ["a", "b", "c"]), "livre")
+    assert book.paragraphs == LONG and book.counts == {"edition_notes": 5}
+
+
 def test_html_of_wrapped_lines_is_left_to_the_page_rules():
     lines = ["Le passeur avait loué la chambre", "quinze, au-dessus de la grande", "écurie, et n’en sortait plus."] * 8
     book = read_bytes(f"<html><body><p>{'<br>'.join(lines)}</p></body></html>".encode(), "livre")
@@ -302,15 +311,6 @@ def test_pages_without_text_are_counted_and_named(pdf, scans, refused):
     else:
         book = pdf.read()
         assert words in book.warnings[0] and book.counts["pages_without_text"] == scans
-
-
-@pytest.mark.parametrize("form", ["p. {}", "{}/240", "{} / 240"])
-def test_page_numbers_in_the_forms_of_a_foot(pdf, form):
-    for number in range(3):
-        pdf.lines(40, 560, ["Il alla à la page p. 12, et puis il revint", "13/14", form.format(number + 7)])
-        pdf.canvas.showPage()
-    pages = pdf.read().text.split("\f")
-    assert pages == [f"Il alla à la page p. 12, et puis il revint\n13/14\n{number + 7}" for number in range(3)]
 
 
 def pdf_with_glyphs(text: str, unnamed: str) -> bytes:

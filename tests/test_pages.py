@@ -52,6 +52,9 @@ EDGES: dict[str, Callable[[int], list[str]]] = {
     "hyphens": lambda n: [f"- {n} -"],
     "em dashes": lambda n: [f"— {n} —"],
     "brackets": lambda n: [f"[{n}]"],
+    "p.": lambda n: [f"p. {n}"],
+    "of all": lambda n: [f"{n}/240"],
+    "page of all": lambda n: [f"Page {n} sur 240"],
     "bare": lambda n: [f"{n}"],
     "point": lambda n: [f"{n}."],
     "roman": lambda n: [roman(n)],
@@ -326,18 +329,45 @@ def test_a_pages_own_number_tells_a_header_that_was_read_as_rubbish(novel):
         assert another.strip() in " ".join(clean_pages(raw.replace(mine, another)).paragraphs)
 
 
-@pytest.mark.parametrize("marker", ["THIS", "THE"])
-def test_project_gutenbergs_header_credits_and_licence_go(novel, marker):
+@pytest.mark.parametrize("start", ["*** START OF THIS", "*** START OF THE", "The"])
+def test_project_gutenbergs_header_credits_and_licence_go(novel, start):
+    """Also where only the marker of the end is left."""
     header = (
-        f"The Project Gutenberg EBook of Un conte\n\nTitle: Un conte\n\n*** START OF {marker} PROJECT GUTENBERG EBOOK"
+        f"The Project Gutenberg EBook of Un conte\n\nTitle: Un conte\n\n{start} PROJECT GUTENBERG EBOOK UN\nCONTE ***"
     )
     credits = "Produced by a volunteer and the\nDistributed Proofreaders"
-    end = (
-        f"End of Project Gutenberg's Un conte\n\n*** END OF {marker} PROJECT GUTENBERG EBOOK ***\n\nSection 1. Licence."
-    )
-    found = clean_pages("\n\n".join([f"{header} UN\nCONTE ***", credits, *novel, end]))
+    end = "End of Project Gutenberg's Un conte\n\n*** END OF THE PROJECT GUTENBERG EBOOK ***\n\nSection 1. Licence."
+    found = clean_pages("\n\n".join([header, credits, *novel, end]))
     assert found.paragraphs == novel
-    assert clean_pages("\n\n".join([credits, *novel])).paragraphs[-1] == novel[-1]
+    assert clean_pages("\n\n".join([credits, *novel])).paragraphs[0].startswith("Produced by")  # no marker: no proof
+
+
+@pytest.mark.parametrize(
+    "made", ["issu de la bibliothèque numérique Wikisource[1]", "libre de droits, par des bénévoles"]
+)
+def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, made):
+    title = "À propos de cette édition électronique"
+    last = [title, f"Ce livre électronique est {made}.", "Yann\nZephyrus"]
+    found = clean_pages("\n\n".join(["Exporté de Wikisource le 12 mars 2020", *novel, *last]))
+    assert found.paragraphs == novel and found.counts["edition_notes"] == 5
+    assert clean_pages("\n\n".join([*novel, title, "Il se tut."])).paragraphs == [*novel, title, "Il se tut."]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("Il lut _Le Temps_, puis _Les\nDébats_.", "Il lut Le Temps, puis Les Débats."),
+        ("Le bac[12] et la grille. [13]", "Le bac et la grille."),
+        ("Il vint.\n\n[Illustration: Le bac,\nvu de la rive]\n\nIl vit.", "Il vint.\nIl vit."),
+        (
+            "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
+            "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
+        ),
+        ("[1] Une note.", "[1] Une note."),
+    ],
+)
+def test_markup_of_plain_texts_goes_and_other_marks_stay(raw, expected):
+    assert "\n".join(clean_pages(raw).paragraphs) == expected
 
 
 def test_empty_and_tiny_texts():
@@ -366,6 +396,8 @@ def test_empty_and_tiny_texts():
         ("( entre nous )", "(entre nous)"),
         ("» Vous", "» Vous"),
         ("so\u00adleil\u200b", "soleil"),
+        ("&hellip; l&#8217;&eacute;t&#xe9;", "... l'été"),
+        ("R&Dagger, &notre;, &copy 1880, &c", "R&Dagger, &notre ;, &copy 1880, &c"),  # no entities
         ("un\n- Deux\n–Trois", "un\n— Deux\n— Trois"),
     ],
 )
