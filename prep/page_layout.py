@@ -20,7 +20,7 @@ from prep.typography import clean_characters, to_convention
 # What editions leave in plain text: "[Illustration: le bac]", "le bac[12]", "_Le Temps_".
 _ILLUSTRATION = re.compile(r"\[Illustration\b[^\]\f]{0,600}\]", re.I)
 _BRACKETED = re.compile(r"\[(?<=[^\n]\[)\d{1,3}\](?!\w)")
-_ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]+?)(?<=\S)_(?![\w_])")
+_ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]{1,300}?)(?<=\S)_(?![\w_])")
 
 
 class Cleaned(NamedTuple):
