@@ -1,0 +1,181 @@
+"""Damaged files, wrong paths, settings that cannot be: one line that says what and where, a status that is not 0, no traceback.
+
+A new case is a row: the script and its arguments, what is done to a small curriculum before, and words of the message.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 --device cpu"
+GALLICA = "prep/gallica.py --tokenizer models/base --sequence-len 64 --windows all --out data/new.jsonl --source"
+CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 --out data/new.jsonl --book"
+CONTINUE = "eval/continuation.py --words 5 --device cpu"
+
+
+def nothing() -> None:
+    """The arguments are what is wrong."""
+
+
+def write(path: str, content: str | bytes) -> Callable[[], object]:
+    def damage() -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return damage
+
+
+def gone(path: str) -> Callable[[], object]:
+    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def cut(path: str, keep: float = 0.5) -> Callable[[], object]:
+    def damage() -> None:
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: round(keep * len(whole))])
+
+    return damage
+
+
+def setting(path: str, **changes: object) -> Callable[[], object]:
+    """Other values in a JSON or one-line YAML file."""
+
+    def damage() -> None:
+        text = Path(path).read_text()
+        if path.endswith(".json"):
+            Path(path).write_text(json.dumps(json.loads(text) | changes))
+        else:
+            Path(path).write_text(text + "".join(f"{key}: {json.dumps(value)}\n" for key, value in changes.items()))
+
+    return damage
+
+
+def archive(path: str, **files: str) -> Callable[[], object]:
+    def damage() -> None:
+        with zipfile.ZipFile(path, "w") as made:
+            for name, content in files.items():
+                made.writestr(name, content)
+
+    return damage
+
+
+CASES: list[tuple[str, Callable[[], object], str]] = [
+    # recipes
+    ("train/stage.py 9z", nothing, "no recipe 9z.yml; there are: 2a, 2b, 2c"),
+    ("train/stage.py 2a --recipes nowhere", nothing, "no recipe"),
+    ("train/stage.py 2a --profile moon", nothing, "no profile moon"),
+    ("train/stage.py 2a", write("recipes/2a.yml", b"base_model: \xff\xfe"), "2a.yml is not valid YAML"),
+    ("train/stage.py 2a", write("recipes/2a.yml", "base_model: [1, 2"), "2a.yml is not valid YAML"),
+    ("train/stage.py 2a", write("recipes/2a.yml", "- a\n- b\n"), "2a.yml is not a recipe"),
+    ("train/stage.py 2a", write("recipes/2a.yml", "output_dir: x\n"), "2a.yml has no base_model, datasets"),
+    ("train/stage.py 2a", setting("recipes/2a.yml", datasets="data/2a.jsonl"), "datasets must be a list"),
+    ("train/stage.py 2a", setting("recipes/2a.yml", datasets=[{"type": "completion"}]), "datasets must be a list"),
+    ("train/stage.py 2a", setting("recipes/2b.yml", output_dir="outputs/2a"), "already that of recipe 2a"),
+    ("train/stage.py 2a", setting("recipes/2a.yml", base_model="outputs/2c"), "in a circle"),
+    ("train/stage.py 2a", nothing, "must list train.plugins.Gate"),
+    # data and inputs of a stage
+    ("train/gate.py", gone("outputs"), "no stage has been trained here"),
+    ("train/gate.py 2a", nothing, "outputs/2a holds no checkpoint"),
+    ("train/gate.py 2a", write("outputs/2a/trained.json", "{"), "2a/trained.json is damaged"),
+    ("train/gate.py 2a", write("outputs/2a/trained.json", '{"files": 3}'), "2a/trained.json is damaged"),
+    ("train/gate.py 2a", write("outputs/2a/checkpoint-4/trainer_state.json", "{}"), "trainer_state.json is damaged"),
+    ("train/gate.py 2a", gone("outputs/2a/model.safetensors"), "holds no"),
+    # the planner
+    ("train/memory.py recipes/9z.yml", nothing, "9z.yml"),
+    ("train/memory.py --base nowhere", nothing, "nowhere"),
+    ("train/memory.py --base models/base", write("models/base/config.json", "{"), "config.json"),
+    ("train/memory.py --base models/base", setting("models/base/config.json", model_type="gpt2"), "knows Llama's kind"),
+    # collecting
+    ("prep/collect.py base --source nowhere", nothing, "nowhere"),
+    ("prep/collect.py base --source given", write("given/model.safetensors", "x"), "given"),
+    ("prep/collect.py base --source given.gguf", write("given.gguf", "GGUF but not one"), "given.gguf"),
+    ("prep/collect.py gallica --source nowhere", nothing, "nowhere"),
+    ("prep/collect.py gallica --source given", lambda: Path("given").mkdir(), "given"),
+    ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
+    ("prep/collect.py book --source nowhere.pdf", nothing, "nowhere.pdf"),
+    ("prep/collect.py book --source given.pdf", write("given.pdf", "%PDF-1.4 but no more"), "given.pdf"),
+    ("prep/collect.py book --source given.epub", archive("given.epub", a="b"), "given.epub"),
+    ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "given.png"),
+    ("prep/collect.py book --source given.txt", write("given.txt", ""), "given.txt"),
+    # preparing
+    (f"{GALLICA} nowhere", nothing, "nowhere"),
+    (f"{GALLICA} given", lambda: Path("given").mkdir(), "given"),
+    (f"{GALLICA} given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
+    (f"{GALLICA} given", write("given/a.jsonl", '{"text": "Il neig'), "a.jsonl"),
+    (f"{GALLICA} given --tokenizer nowhere", write("given/a.txt", "Il neigeait."), "nowhere"),
+    (f"{CASTLE} nowhere.txt", nothing, "nowhere.txt"),
+    (f"{CASTLE} given.txt", write("given.txt", "\n\n"), "given.txt"),
+    (f"{CASTLE} given.txt", write("given.txt", "Il neigeait."), "too few"),
+    (f"{CASTLE} given.txt", write("given.txt", bytes(range(256)) * 40), "given.txt"),
+    (f"{CASTLE} given.pdf", write("given.pdf", "%PDF-1.4 but no more"), "given.pdf"),
+    (f"{CASTLE} given.docx", archive("given.docx", a="b"), "given.docx"),
+    (f"{CASTLE} data/2c.txt --stride 100000", nothing, "stride"),
+    (f"{CASTLE} data/2c.txt --holdout 2", nothing, "holdout"),
+    (f"{CASTLE} data/2c.txt --tokenizer nowhere", nothing, "nowhere"),
+    (f"{CASTLE} data/2c.txt", write("models/base/tokenizer.json", "{"), "models/base"),
+    # evaluating
+    (f"{EVALUATE} --recipes nowhere", nothing, "no recipe"),
+    (f"{EVALUATE} --stages 9z", nothing, "no stage 9z"),
+    (f"{EVALUATE} --device cuda", nothing, "finds no CUDA device"),
+    (f"{EVALUATE} --prompts nowhere.yml", nothing, "nowhere.yml"),
+    (f"{EVALUATE} --prompts given.yml", write("given.yml", "text: Il neigeait."), "given.yml"),
+    (f"{EVALUATE} --prompts given.yml", write("given.yml", b"\xff\xfe"), "given.yml"),
+    (f"{EVALUATE} --tasks moon", nothing, "moon"),
+    (f"{EVALUATE} --stages 2c", gone("outputs/2b"), "stage 2b is missing"),
+    (EVALUATE, gone("data/2b.heldout.jsonl"), "2b.heldout.jsonl"),
+    (EVALUATE, write("data/2b.heldout.jsonl", '{"text": "Il neig'), "2b.heldout.jsonl"),
+    (EVALUATE, cut("outputs/2c/adapter_model.safetensors"), "outputs/2c"),
+    (EVALUATE, cut("outputs/2a/model.safetensors"), "outputs/2a"),
+    (EVALUATE, write("outputs/2a/config.json", "{"), "outputs/2a"),
+    (
+        EVALUATE,
+        setting("outputs/2b/adapter_config.json", base_model_name_or_path="elsewhere"),
+        "was trained on elsewhere",
+    ),
+    (EVALUATE, write("outputs/2b/trained.json", "[]"), "trained.json is damaged"),
+    (EVALUATE, write("models/base/tokenizer.json", "{"), "tokenizer of models/base"),
+    (EVALUATE, write("eval", "in the way"), "eval"),
+    ("eval/report.py nowhere.json", nothing, "nowhere.json"),
+    ("eval/report.py given.json", write("given.json", "{"), "given.json"),
+    ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),
+    ("eval/compare.py full other", nothing, "full"),
+    # continuing and merging
+    (f"{CONTINUE} --stage 9z", nothing, "9z"),
+    (CONTINUE, gone("data/2c.txt"), "2c.txt"),
+    (CONTINUE, write("data/2c.txt", b"\xff\xfe\xff"), "2c.txt"),
+    ("eval/merge.py 2a", nothing, "is a full model already"),
+    ("eval/merge.py 2c", nothing, "holds no checkpoint"),
+    ("eval/serve.py --dir nowhere", nothing, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("command", "damage", "message"), CASES, ids=[f"{n} {c[0]}" for n, c in enumerate(CASES)])
+def test_bad_input(
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    command: str,
+    damage: Callable,
+    message: str,
+) -> None:
+    before = {path for path in place.rglob("*") if path.is_file()}
+    damage()
+    script, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    said = capsys.readouterr().err.strip().splitlines()
+    last = stop.value.code if isinstance(stop.value.code, str) else said[-1]
+    assert stop.value.code != 0 and message in last and "\n" not in last.strip(), last
+    assert "Traceback" not in "\n".join(said)
+    left = {path for path in place.rglob("*") if path.is_file()} - before
+    assert not [path for path in left if path.parent.name in ("outputs", "data") and path.suffix in (".jsonl", ".txt")]
