@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from eval.scoring import MAX_LENGTH
-from prep.common import BadInput
+from prep.common import BadInput, reason
 
 
 def load_prompts(path: Path) -> list[dict[str, str]]:
@@ -24,8 +24,8 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
         raise BadInput(f"no prompt file {path} (looked from {Path.cwd()})")
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid YAML: {reason(error)}") from error
     if not entries or not isinstance(entries, list):
         raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
     prompts = []

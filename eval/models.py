@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from prep.common import BadInput
+from prep.common import BadInput, reason
 from train.dequantise import merge
 from train.stages import Stage
 
@@ -132,13 +131,10 @@ def parse_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
-
-
-def brief(error: Exception) -> str:
-    """The start of an error on one line; PEFT lists every tensor that does not fit."""
-    return shorten(str(error), 200, placeholder=" ...")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -152,7 +148,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise BadInput(f"the tokenizer of {folder} cannot be read: {brief(error)}") from error
+        raise BadInput(f"the tokenizer of {folder} cannot be read: {reason(error)}") from error
     if tokenizer.bos_token_id is None:
         raise BadInput(f"the tokenizer of {folder} has no BOS token; set bos_token in its tokenizer_config.json")
     return tokenizer
@@ -176,7 +172,7 @@ def load_model(
             attn_implementation="sdpa",
         )
     except Exception as error:  # safetensors, json and Transformers each raise their own on a torn file
-        raise BadInput(f"the model in {folder} cannot be read: {brief(error)}") from error
+        raise BadInput(f"the model in {folder} cannot be read: {reason(error)}") from error
     if len(tokenizer) > (rows := model.config.get_text_config().vocab_size):
         raise BadInput(f"the tokenizer of {folder} has {len(tokenizer)} tokens, but its model only {rows}")
     return model.eval()
@@ -194,8 +190,8 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -
             raise BadInput(f"adapter {row.adapter} was trained with another vocabulary than {row.model} has")
     try:
         adapted = PeftModel.from_pretrained(model, row.adapter)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise BadInput(f"adapter {row.adapter} does not fit {row.model}: {brief(error)}") from error
+    except Exception as error:  # PEFT, safetensors and json each raise their own on a torn file
+        raise BadInput(f"adapter {row.adapter} does not fit {row.model}: {reason(error)}") from error
     trained_on = adapted.peft_config["default"].base_model_name_or_path
     if trained_on and Path(trained_on).resolve() != row.model.resolve():
         raise BadInput(f"adapter {row.adapter} was trained on {trained_on}, but its recipe's base_model is {row.model}")

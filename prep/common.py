@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -26,9 +27,8 @@ class BadInput(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an exception that says anything."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """What an exception says, on one line; the name of its kind when it says nothing. PEFT, for one, lists every tensor."""
+    return textwrap.shorten(str(error), 200, placeholder=" ...") or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from prep.common import BadInput
+from prep.common import BadInput, reason
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid YAML: {error}") from error
+        raise BadInput(f"{path} is not valid YAML: {reason(error)}") from error
     if not isinstance(config, dict):
         raise BadInput(f"{path} is not a recipe: a YAML mapping is expected")
     missing = [key for key in ("base_model", "output_dir", "datasets") if not config.get(key)]
