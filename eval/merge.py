@@ -10,6 +10,7 @@ stage before, and an unquantised base or one with other layers quantised.
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def main() -> None:
     target = stage.output_dir / "merged"
     making = target.with_name("merging")  # renamed when it is whole
     shutil.rmtree(making, ignore_errors=True)
-    model.to(models.MERGED_DTYPE).save_pretrained(making)
+    full: Any = model
+    full.to(models.MERGED_DTYPE).save_pretrained(making)
     tokenizer.save_pretrained(making)
     shutil.rmtree(target, ignore_errors=True)
     making.rename(target)

@@ -219,6 +219,7 @@ def loaded(
         if row.adapter:
             model = load_adapter(model, row, tokenizer)
         if row.form == MERGED:
-            model = merge(model, load_model(row.model, tokenizer, device, MERGED_DTYPE)).to(dtype)
+            model = merge(model, load_model(row.model, tokenizer, device, MERGED_DTYPE))
+            model.to(dtype)
         yield row, model, tokenizer
         del model

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_curriculum import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -23,7 +23,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantised(folder: Path, rank: int, settings: dict[str, Any]) -> PeftModel:
+def quantised(folder: Path, rank: int, settings: dict[str, Any]) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu"
     )

@@ -91,7 +91,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     ("prep/collect.py book --source nowhere.pdf", nothing, "nowhere.pdf"),
     ("prep/collect.py book --source given.pdf", write("given.pdf", "%PDF-1.4 but no more"), "given.pdf"),
-    ("prep/collect.py book --source given.epub", write("given.epub", "PK but no more"), "given.epub"),
+    ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "given.epub"),
     ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "given.png"),
     ("prep/collect.py book --source given.txt", write("given.txt", ""), "given.txt"),
     # preparing
@@ -105,7 +105,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} given.txt", write("given.txt", "Il neigeait."), "too few"),
     (f"{CASTLE} given.txt", write("given.txt", bytes(range(256)) * 40), "given.txt"),
     (f"{CASTLE} given.pdf", write("given.pdf", "%PDF-1.4 but no more"), "given.pdf"),
-    (f"{CASTLE} given.docx", write("given.docx", "PK but no more"), "given.docx"),
+    (f"{CASTLE} given.docx", write("given.docx", b"PK\x03\x04 but no more"), "given.docx"),
     (f"{CASTLE} data/2c.txt --stride 100000", nothing, "stride"),
     (f"{CASTLE} data/2c.txt --holdout 2", nothing, "holdout"),
     (f"{CASTLE} data/2c.txt --tokenizer nowhere", nothing, "nowhere"),

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from axolotl.common.datasets import load_datasets
 from huggingface_hub import snapshot_download
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
@@ -65,7 +64,7 @@ def unquantised(base_model: str, revision: str | None = None) -> Callable[[str],
     folder = Path(base_model)
     if not folder.is_dir():
         folder = Path(snapshot_download(base_model, revision=revision, allow_patterns="*.safetensors"))
-    files = {}
+    files: dict[str, Path] = {}
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
@@ -100,12 +99,12 @@ def low_rank(error: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor, fl
 
 @torch.no_grad()
 def correct(
-    model: PeftModel,
+    model: Any,
     weight: Callable[[str], Tensor],
     rows: list[Tensor],
     root: Callable[[Tensor], Tensor] = root_of_moments,
 ) -> str:
-    """Set the adapter of `model` in place, layer after layer. Returns a line on the gain.
+    """Set the adapter of `model`, a PeftModel, in place, layer after layer. Returns a line on the gain.
 
     `weight` gives an unquantised tensor by name, `root` a matrix L [in, in] from a layer's inputs, which weighs its error.
     """
@@ -117,7 +116,7 @@ def correct(
     last: list[Tensor] = []  # inputs and the root of their moments: q, k and v have the same, so have gate and up
 
     @torch.autocast(model.device.type, enabled=False)  # bf16 is too coarse for moments
-    def set_layer(layer: LoraLayer, inputs: tuple[Tensor, ...], name: str) -> None:
+    def set_layer(layer: Any, inputs: tuple[Tensor, ...], name: str) -> None:
         if not last or last[0] is not inputs[0]:
             last[:] = inputs[0], root(inputs[0][real.to(inputs[0].device)].float())
         base, scale = layer.get_base_layer(), layer.scaling["default"] ** 0.5
@@ -129,10 +128,11 @@ def correct(
         left.append(share)
 
     before = loss(model, rows)
+    adapted = [(name, layer) for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
     hooks = [
-        layer.register_forward_pre_hook(functools.partial(set_layer, name=name))
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and is_quantised(layer.get_base_layer())
+        layer.register_forward_pre_hook(functools.partial(set_layer, name=name))  # type: ignore[attr-defined]
+        for name, layer in adapted
+        if is_quantised(layer.get_base_layer())
     ]
     model.get_base_model().base_model(ids, use_cache=False)
     for hook in hooks:
@@ -146,7 +146,7 @@ def correct(
     )
 
 
-def loss(model: PeftModel, rows: list[Tensor]) -> float:
+def loss(model: Any, rows: list[Tensor]) -> float:
     """Mean negative log-likelihood of the rows' tokens after the first, nats per token."""
     sums = [
         model(row[None].to(model.device), labels=row[None].to(model.device)).loss.item() * (len(row) - 1)

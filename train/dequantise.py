@@ -1,5 +1,7 @@
 """Quantised layers back in 16 bits, and an adapter merged into them."""
 
+from typing import Any
+
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Int8Params, Params4bit
@@ -9,23 +11,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantised(layer: Any) -> bool:
     """Does bitsandbytes hold this layer's weight in 4 or 8 bits?"""
     return isinstance(layer.weight, Params4bit | Int8Params)
 
 
-def dequantised(layer: nn.Module) -> Tensor:
+def dequantised(layer: Any) -> Tensor:
     """The weight [out, in] that a linear layer computes with, float32.
 
     PEFT's `dequantize_module_weight` loses the scales of an 8-bit layer that is on a CPU.
     """
-    weight = layer.weight
+    weight, found = layer.weight, layer.weight.detach()
     if isinstance(weight, Params4bit):
-        return dequantize_4bit(weight.data, weight.quant_state).float()
-    if isinstance(weight, Int8Params):
+        found = dequantize_4bit(weight.data, weight.quant_state)
+    elif isinstance(weight, Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB  # it moves there with the first forward pass
-        return int8_vectorwise_dequant(weight.data, scales).float()
-    return weight.detach().float()
+        found = int8_vectorwise_dequant(weight.data, scales)
+    return torch.as_tensor(found).float()
 
 
 @torch.no_grad()
@@ -35,12 +37,10 @@ def merge(adapted: PeftModel, full: PreTrainedModel) -> PreTrainedModel:
     An adapter belongs to the base it was trained on: it makes up for the quantisation error, from its start on
     (train/adapter_start.py). Merged into unquantised weights it would correct an error that is not there.
     """
-    base = adapted.get_base_model()
+    base: Any = adapted.get_base_model()
     for name, linear in full.named_modules():
         if isinstance(linear, nn.Linear):
-            layer = base.get_submodule(name)
-            if isinstance(layer, LoraLayer):
-                linear.weight.copy_(dequantised(layer.get_base_layer()) + layer.get_delta_weight("default").float())
-            else:
-                linear.weight.copy_(dequantised(layer))
+            layer: Any = base.get_submodule(name)
+            adapter = layer.get_delta_weight("default").float() if isinstance(layer, LoraLayer) else 0  # type: ignore[attr-defined]
+            linear.weight.copy_(dequantised(getattr(layer, "base_layer", layer)) + adapter)
     return full
