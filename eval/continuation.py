@@ -27,6 +27,7 @@ import tempfile
 import time
 import uuid
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -283,11 +284,17 @@ def write_epub(path: Path, title: str, note: str, text: str, words: int = CHAPTE
     for number, parts in enumerate(chapters(text, words), 1):
         page(str(number), parts, "fr")
     page("How this was written", [note], "en")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path, "wb") as file:
         book.save(Path(folder) / "book.epub")
-        content = (Path(folder) / "book.epub").read_bytes()
-    with atomic_write(path, "wb") as file:
-        file.write(content)
+        # mkepub writes the time, and its files in the folder's order: the same text has to be the same bytes.
+        with (
+            zipfile.ZipFile(Path(folder) / "book.epub") as made,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as epub,
+        ):
+            for name in sorted(made.namelist(), key=lambda name: (name != "mimetype", name)):
+                content = re.sub(rb"\d{4}-\d\d-\d\dT[\d:]+Z", b"2000-01-01T00:00:00Z", made.read(name))
+                stored = zipfile.ZIP_STORED if name == "mimetype" else None
+                epub.writestr(zipfile.ZipInfo(name), content, stored)
 
 
 def beginning_of(source: str | None, book: Path) -> tuple[str, str]:

@@ -305,6 +305,9 @@ def test_the_epub_holds_the_text_in_chapters(tmp_path):
     assert "<dc:language>fr</dc:language>" in package
     read = [[p.text for p in tree.iter("{http://www.w3.org/1999/xhtml}p")] for tree in trees]
     assert read == [*([part] for part in continuation.paragraphs(text)), ["A note."]]
+    time.sleep(1.1)
+    continuation.write_epub(tmp_path / "again.epub", "La suite", "A note.", text, words=40)
+    assert (tmp_path / "again.epub").read_bytes() == (tmp_path / "book.epub").read_bytes()
 
 
 def test_from_a_sentence_and_from_a_file(place, capsys):
