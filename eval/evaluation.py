@@ -35,18 +35,7 @@ import torch
 
 from eval import generation, intervals, logs, metrics, models, report, scoring
 from eval.tasks.texts import read_rows
-from prep.common import (
-    BadInput,
-    atomic_write,
-    cpu_name,
-    digest,
-    git_state,
-    positive,
-    run,
-    run_name,
-    sha256,
-    versions,
-)  # fmt: skip
+from prep.common import BadInput, atomic_write, cpu_name, digest, git_state, positive, run, run_name, sha256, versions
 from train.gate import hashed
 from train.stages import load_chain
 
