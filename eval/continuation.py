@@ -1,6 +1,6 @@
 """Continue the novel: a stage writes on from the last pages of the book, as many words as asked.
 
-It writes in passages. For each, the model sees as many of the most recent paragraphs as fit into its window; with --keep
+It writes in chunks. For each, the model sees as many of the most recent paragraphs as fit into its window; with --keep
 WORDS, also the first paragraphs, for the names and the voice. Several candidates are drawn together, each is cut at its last
 sentence, and those with a fault are set aside: no sentence ends, short, loops, shares more than --longest-copy words in a row
 with the training text or with what is already written. Of the others the one that the model finds likeliest, per token, is
@@ -50,7 +50,7 @@ from prep.typography import to_convention
 from train.stages import load_chain
 
 TEXT_VERSION = 1  # raise it when the same seed gives another text: a text of another version is not continued
-ATTEMPTS = 3  # batches of candidates for one passage
+ATTEMPTS = 3  # batches of candidates for one chunk
 SHORT = 1 / 3  # of the tokens drawn: fewer left by the cut at a sentence, and their mean likelihood says little
 LEAST_CONTEXT = 64  # tokens of text that a window must have room for
 CHAPTER = 2_000  # words, about: a chapter ends with the paragraph that reaches them
@@ -62,8 +62,8 @@ class Settings:
 
     seed: int = 42
     candidates: int = 4
-    passage_tokens: int = 160  # drawn for each candidate, before it is cut at a sentence
-    window: int = MAX_LENGTH  # tokens, the passage included
+    chunk_tokens: int = 160  # drawn for each candidate, before it is cut at a sentence
+    window: int = MAX_LENGTH  # tokens, the chunk included
     keep: int = 0  # words of the beginning that stay at the head of the window
     longest_copy: int = 12  # words in a row; two novels of one author share 6 to 10
 
@@ -81,8 +81,8 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Passage:
-    """A passage written: what was chosen, and out of what."""
+class Chunk:
+    """A chunk written: what was chosen, and out of what."""
 
     chosen: Drawn
     attempts: int  # batches drawn
@@ -150,7 +150,7 @@ def window(text: str, opening: str, room: int, tokenizer: Tokenizer) -> list[int
     used = len(generation.encode(tokenizer, before))
     if room - used < LEAST_CONTEXT:
         raise BadInput(
-            f"the opening has {used} tokens, and only {room} fit before a passage: lower --keep or --passage-tokens"
+            f"the opening has {used} tokens, and only {room} fit before a chunk: lower --keep or --chunk-tokens"
         )
     starts = [0, *(match.end() for match in re.finditer(r"\n\n", recent))]
     if not fits(before + recent[starts[-1] :]):
@@ -158,7 +158,7 @@ def window(text: str, opening: str, room: int, tokenizer: Tokenizer) -> list[int
     # Longer text, more tokens: the first start that fits is found by halving.
     first = bisect.bisect_left(starts, True, key=lambda start: fits(before + recent[start:]))
     if first == len(starts):
-        raise BadInput(f"the last word of the text has more than the {room} tokens that fit before a passage")
+        raise BadInput(f"the last word of the text has more than the {room} tokens that fit before a chunk")
     return generation.encode(tokenizer, before + recent[starts[first] :])
 
 
@@ -166,7 +166,7 @@ def window(text: str, opening: str, room: int, tokenizer: Tokenizer) -> list[int
 
 
 def read(model: Any, ids: list[int]) -> DynamicCache | None:
-    """What the model keeps of a window but its last token: once through, for all candidates of a passage."""
+    """What the model keeps of a window but its last token: once through, for all candidates of a chunk."""
     if len(ids) < 2:
         return None
     with torch.inference_mode():
@@ -214,32 +214,32 @@ def best(candidates: list[Drawn]) -> Drawn:
     return min(candidates, key=lambda drawn: (not drawn.text.strip(), len(drawn.faults), -drawn.log_probability))
 
 
-def passages(
+def chunks(
     model: Any,
     tokenizer: Tokenizer,
     beginning: str,
     settings: Settings,
     trained_on: metrics.CopyFinder | None = None,
     written: Sequence[str] = (),
-) -> Iterator[Passage]:
-    """Passages that continue `beginning`, without end: take as many as wanted.
+) -> Iterator[Chunk]:
+    """Chunks that continue `beginning`, without end: take as many as wanted.
 
-    `written` are those that follow it already. A passage depends only on the text before it, the settings and its number, so
+    `written` are those that follow it already. A chunk depends only on the text before it, the settings and its number, so
     an interrupted text continues as it would have. Raises BadInput when the window is too small or too large, or when
     nothing can be written.
 
-        for passage in itertools.islice(passages(model, tokenizer, "K. ouvrit la porte.", Settings()), 3):
-            print(passage.chosen.text, end="")
+        for chunk in itertools.islice(chunks(model, tokenizer, "K. ouvrit la porte.", Settings()), 3):
+            print(chunk.chosen.text, end="")
     """
-    room = settings.window - settings.passage_tokens
+    room = settings.window - settings.chunk_tokens
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", settings.window)
     if settings.window > limit or room < LEAST_CONTEXT:
         raise BadInput(
-            f"a window of {settings.window} tokens, {settings.passage_tokens} of them for the passage, does not do: the model "
-            f"has {limit} positions, and needs {LEAST_CONTEXT} tokens of context; change --window or --passage-tokens"
+            f"a window of {settings.window} tokens, {settings.chunk_tokens} of them for the chunk, does not do: the model "
+            f"has {limit} positions, and needs {LEAST_CONTEXT} tokens of context; change --window or --chunk-tokens"
         )
-    # The penalty counts the passage only: over a window of 2,000 tokens it would weigh on every common word.
-    decoding = generation.decoding(settings.passage_tokens)
+    # The penalty counts the chunk only: over a window of 2,000 tokens it would weigh on every common word.
+    decoding = generation.decoding(settings.chunk_tokens)
     opening = head(beginning, settings.keep)
     text = beginning.rstrip() + "".join(written)
     already = metrics.CopyFinder([])
@@ -263,7 +263,7 @@ def passages(
             {"log_probability": drawn.log_probability, "words": len(drawn.text.split()), "faults": drawn.faults}
             for drawn in every
         ]
-        yield Passage(chosen, attempt + 1, seeds[every.index(chosen)], len(ids), record)
+        yield Chunk(chosen, attempt + 1, seeds[every.index(chosen)], len(ids), record)
         text += chosen.text
         already.append(chosen.text)
 
@@ -319,14 +319,14 @@ def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
     return "\n\n".join(paragraphs(to_convention(text))), name
 
 
-def read_passages(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
-    """The passages of the same text begun before, and the seconds they took. Raises BadInput when they are damaged."""
+def read_chunks(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
+    """The chunks of the same text begun before, and the seconds they took. Raises BadInput when they are damaged."""
     if not path.is_file():
         return [], 0.0
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if record["inputs"] == inputs and all(passage["chosen"]["text"] for passage in record["passages"]):
-            return record["passages"], record["seconds"]
+        if record["inputs"] == inputs and all(chunk["chosen"]["text"] for chunk in record["chunks"]):
+            return record["chunks"], record["seconds"]
         reason = "it is of another text"
     except (ValueError, KeyError, TypeError) as error:
         reason = repr(error)
@@ -342,8 +342,8 @@ def parse() -> argparse.Namespace:
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
     for name, kind, text in (
         ("seed", int, "of the draws"),
-        ("candidates", positive, "drawn a passage"),
-        ("passage_tokens", positive, "of a candidate"),
+        ("candidates", positive, "drawn a chunk"),
+        ("chunk_tokens", positive, "of a candidate"),
         ("window", positive, "tokens the model sees"),
         ("keep", int, "words of the beginning, kept in the window"),
         ("longest_copy", positive, "words in a row that may be shared"),
@@ -371,7 +371,7 @@ def main() -> None:
     trained_on = metrics.CopyFinder([book.read_text(encoding="utf-8")]) if book.is_file() else None
     if trained_on is None:
         print(f"{book} is missing: copies are not looked for", file=sys.stderr)
-    settings = Settings(args.seed, args.candidates, args.passage_tokens, args.window, args.keep, args.longest_copy)
+    settings = Settings(args.seed, args.candidates, args.chunk_tokens, args.window, args.keep, args.longest_copy)
 
     hashes = {str(path): sha256(path) for path in evaluation.files_of(row)}
     where = evaluation.environment(args.device, args.dtype)
@@ -381,7 +381,7 @@ def main() -> None:
         "beginning": {"source": source, "words": len(beginning.split()), "sha256": digest(beginning)},
         "not_copied_from": {"path": str(book), "sha256": sha256(book)} if trained_on else None,
         "settings": asdict(settings),
-        "decoding": generation.decoding(args.passage_tokens),
+        "decoding": generation.decoding(args.chunk_tokens),
         "environment": where,
         "version": TEXT_VERSION,
     }
@@ -389,10 +389,10 @@ def main() -> None:
     decisive = {"weights": sorted(hashes.values()), "environment": [args.device, args.dtype, where["versions"]]}
     inputs = digest(about | decisive)
     target = args.out / f"{row.name}-{args.seed}-{inputs[:8]}.json"
-    done, seconds = ([], 0.0) if args.fresh else read_passages(target, inputs)
+    done, seconds = ([], 0.0) if args.fresh else read_chunks(target, inputs)
 
     def text() -> str:
-        return "".join(passage["chosen"]["text"] for passage in done)
+        return "".join(chunk["chosen"]["text"] for chunk in done)
 
     def words() -> int:
         return len(text().split())
@@ -407,9 +407,9 @@ def main() -> None:
             **about,
             "words": words(),
             "sha256": digest(content),
-            "passages_with_faults": sum(bool(passage["chosen"]["faults"]) for passage in done),
+            "chunks_with_faults": sum(bool(chunk["chosen"]["faults"]) for chunk in done),
             "seconds": round(seconds + time.perf_counter() - started, 1),
-            "passages": done,
+            "chunks": done,
         }
         with atomic_write(target) as file:
             json.dump(record, file, ensure_ascii=False, indent=1)
@@ -419,14 +419,14 @@ def main() -> None:
     print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}{text()}", end="", flush=True)
     if words() < args.words:
         _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
-        tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.passage_tokens
+        tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.chunk_tokens
         if args.source and tokens > room:
             print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)
         bar = tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty())
-        written = [passage["chosen"]["text"] for passage in done]
-        for passage in passages(model, tokenizer, beginning, settings, trained_on, written):
-            print(passage.chosen.text, end="", flush=True)
-            done.append(asdict(passage))
+        written = [chunk["chosen"]["text"] for chunk in done]
+        for chunk in chunks(model, tokenizer, beginning, settings, trained_on, written):
+            print(chunk.chosen.text, end="", flush=True)
+            done.append(asdict(chunk))
             write()  # after each, so that an interrupted run continues where it was
             bar.update(words() - bar.n)
             if words() >= args.words:
@@ -435,13 +435,13 @@ def main() -> None:
     record = write()
     note = (
         f"Written by a language model, stage {row.name} of a chain of recipes, seed {args.seed}, going on from {source}. "
-        f"{len(done)} passages, each the best of {args.candidates} or more. Record: {target.name}."
+        f"{len(done)} chunks, each the best of {args.candidates} or more. Record: {target.name}."
     )
     write_epub(target.with_suffix(".epub"), "La suite", note, text().strip() + "\n")
-    drawn = sum(len(passage["candidates"]) for passage in done) * args.passage_tokens
+    drawn = sum(len(chunk["candidates"]) for chunk in done) * args.chunk_tokens
     spent = seconds + time.perf_counter() - started
     print(
-        f"\n\n{words()} words in {len(done)} passages, {record['passages_with_faults']} of which break a rule: "
+        f"\n\n{words()} words in {len(done)} chunks, {record['chunks_with_faults']} of which break a rule: "
         f"{target.with_suffix('')}.txt, .epub, .json\n{spent:.0f} s, {drawn / spent:.0f} tokens drawn a second, "
         f"{words() / spent:.1f} words kept"
     )

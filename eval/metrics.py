@@ -16,9 +16,9 @@ import numpy as np
 from spellchecker import SpellChecker
 
 WORD = re.compile(r"[^\W\d_]+")  # letters only: « l'eau » is two words, as in the lexicon
-LOOP_REPEATS = 3  # a passage three times in a row
+LOOP_REPEATS = 3  # a sequence of words three times in a row
 LOOP_WORDS = 8  # that fills eight words or more: « non, non, non » is speech, not a loop
-LONGEST_LOOP = 60  # words of a passage that may repeat: two long sentences
+LONGEST_LOOP = 60  # words that may repeat: two long sentences
 ARTEFACT = re.compile(  # a line that looks like a page number or a running header
     r"^[^\w\n]*\d{1,4}[^\w\n]*$"  # a page number alone on its line
     r"|^(?=(?:.*[A-ZÀ-Þ]){6})[A-ZÀ-Þ0-9 '’.,-]{6,60}$",  # a running header: a line of capitals, nothing cried out
@@ -44,7 +44,7 @@ def distinct(texts: Sequence[str], n: int) -> float | None:
 
 
 def loops(text: str) -> bool:
-    """Whether some passage of 1 to LONGEST_LOOP words follows upon itself LOOP_REPEATS times, over LOOP_WORDS words."""
+    """Whether some sequence of 1 to LONGEST_LOOP words follows upon itself LOOP_REPEATS times, over LOOP_WORDS words."""
     tokens = words(text)
     for length in range(1, min(LONGEST_LOOP, len(tokens) // 2) + 1):
         needed = max(LOOP_REPEATS, -(-LOOP_WORDS // length)) * length - length  # words equal to those `length` before
@@ -75,19 +75,19 @@ def chunks(text: str, length: int) -> list[str]:
 
 
 class CopyFinder:
-    """A text in which the longest passage shared with another is found, word by word, case and signs left aside."""
+    """A text in which the longest sequence shared with another is found, word by word, case and signs left aside."""
 
-    SEED = 3  # words: the shortest passage looked for
+    SEED = 3  # words: the shortest sequence looked for
 
     def __init__(self, texts: Sequence[str]):
         self.tokens: list[str] = []
         self.starts: dict[tuple[str, ...], list[int]] = defaultdict(list)
         for text in texts:
             self.append(text)
-            self.tokens.append("")  # no passage crosses from one text into the next
+            self.tokens.append("")  # no sequence crosses from one text into the next
 
     def append(self, text: str) -> None:
-        """More of the last text, or the first of it: a passage may run over the seam."""
+        """More of the last text, or the first of it: a sequence may run over the seam."""
         seam = max(0, len(self.tokens) - self.SEED + 1)
         self.tokens += words(text)
         for i, gram in enumerate(ngrams(self.tokens[seam:], self.SEED), seam):

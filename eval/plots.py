@@ -197,7 +197,7 @@ def draw_memory(report: dict[str, Any]) -> Figure | None:
         axis.text(len(stages) - 0.5, math.log10(EXTRACTABLE), "extractable above", ha="right", va="bottom", fontsize=8)
         axis.set_ylim(top=1)
         axis.set_xticks(range(len(stages)), list(stages))
-        axis.set_ylabel("log10 of a 50-token passage's probability")
+        axis.set_ylabel("log10 of a 50-token chunk's probability")
         axis.legend(frameon=False, loc="lower right", fontsize=8)
         axis.grid(axis="y", alpha=0.3)
     if panels[1]:

@@ -257,10 +257,10 @@ def latest_pages(path: Path) -> str:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        parts = "".join(passage["chosen"]["text"] for passage in record["passages"]).strip().split("\n\n")
+        parts = "".join(chunk["chosen"]["text"] for chunk in record["chunks"]).strip().split("\n\n")
         by = (
             f"{record['stage']} continues {record['beginning']['source']}, seed {record['settings']['seed']}: "
-            f"{record['words']:,} words in {len(record['passages'])} steps, {record['passages_with_faults']} with a fault. "
+            f"{record['words']:,} words in {len(record['chunks'])} steps, {record['chunks_with_faults']} with a fault. "
         )
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is damaged ({error!r}): remove it, and `make continue` starts again") from error

@@ -25,7 +25,7 @@ from prep.common import BadInput
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("outputs/continuation")
-SMALL = ["--passage-tokens", "24", "--candidates", "2", "--window", "160", "--device", "cpu"]
+SMALL = ["--chunk-tokens", "24", "--candidates", "2", "--window", "160", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session", params=[save_llama_like, save_gpt2_like])
@@ -66,11 +66,11 @@ def write(*arguments: str, words: int = 60) -> dict[str, Any]:
         (" 3.14 fois MM. Durand", ""),
     ],
 )
-def test_a_passage_ends_at_a_sentence(text, kept):
+def test_a_chunk_ends_at_a_sentence(text, kept):
     assert continuation.cut(text) == kept
 
 
-def test_passages_join_as_prose():
+def test_chunks_join_as_prose():
     assert continuation.tidy("Il vint.", "Fin.") == " Il vint."
     assert continuation.tidy(" Il vint. \n — Oui.\n\n\n— Non. ", "Fin.") == " Il vint.\n\n— Oui.\n\n— Non."
     assert continuation.tidy("ment.", "lente") == "ment."
@@ -127,7 +127,7 @@ def test_the_opening_stays_at_the_head_once_the_window_slides(tokenizer, tale):
 
 
 def test_an_open_end_keeps_the_models_own_likelihoods(tokenizer):
-    """The log-probabilities of drawn tokens are those of a plain pass over window and passage together."""
+    """The log-probabilities of drawn tokens are those of a plain pass over window and chunk together."""
     model, parameters = model_for(tokenizer), generation.decoding(12)
     ids = continuation.window(tales()[0], "", 80, tokenizer)
     seen = continuation.read(model, ids)
@@ -143,7 +143,7 @@ def test_an_open_end_keeps_the_models_own_likelihoods(tokenizer):
         assert tokenizer.decode(ids + sample.tokens, skip_special_tokens=True).endswith(sample.text)
 
 
-def test_the_repetition_penalty_of_an_open_end_counts_the_passage_alone(tokenizer):
+def test_the_repetition_penalty_of_an_open_end_counts_the_chunk_alone(tokenizer):
     """So a single token is drawn as without a penalty; after a prompt whose tokens count, it is not."""
     model, parameters = model_for(tokenizer), generation.decoding(1)
     model.lm_head.weight.data[:] = model.lm_head.weight.data[5].clone()  # every token is as likely as the others
@@ -226,18 +226,18 @@ def test_fewest_faults_come_first_then_likelihood():
 
 def test_other_candidates_are_drawn_when_all_break_a_rule(tokenizer):
     """Three batches at most, and the record says so; six tokens of noise seldom end a sentence."""
-    settings = Settings(passage_tokens=24, candidates=2, window=256)
+    settings = Settings(chunk_tokens=24, candidates=2, window=256)
     model = looping_model(tokenizer, tokenizer.encode("la porte", add_special_tokens=False)[-1])
-    first, second = itertools.islice(continuation.passages(model, tokenizer, "La", settings), 2)
-    for passage in (first, second):
-        assert "loops" in passage.chosen.faults and passage.attempts == 3 and len(passage.candidates) == 6
+    first, second = itertools.islice(continuation.chunks(model, tokenizer, "La", settings), 2)
+    for chunk in (first, second):
+        assert "loops" in chunk.chosen.faults and chunk.attempts == 3 and len(chunk.candidates) == 6
     assert "repeats what is written" in second.chosen.faults
 
-    settings = Settings(passage_tokens=6, candidates=2, window=256)
-    written = itertools.islice(continuation.passages(model_for(tokenizer), tokenizer, "La", settings), 12)
-    passage = next(one for one in written if one.attempts > 1)
-    likelihoods = [candidate["log_probability"] for candidate in passage.candidates]
-    assert len(set(likelihoods)) == len(likelihoods) == 2 * passage.attempts  # none of them twice
+    settings = Settings(chunk_tokens=6, candidates=2, window=256)
+    written = itertools.islice(continuation.chunks(model_for(tokenizer), tokenizer, "La", settings), 12)
+    chunk = next(one for one in written if one.attempts > 1)
+    likelihoods = [candidate["log_probability"] for candidate in chunk.candidates]
+    assert len(set(likelihoods)) == len(likelihoods) == 2 * chunk.attempts  # none of them twice
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------
@@ -247,12 +247,12 @@ def test_a_text_is_the_same_again_prolonged_or_begun_anew(place):
     short = write(words=40)
     long = write(words=150)
     assert short["stage"] == "2c" and long["words"] >= 150
-    assert long["passages"][: len(short["passages"])] == short["passages"]
-    assert sum(passage["chosen"]["tokens"] for passage in long["passages"]) > 160  # more than a window
-    assert all(passage["context_tokens"] <= 136 for passage in long["passages"])
+    assert long["chunks"][: len(short["chunks"])] == short["chunks"]
+    assert sum(chunk["chosen"]["tokens"] for chunk in long["chunks"]) > 160  # more than a window
+    assert all(chunk["context_tokens"] <= 136 for chunk in long["chunks"])
     (text,) = OUT.glob("*.txt")
     assert len(text.read_text(encoding="utf-8").split()) == long["words"]
-    assert write("--fresh", words=150)["passages"] == long["passages"]
+    assert write("--fresh", words=150)["chunks"] == long["chunks"]
 
 
 def test_another_seed_stage_or_weight_writes_another_text(place):
@@ -261,7 +261,7 @@ def test_another_seed_stage_or_weight_writes_another_text(place):
     shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
     records.append(write(words=5))
     assert len({record["inputs"] for record in records}) == len(list(OUT.glob("*.json"))) == 6
-    assert len({record["passages"][0]["chosen"]["text"] for record in records}) == 5  # the last writes as 2b does
+    assert len({record["chunks"][0]["chosen"]["text"] for record in records}) == 5  # the last writes as 2b does
 
 
 @pytest.mark.slow
@@ -278,7 +278,7 @@ def test_killed_and_run_again_it_is_the_same_text(place, how):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         records = list(OUT.glob("2c*.json"))
-        if records and len(json.loads(records[0].read_text())["passages"]) >= 3:
+        if records and len(json.loads(records[0].read_text())["chunks"]) >= 3:
             break
         time.sleep(0.01)
     process.send_signal(how)
@@ -288,9 +288,9 @@ def test_killed_and_run_again_it_is_the_same_text(place, how):
     broken = json.loads(path.read_text())
     assert 0 < broken["words"] < 150
     done = write(words=150)
-    assert done["passages"][: len(broken["passages"])] == broken["passages"]
+    assert done["chunks"][: len(broken["chunks"])] == broken["chunks"]
     undisturbed = write("--fresh", words=150)
-    assert (undisturbed["sha256"], undisturbed["passages"]) == (done["sha256"], done["passages"])
+    assert (undisturbed["sha256"], undisturbed["chunks"]) == (done["sha256"], done["chunks"])
 
 
 def test_the_epub_holds_the_text_in_chapters(tmp_path):
@@ -315,7 +315,7 @@ def test_from_a_sentence_and_from_a_file(place, capsys):
     Path("page.txt").write_text("L’homme vint.\n\nIl s’assit.", encoding="utf-8")
     assert continuation.beginning_of("page.txt", Path("none")) == ("L'homme vint.\n\nIl s'assit.", "page.txt")
     Path("page.txt").write_text(tales()[0], encoding="utf-8")
-    assert all(passage["context_tokens"] <= 136 for passage in write("--from", "page.txt", words=5)["passages"])
+    assert all(chunk["context_tokens"] <= 136 for chunk in write("--from", "page.txt", words=5)["chunks"])
     assert "136 fit: the model sees its last pages only" in capsys.readouterr().err
 
 
@@ -335,7 +335,7 @@ def no_bos() -> None:
         (lambda: Path("empty.txt").write_text(" \n"), ["--from", "empty.txt"], "empty.txt is empty"),
         (lambda: None, ["--from", " "], "--from is empty"),
         (lambda: Path("latin.txt").write_bytes(b"\xe9t\xe9"), ["--from", "latin.txt"], "latin.txt is not UTF-8"),
-        (lambda: None, ["--window", "100", "--passage-tokens", "90"], "does not do"),
+        (lambda: None, ["--window", "100", "--chunk-tokens", "90"], "does not do"),
         (lambda: None, ["--window", "9000"], "8192 positions"),
         (lambda: None, ["--keep", "500"], "lower --keep"),
         (lambda: shutil.rmtree("outputs/2c"), [], "stage 2c is missing"),
@@ -353,7 +353,7 @@ def test_bad_input_is_one_message(place, spoil, arguments, message):
 def test_without_the_book_copies_are_not_looked_for(place):
     Path("data/2c.txt").unlink()
     record = write("--from", "Il vint.", words=5)
-    assert record["not_copied_from"] is None and record["passages"][0]["chosen"]["copied"] is None
+    assert record["not_copied_from"] is None and record["chunks"][0]["chosen"]["copied"] is None
 
 
 def test_a_damaged_record_is_named_and_kept(place):
@@ -364,4 +364,4 @@ def test_a_damaged_record_is_named_and_kept(place):
     with pytest.raises(BadInput, match="is damaged"):
         write(words=5)
     assert path.read_text() == torn
-    assert write("--fresh", words=5)["passages"]
+    assert write("--fresh", words=5)["chunks"]

@@ -73,7 +73,7 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
 def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What eval/continuation.py writes in a few steps."""
     out = tmp_path_factory.mktemp("continued")
-    arguments = "--stage 2a --words 40 --candidates 2 --passage-tokens 24".split()  # noqa: SIM905
+    arguments = "--stage 2a --words 40 --candidates 2 --chunk-tokens 24".split()  # noqa: SIM905
     arguments += ["--recipes", str(ROOT / "recipes"), "--out", str(out), "--from", "K. ouvrit la porte."]
     call = [sys.executable, str(ROOT / "eval/continuation.py"), *arguments]
     subprocess.run(call, cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
@@ -242,10 +242,10 @@ def test_the_latest_pages(continued: Path, tmp_path: Path, monkeypatch: pytest.M
     record = json.loads(path.read_text())
     shown = html.unescape(re.sub(r"<[^>]*>", " ", workbench.latest_pages(path)))
     assert path.with_suffix(".txt").read_text().split() == shown.split()[-record["words"] :]
-    assert f"2a continues words given, seed 42: {record['words']} words in {len(record['passages'])} steps" in shown
-    assert f"{record['passages_with_faults']} with a fault" in shown and "its last" not in shown
+    assert f"2a continues words given, seed 42: {record['words']} words in {len(record['chunks'])} steps" in shown
+    assert f"{record['chunks_with_faults']} with a fault" in shown and "its last" not in shown
 
-    record["passages"] = [{"chosen": {"text": "\n\n".join(f"Le mot <b> {n}." for n in range(1, 401))}}]
+    record["chunks"] = [{"chosen": {"text": "\n\n".join(f"Le mot <b> {n}." for n in range(1, 401))}}]
     record["words"] = 1600
     path.write_text(json.dumps(record))
     page = workbench.latest_pages(path)
