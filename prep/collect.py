@@ -369,8 +369,10 @@ def collect_gallica(args: argparse.Namespace) -> None:
 def book_suffix(path: Path, source: str) -> str:
     """`.pdf`, `.epub`, `.txt` ..., by the content of a file. Raises BadInput where it holds no book."""
     data = path.read_bytes()
-    read_bytes(data, source)
-    return f".{kind_of(data, source)}"
+    kind = kind_of(data, source)
+    if kind != "pdf":  # reading one takes seconds; castle.py does
+        read_bytes(data, source)
+    return f".{kind}"
 
 
 def collect_book(args: argparse.Namespace) -> None:

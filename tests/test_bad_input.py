@@ -90,7 +90,6 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py gallica --source given", lambda: Path("given").mkdir(), "given"),
     ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     ("prep/collect.py book --source nowhere.pdf", nothing, "nowhere.pdf"),
-    ("prep/collect.py book --source given.pdf", write("given.pdf", "%PDF-1.4 but no more"), "given.pdf"),
     ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "given.epub"),
     ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "given.png"),
     ("prep/collect.py book --source given.txt", write("given.txt", ""), "given.txt"),
