@@ -127,7 +127,7 @@ def correct(
         b[:, :rank], a[:rank] = new_b / scale, new_a / scale
         left.append(share)
 
-    before = loss(model, rows)
+    before = loss(model, rows[0])
     adapted = [(name, layer) for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
     hooks = [
         layer.register_forward_pre_hook(functools.partial(set_layer, name=name))  # type: ignore[attr-defined]
@@ -137,19 +137,16 @@ def correct(
     model.get_base_model().base_model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    after = loss(model, rows)
+    after = loss(model, rows[0])
     model.train(training)
     return (
         f"adapter start: {len(left)} quantised layers corrected on {int(real.sum())} tokens in {time.monotonic() - began:.0f} s, "
         f"{sum(left) / len(left):.0%} of the squared error of their outputs left; "
-        f"loss on these tokens {before:.4f} -> {after:.4f}"
+        f"loss on the first row {before:.4f} -> {after:.4f}"
     )
 
 
-def loss(model: Any, rows: list[Tensor]) -> float:
-    """Mean negative log-likelihood of the rows' tokens after the first, nats per token."""
-    sums = [
-        model(row[None].to(model.device), labels=row[None].to(model.device)).loss.item() * (len(row) - 1)
-        for row in rows
-    ]
-    return sum(sums) / sum(len(row) - 1 for row in rows)
+def loss(model: Any, row: Tensor) -> float:
+    """Mean negative log-likelihood of a row's tokens after the first, nats per token."""
+    ids = row[None].to(model.device)
+    return float(model(ids, labels=ids).loss)
