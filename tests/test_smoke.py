@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_curriculum import save_base
+from transformers import AutoModelForCausalLM
 
 from train.stage import as_arguments, load_profile
 from train.stages import load_chain
@@ -171,3 +172,10 @@ def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None
         assert set(scored["scores"]) >= {"gallica_heldout", "novel_heldout", "english", "code"}
         assert all(0 < score["bits_per_byte"] < 12 for score in scored["scores"].values()), name
     assert (workdir / "reports/smoke.md").exists()
+    bits = {name: scored["scores"]["novel_heldout"]["bits_per_byte"] for name, scored in report["stages"].items()}
+    assert abs(bits["2c (merged)"] - bits["2c"]) < 0.001
+
+    said = python(ROOT / "eval/merge.py", "2c", "--recipes", RECIPES, cwd=workdir)
+    assert "outputs/2c/merged: 2c and its base as one model" in said
+    merged = AutoModelForCausalLM.from_pretrained(workdir / "outputs/2c/merged")
+    assert merged.dtype == torch.float16 and not hasattr(merged.config, "quantization_config")
