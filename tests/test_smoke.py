@@ -74,7 +74,7 @@ def trained(workdir: Path) -> dict[str, str]:
     (workdir / "outputs/2b").rename(workdir / "undisturbed")
     command = [ROOT / "train/stage.py", "2b", "--recipes", RECIPES, "--profile", "smoke"]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=workdir, env=ENVIRONMENT)
-    state = workdir / "outputs/2b/checkpoint-2/trainer_state.json"
+    state = workdir / "outputs/2b/checkpoint-2/complete.json"
     deadline = time.time() + 300
     while not state.exists() and time.time() < deadline:
         assert process.poll() is None
