@@ -28,7 +28,7 @@ class BadInput(Exception):
 
 def reason(error: BaseException) -> str:
     """What an exception says, on one line; the name of its kind when it says nothing. PEFT, for one, lists every tensor."""
-    return textwrap.shorten(str(error), 400, placeholder=" ...") or type(error).__name__
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 @contextlib.contextmanager
