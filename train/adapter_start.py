@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from train.dequantise import dequantised, is_quantised
-from train.gate import checkpoints, weight_files
-from train.plugins import SeedAdapter
+from train.gate import weight_files
+from train.plugins import SeedAdapter, starts_an_adapter
 
 TOKENS = 4096  # of calibration
 DAMPING = (
@@ -39,7 +39,7 @@ class StartAdapter(SeedAdapter):
     """
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
-        if cfg.lora_model_dir or checkpoints(Path(cfg.output_dir)):
+        if not starts_an_adapter(cfg):
             return
         if not (cfg.load_in_4bit or cfg.load_in_8bit):
             print("adapter start: the base is not quantised, there is nothing to correct", flush=True)

@@ -150,21 +150,24 @@ def manifest_of(rows: Path) -> Path:
 def check_data(stage: Stage) -> dict[str, str]:
     """{path: sha256} of each JSONL the stage reads, and of the text it was cut from: as their manifest says, or BadInput."""
     remedy = f"{make('prep', stage)} makes it"
-    files: dict[Path, str] = {}
-    for part, paths in {"train": stage.datasets, "heldout": stage.heldout}.items():
-        for rows in paths:
-            manifest = read(
-                manifest_of(rows), remedy, lambda said: said["train"]["sha256"] and said["heldout"]["sha256"] and said
-            )
-            files[rows] = manifest[part]["sha256"]
-            if text := manifest.get("documents", {}).get("text"):
-                files[rows.parent / text["path"]] = text["sha256"]
-    for path, recorded in files.items():
-        if not path.exists():
-            raise BadInput(f"{path} is missing; {remedy}")
-        if hashed(path) != recorded:
-            raise BadInput(f"{path} is not the file that {manifest_of(stage.datasets[0])} describes; {remedy} again")
-    return {str(path): recorded for path, recorded in files.items()}
+    files: dict[str, str] = {}
+    for rows in stage.datasets + stage.heldout:
+        manifest = manifest_of(rows)
+        train, heldout, text = read(
+            manifest,
+            remedy,
+            lambda said: (said["train"]["sha256"], said["heldout"]["sha256"], said.get("documents", {}).get("text")),
+        )
+        expected = {rows: train if rows in stage.datasets else heldout}
+        if text:
+            expected[rows.parent / text["path"]] = text["sha256"]
+        for path, recorded in expected.items():
+            if not path.exists():
+                raise BadInput(f"{path} is missing; {remedy}")
+            if hashed(path) != recorded:
+                raise BadInput(f"{path} is not the file that {manifest} describes; {remedy} again")
+            files[str(path)] = recorded
+    return files
 
 
 def check_inputs(stage: Stage, chain: list[Stage]) -> dict[str, dict[str, str]]:

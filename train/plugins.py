@@ -36,6 +36,11 @@ NOT_THE_RUN = re.compile(
 )
 
 
+def starts_an_adapter(cfg: Any) -> bool:
+    """Is the adapter of this run a new one, before its first step? Not a continued one's, nor a resumed run's."""
+    return not (cfg.lora_model_dir or checkpoints(Path(cfg.output_dir)))
+
+
 class SeedAdapter(BasePlugin):
     """Seeds before a new adapter is made: Axolotl seeds with the trainer, when A has been drawn by chance."""
 
@@ -102,7 +107,7 @@ class Gate(BasePlugin):
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
         """Keep what a new adapter starts from: the gate compares the trained one with it."""
-        if os.environ.get("RANK", "0") == "0" and not (cfg.lora_model_dir or checkpoints(self.stage.output_dir)):
+        if os.environ.get("RANK", "0") == "0" and starts_an_adapter(cfg):
             model.save_pretrained(self.stage.start)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
