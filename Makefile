@@ -146,7 +146,7 @@ bench-prep: $(READY) ## Speed and memory of the preparation beside the naive met
 
 # --- small and local ---
 
-demo: $(READY) ## All of the above, small, on a CPU, in demo/run: about 30 to 60 minutes on two cores
+demo: $(READY) ## All of the above, small, on a CPU, in demo/run: about an hour on two cores
 	@demo/demo.sh
 
 clean-demo: ## Remove what the demo made; texts that you kept or continued stay in demo/run/outputs

