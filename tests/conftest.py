@@ -26,12 +26,15 @@ def place(curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def axolotl_validates() -> Callable[[dict[str, Any]], dict[str, Any]]:
+def axolotl_validates(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What Axolotl's own validation makes of a recipe on the card it is written for: 12 GB, Ampere."""
     from axolotl.cli.config import prepare_plugins
+    from axolotl.integrations.base import PluginManager
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
+    # One plugin manager serves the whole process: the plugins of one test would act in the next.
+    monkeypatch.setattr(PluginManager.get_instance(), "plugins", type(PluginManager.get_instance().plugins)())
     gpu = {"bf16": True, "tf32": True, "fp8": False, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_86"}
 
     def validate(config: dict[str, Any]) -> dict[str, Any]:
