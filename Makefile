@@ -40,8 +40,8 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
-        eval merge continue compare notebook plan bench-gpu bench-eval bench-start bench-train bench-train-long bench-prep \
-        demo clean-demo test test-fast lint
+        eval merge continue compare notebook plan bench-gpu bench-eval bench-start bench-train \
+        bench-train-long bench-train-start bench-prep demo clean-demo test test-fast lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -135,10 +135,10 @@ bench-start: $(READY) ## What quantisation costs, and what an adapter's start gi
 	@cd demo/run; $(WITH_ARGS) ../../$(BIN)/python ../../bench/adapter_start.py "$${more[@]}"
 
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
-	@$(WITH_ARGS) $(BIN)/python bench/sweep.py "$${more[@]}"
-
-bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md (CORPUS_DIR=folder; hours)
-	@$(WITH_ARGS) $(BIN)/python bench/sweep.py --plan bench/train-long.yml "$${more[@]}"
+bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md
+bench-train-start: $(READY) ## How an adapter should start, and how 2a should end -> bench/reports/train-start.md
+bench-train bench-train-long bench-train-start: bench-train%:
+	@$(WITH_ARGS) $(BIN)/python bench/sweep.py --plan bench/train$*.yml "$${more[@]}"
 
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
 	@test -n "$${CORPUS_DIR-}" || { echo 'say where the corpus is: make bench-prep CORPUS_DIR=folder' >&2; exit 1; }

@@ -16,11 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+from bench.sweep_plugin import Diagonal, Start, Unweighted
 from eval import intervals, models, scoring
 from eval.tables import markdown
 from eval.tasks.texts import read_rows
 from prep.common import atomic_write, commit, cpu_name, git_state, progress, run, sha256, versions
-from train.adapter_start import calibration_rows, correct, root_of_moments, unquantised
+from train.adapter_start import calibration_rows, correct, unquantised
 
 REPORT = Path(__file__).with_name("reports") / "adapter_start.json"
 TASKS = ["gallica_heldout", "novel_heldout"]
@@ -33,20 +34,15 @@ def kept(*modules: str) -> dict[str, Any]:
     return NF4 | {"llm_int8_skip_modules": ["lm_head", *modules]}
 
 
-WEIGHTINGS = {
-    "second moments": root_of_moments,
-    "mean square of each input": lambda inputs: torch.diag(inputs.square().mean(0).sqrt() + 1e-6),
-    "none (LoftQ)": lambda inputs: torch.eye(inputs.shape[1]),
-}
-# name: quantisation, and of the adapter: rank, calibration tokens, weighting; no adapter where there is no rank
+# name: quantisation, and of the adapter: rank, calibration tokens, kind of start; no adapter where there is no rank
 VARIANTS: dict[str, dict[str, Any]] = {
     "16 bits": {"base": None},
     "8 bits": {"base": {"load_in_8bit": True}},
     "NF4": {"base": NF4},
     "NF4, v in 16 bits": {"base": kept("v_proj")},
     "NF4, v and down in 16 bits": {"base": kept("v_proj", "down_proj")},
-    "NF4, unweighted": {"base": NF4, "rank": 64, "weighting": "none (LoftQ)"},
-    "NF4, diagonal": {"base": NF4, "rank": 64, "weighting": "mean square of each input"},
+    "NF4, unweighted": {"base": NF4, "rank": 64, "start": Unweighted},
+    "NF4, diagonal": {"base": NF4, "rank": 64, "start": Diagonal},
     "NF4, rank 16": {"base": NF4, "rank": 16},
     "NF4, rank 64": {"base": NF4, "rank": 64},
     "NF4, rank 128": {"base": NF4, "rank": 128},
@@ -74,8 +70,8 @@ def measure(variant: dict[str, Any], folder: Path, texts: Path) -> dict[str, Any
         ]
         limit = variant.get("tokens", 4096)
         rows = calibration_rows(whole, 42, limit)
-        weighting = WEIGHTINGS[variant.get("weighting", "second moments")]
-        said = correct(model, unquantised(str(folder)), [row[:limit] for row in rows], weighting)
+        root = variant.get("start", Start)().root
+        said = correct(model, unquantised(str(folder)), [row[:limit] for row in rows], root)
     scores = scoring.score(scoring.TokenScorer(model.eval(), tokenizer, 1, "scoring"), scoring.load_tasks(TASKS), None)
     return {"scores": scores, "said": said}
 

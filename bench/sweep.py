@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ from bench import sweep_report
 from bench.sweep_report import BASE
 from eval import intervals, logs, metrics, models, scoring
 from eval.evaluation import environment
+from eval.merge import save_merged
 from eval.tasks.texts import read_rows
 from prep.common import ROOT, BadInput, atomic_write, digest, run, sha256
 from train.gate import check_steps, checkpoints, movement_of_weights
@@ -172,7 +174,7 @@ def prepare(plan: dict[str, Any]) -> dict[str, str]:
 
 
 def launch(this: Run, arguments: list[str]) -> None:
-    """Run a command of Axolotl's, its output into a log. Raises BadInput when it fails."""
+    """Run a training, its output into a log. Raises BadInput when it fails."""
     log = Path(f"logs/{this.name}.log")
     with log.open("a", encoding="utf-8") as handle:
         if status := launch_and_wait(arguments, handle):
@@ -188,10 +190,7 @@ def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
     except BadInput:
         merged = Path(this.outputs[MERGED])
         if this.parent and stage.base_model == merged and not merged.is_dir():
-            adapter, making = this.parent.stage, Path(f"{merged}.part")  # moved when it is whole
-            folders = [f"--lora_model_dir={adapter.output_dir}", f"--output_dir={making}"]
-            launch(this, [sys.executable, "-m", "axolotl.cli.merge_lora", str(adapter.recipe), *folders])
-            (making / "merged").rename(merged)
+            apart(save_merged, models.candidate(this.parent.stage), merged)
         prepare_output(stage, {"key": this.name})
         threads = ["--num_cpu_threads_per_process", str(plan["threads"])]
         launch(this, command(stage, [*load_profile(plan["profile"], stage.name)[0], *threads], {}, []))
@@ -229,6 +228,15 @@ def score(row: models.Candidate) -> dict[str, Any]:
     return {"nll": nll, "token_probability": probability, "texts": texts}
 
 
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process of its own: on a CPU malloc keeps much of what forward passes used, 5 GB after three rows."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(work, *arguments).result()
+        except BrokenProcessPool as error:
+            raise BadInput("a process that loads a model was killed (out of memory?); run again to resume") from error
+
+
 def finish(this: Run, plan: dict[str, Any]) -> None:
     """Train and score one run and write its result; its weights stay, for the runs that build on them."""
     trained: dict[str, Any] = {}
@@ -239,12 +247,7 @@ def finish(this: Run, plan: dict[str, Any]) -> None:
     else:
         trained = train(this, plan)
         row = models.candidate(this.stage)
-    # In a process of its own: on a CPU malloc keeps much of what forward passes used, 5 GB after three rows.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            scores = pool.submit(score, row).result()
-        except BrokenProcessPool as error:
-            raise BadInput(f"scoring {this.name} was killed (out of memory?); run again to resume") from error
+    scores = apart(score, row)
     store({**trained, **scores}, this.result)
     if trained:  # checkpoints hold optimiser states too; the final weights are beside them
         for checkpoint in checkpoints(this.stage.output_dir):

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import torch
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
+from transformers import TrainerCallback
 
+from train.adapter_start import StartAdapter
 from train.plugins import SeedAdapter
 
 ORDER = 42
@@ -27,3 +30,44 @@ class Plugin(SeedAdapter):
             return load_datasets(cfg=cfg)
         finally:
             cfg.seed = seed
+
+
+class Start(Plugin, StartAdapter):
+    """The recipe's own start of a new adapter."""
+
+
+class Diagonal(Start):
+    """Weighs the quantisation error by the mean square of each input."""
+
+    def root(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.diag(inputs.square().mean(0).sqrt() + 1e-6)
+
+
+class Unweighted(Start):
+    """The best approximation of the quantisation error itself, as LoftQ's (Li et al. 2023)."""
+
+    def root(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.eye(inputs.shape[1])
+
+
+class Averaged(Plugin):
+    """Ends with the mean of the weights after each step of the second half."""
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        return [Mean()]
+
+
+class Mean(TrainerCallback):
+    """Sums the weights in fp32; 4 bytes per weight."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if 2 * state.global_step > state.max_steps:
+            steps = state.global_step - state.max_steps // 2
+            if steps == 1:
+                self.mean = [weight.detach().float() for weight in model.parameters()]
+            for mean, weight in zip(self.mean, model.parameters(), strict=True):
+                mean += (weight.detach().float() - mean) / steps
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for mean, weight in zip(self.mean, model.parameters(), strict=True):
+            weight.data.copy_(mean)

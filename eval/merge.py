@@ -20,6 +20,21 @@ from train.gate import check
 from train.stages import line_of, load_chain
 
 
+def save_merged(adapter: models.Candidate, target: Path) -> int:
+    """Merge an adapter into its base as it was quantised, and save model and tokenizer; returns the number of weights."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    [(_, model, tokenizer)] = models.loaded([models.merged(adapter)], device, dtype)
+    making = target.with_name(f"{target.name}.part")  # renamed when it is whole
+    shutil.rmtree(making, ignore_errors=True)
+    full: Any = model
+    full.to(models.MERGED_DTYPE).save_pretrained(making)
+    tokenizer.save_pretrained(making)
+    shutil.rmtree(target, ignore_errors=True)
+    making.rename(target)
+    return int(full.num_parameters())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", help="name of the recipe: 2b, 2c ...")
@@ -30,20 +45,9 @@ def main() -> None:
     if not stage.adapter:
         raise BadInput(f"{stage.name} trains every weight: {stage.output_dir} is a full model already")
     check(stage, chain)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    row = models.merged(models.candidate(stage))
-    [(_, model, tokenizer)] = models.loaded([row], device, torch.bfloat16 if device == "cuda" else torch.float32)
     target = stage.output_dir / "merged"
-    making = target.with_name("merging")  # renamed when it is whole
-    shutil.rmtree(making, ignore_errors=True)
-    full: Any = model
-    full.to(models.MERGED_DTYPE).save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    shutil.rmtree(target, ignore_errors=True)
-    making.rename(target)
-    print(
-        f"{target}: {stage.name} and its base as one model, {sum(p.numel() for p in model.parameters()):,} weights in 16 bits"
-    )
+    weights = save_merged(models.candidate(stage), target)
+    print(f"{target}: {stage.name} and its base as one model, {weights:,} weights in 16 bits")
 
 
 if __name__ == "__main__":

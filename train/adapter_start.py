@@ -19,7 +19,6 @@ from train.dequantise import dequantised, is_quantised
 from train.gate import weight_files
 from train.plugins import SeedAdapter, starts_an_adapter
 
-TOKENS = 4096  # of calibration
 DAMPING = (
     0.01  # of the inputs' mean square: what the calibration text does not use counts a little, and nothing is 0 / 0
 )
@@ -38,18 +37,24 @@ class StartAdapter(SeedAdapter):
     resumed run are left alone. PEFT's own `replace_lora_weights_loftq` needs CUDA and forgets the adapter's scale.
     """
 
+    tokens = 4096  # of calibration
+
+    def root(self, inputs: Tensor) -> Tensor:
+        """What weighs a layer's error, L [in, in], from its inputs [tokens, in]."""
+        return root_of_moments(inputs)
+
     def post_lora_load(self, cfg: Any, model: Any) -> None:
         if not starts_an_adapter(cfg):
             return
         if not (cfg.load_in_4bit or cfg.load_in_8bit):
             print("adapter start: the base is not quantised, there is nothing to correct", flush=True)
             return
-        rows = calibration_rows(load_datasets(cfg=cfg).train_dataset, cfg.seed)
+        rows = calibration_rows(load_datasets(cfg=cfg).train_dataset, cfg.seed, self.tokens)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(cfg.bf16)):
-            print(correct(model, unquantised(cfg.base_model, cfg.revision_of_model), rows), flush=True)
+            print(correct(model, unquantised(cfg.base_model, cfg.revision_of_model), rows, self.root), flush=True)
 
 
-def calibration_rows(dataset: Any, seed: int, tokens: int = TOKENS) -> list[Tensor]:
+def calibration_rows(dataset: Any, seed: int, tokens: int) -> list[Tensor]:
     """Token ids [length] of random rows of Axolotl's tokenised data set, until they are `tokens` long or all are taken."""
     rows: list[Tensor] = []
     for index in random.Random(seed).sample(range(len(dataset)), min(len(dataset), tokens)):
