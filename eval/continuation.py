@@ -45,7 +45,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from eval import evaluation, generation, metrics, models
 from eval.metrics import SENTENCE_END
 from eval.scoring import MAX_LENGTH
-from prep.common import BadInput, atomic_write, digest, positive, run, sha256
+from prep.common import BadInput, atomic_write, digest, lock, positive, run, sha256
 from prep.typography import to_convention
 from train.stages import load_chain
 
@@ -389,6 +389,7 @@ def main() -> None:
     decisive = {"weights": sorted(hashes.values()), "environment": [args.device, args.dtype, where["versions"]]}
     inputs = digest(about | decisive)
     target = args.out / f"{row.name}-{args.seed}-{inputs[:8]}.json"
+    lock(target)
     done, seconds = ([], 0.0) if args.fresh else read_chunks(target, inputs)
 
     def text() -> str:

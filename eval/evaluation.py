@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 import time
 import warnings
 from datetime import UTC, datetime
@@ -35,7 +34,19 @@ import torch
 
 from eval import generation, intervals, logs, metrics, models, report, scoring
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, atomic_write, cpu_name, digest, git_state, positive, run, run_name, sha256, versions
+from prep.common import (
+    BadInput,
+    atomic_write,
+    cpu_name,
+    digest,
+    git_state,
+    lock,
+    positive,
+    run,
+    run_name,
+    sha256,
+    versions,
+)
 from train.gate import hashed
 from train.stages import load_chain
 
@@ -286,9 +297,7 @@ def main() -> None:
         for row in chosen
     }
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=args.out):  # not writable: an error now, not after hours of scoring
-        pass
+    lock(target)  # not writable: an error now, not after hours of scoring
     before = previous(target)
     there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
     others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}

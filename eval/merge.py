@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from eval import models
-from prep.common import BadInput, run
+from prep.common import BadInput, lock, run
 from train.gate import check
 from train.stages import line_of, load_chain
 
@@ -44,8 +44,9 @@ def main() -> None:
     stage = line_of(args.stage, chain)[-1]
     if not stage.adapter:
         raise BadInput(f"{stage.name} trains every weight: {stage.output_dir} is a full model already")
-    check(stage, chain)
     target = stage.output_dir / "merged"
+    lock(target)
+    check(stage, chain)
     weights = save_merged(models.candidate(stage), target)
     print(f"{target}: {stage.name} and its base as one model, {weights:,} weights in 16 bits")
 

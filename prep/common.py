@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +21,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+_locks: list[IO[str]] = []
 
 
 class BadInput(Exception):
@@ -55,6 +59,21 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(handle.name)
         raise
+
+
+def lock(target: Path) -> None:
+    """Hold a file or folder for this process until it ends, however it ends. Raises BadInput naming the process that has it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle = target.with_name(f".{target.name}.lock").open("a+")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by the processes it forks
+    except OSError as error:
+        handle.seek(0)
+        raise BadInput(f"process {handle.read()} is writing {target}: wait for it, or stop it") from error
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+    _locks.append(handle)  # closed, it would be free
 
 
 def sha256(path: str | Path) -> str:

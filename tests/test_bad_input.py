@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,13 @@ def test_bad_input(
 ) -> None:
     before = {path for path in place.rglob("*") if path.is_file()}
     damage()
+    refused(command, message, monkeypatch, capsys)
+    left = {path for path in place.rglob("*") if path.is_file()} - before
+    assert not [path for path in left if path.parent.name in ("outputs", "data") and path.suffix in (".jsonl", ".txt")]
+
+
+def refused(command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Run a script to its refusal."""
     script, *arguments = command.split()
     monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
@@ -165,5 +173,24 @@ def test_bad_input(
     last = stop.value.code if isinstance(stop.value.code, str) else said[-1]
     assert stop.value.code != 0 and message in last and "\n" not in last.strip(), last
     assert "Traceback" not in "\n".join(said)
-    left = {path for path in place.rglob("*") if path.is_file()} - before
-    assert not [path for path in left if path.parent.name in ("outputs", "data") and path.suffix in (".jsonl", ".txt")]
+
+
+HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize(
+    ("command", "target"),
+    [
+        ("eval/merge.py 2c", "outputs/2c/merged"),
+        (EVALUATE, "eval/reports/x.json"),
+    ],
+)
+def test_the_same_command_twice_at_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str, target: str
+) -> None:
+    arguments = [sys.executable, "-c", HOLD, target]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline()
+        refused(command, f"process {other.pid} is writing {target}", monkeypatch, capsys)
+        other.kill()

@@ -447,7 +447,16 @@ def test_tokenised_rows_that_were_not_written_to_their_end_are_made_again(plugin
     (arrow,) = (cache / "torn").glob("*.arrow")
     arrow.write_bytes(arrow.read_bytes()[:-1])
     (cache / "datasets_prep.lock").touch()
-    assert launch("2a") == "" and sorted(path.name for path in cache.iterdir()) == ["datasets_prep.lock", "whole"]
+    left = ["datasets_prep.lock", "whole"]
+    assert launch("2a") == "" and sorted(path.name for path in cache.iterdir()) == left
+    rows, cfg = registered("2a")
+    rows.pre_model_load(cfg)
+    assert launch("2a") == "" and sorted(path.name for path in cache.iterdir()) == left
+    (arrow,) = (cache / "whole").glob("*.arrow")
+    flipped = bytearray(arrow.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    arrow.write_bytes(flipped)
+    assert launch("2a") == "" and sorted(path.name for path in cache.iterdir()) == left[:1]
 
 
 def test_a_torn_checkpoint_is_not_resumed(plugin: None) -> None:
@@ -475,14 +484,14 @@ def test_a_trained_stage_is_not_trained_again(plugin: None, trained: None, capsy
     assert "data of stage 2c changed" in launch("2c")
 
 
-HOLD = "import sys, pathlib, train.resume as r; held = r.lock(pathlib.Path('outputs/2a')); print(flush=True); sys.stdin.read()"
+HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path('outputs/2a')); print(flush=True); sys.stdin.read()"
 
 
 def test_two_trainings_in_one_folder(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
     other = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout and other.stdout.readline()
-    assert f"process {other.pid} is training in outputs/2a" in launch("2a")
+    assert f"process {other.pid} is writing outputs/2a" in launch("2a")
     other.kill()
     other.communicate()
     assert launch("2a") == ""

@@ -23,9 +23,9 @@ from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
 from transformers import TrainerCallback, set_seed
 
-from prep.common import BadInput, end_with_parent
+from prep.common import BadInput, end_with_parent, lock
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
-from train.resume import at_the_end, drop_torn_rows, lock, prepare_output, seal, take_weights
+from train.resume import at_the_end, drop_torn_rows, prepare_output, seal, seal_rows, take_weights
 from train.stage import PROGRESS
 from train.stages import line_of, load_chain
 
@@ -78,7 +78,7 @@ class Gate(BasePlugin):
         over = self.stage.verdict.exists() or at_the_end(self.stage)
         if os.environ.get("RANK", "0") == "0":
             with self.refusals():
-                self.lock = lock(self.stage.output_dir)
+                lock(self.stage.output_dir)
                 self.start()
         if over:
             raise SystemExit(0)
@@ -104,6 +104,11 @@ class Gate(BasePlugin):
         if at_the_end(stage):
             take_weights(stage)
             self.post_train_unload(None)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """The first call after the rows were loaded."""
+        if os.environ.get("RANK", "0") == "0":
+            seal_rows(Path(self.rows))
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
         """Keep what a new adapter starts from: the gate compares the trained one with it."""

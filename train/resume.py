@@ -1,11 +1,9 @@
-"""An output folder between runs: who is training in it, which checkpoints are complete, whether they are this run's."""
+"""An output folder between runs: which checkpoints and tokenised rows are complete, whether they are this run's."""
 
-import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from datasets import load_from_disk
 
@@ -13,48 +11,42 @@ from prep.common import BadInput, atomic_write, reason, sha256
 from train.gate import checkpoints, hashed, read
 from train.stages import Stage
 
-SEAL = "complete.json"  # in a checkpoint: {file: sha256}
+SEAL = "complete.json"  # in a checkpoint, or in a folder of tokenised rows: {file: sha256}
 
 
-def lock(folder: Path) -> IO[str]:
-    """The file that holds `folder` for this process until it ends, however it ends. Raises BadInput if another has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = (folder / ".lock").open("a+")
+def seal(folder: Path) -> None:
+    """Record every file of a folder and its sha256 in it, last of all: the Trainer and Axolotl write theirs in place."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    with atomic_write(folder / SEAL) as handle:
+        json.dump({str(path.relative_to(folder)): sha256(path) for path in files}, handle, indent=1)
+
+
+def is_whole(folder: Path) -> bool:
+    """Does a folder hold what was recorded at its end, whatever its layout?"""
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by the processes it forks
-    except OSError as error:
-        handle.seek(0)
-        raise BadInput(f"process {handle.read()} is training in {folder}: wait for it, or stop it") from error
-    handle.truncate(0)
-    handle.write(str(os.getpid()))
-    handle.flush()
-    return handle
-
-
-def seal(checkpoint: Path) -> None:
-    """Record every file of a checkpoint and its sha256 in it, last of all: the Trainer writes checkpoints in place."""
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    with atomic_write(checkpoint / SEAL) as handle:
-        json.dump({str(path.relative_to(checkpoint)): sha256(path) for path in files}, handle, indent=1)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Does a checkpoint hold what was recorded at its end, whatever its layout?"""
-    try:
-        files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        return bool(files) and all(hashed(checkpoint / name) == recorded for name, recorded in files.items())
+        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        return bool(files) and all(hashed(folder / name) == recorded for name, recorded in files.items())
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def drop_torn_rows(cache: Path) -> None:
-    """Remove what was not written to its end in Axolotl's cache of tokenised rows: it would fail on it for ever."""
+    """Remove what was not written to its end or has changed in Axolotl's cache of tokenised rows: it would be trained on."""
     for folder in filter(Path.is_dir, cache.glob("*")):
         try:
-            load_from_disk(folder)
+            if (folder / SEAL).exists() and not is_whole(folder):
+                raise BadInput(f"other files than {SEAL} records")
+            load_from_disk(folder)  # not sealed: killed, or made by `axolotl preprocess`
         except Exception as error:  # Arrow, datasets and json each raise their own
             print(f"{folder} is incomplete ({reason(error)}): its rows are tokenised again", flush=True)
             shutil.rmtree(folder)
+
+
+def seal_rows(cache: Path) -> None:
+    """Record the tokenised rows that have just been made."""
+    for folder in filter(Path.is_dir, cache.glob("*")):
+        if not (folder / SEAL).exists():
+            seal(folder)
 
 
 def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
