@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from prep.common import BadInput, sha256
 from train import gate
-from train.resume import is_whole, seal
+from train.resume import is_whole, prepare_output, seal
 from train.stage import check_compiler
 from train.stages import load_chain
 
@@ -366,20 +366,41 @@ def test_a_missing_compiler_is_said_before_the_training(monkeypatch: pytest.Monk
         check_compiler()
 
 
-@pytest.mark.parametrize(
-    "file", ["trainer_state.json", "model.safetensors", "scheduler.pt", "rng_state.pth", "complete.json"]
-)
+LAYOUTS = {  # of the weights or the optimiser, in a checkpoint of several processes
+    "DeepSpeed": "global_step20/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "FSDP": "optimizer_0/__1_0.distcp",
+    "FSDP, sharded weights": "pytorch_model_fsdp_0/__1_0.distcp",
+    "weights in several files": "model-00002-of-00002.safetensors",
+}
+FILES = ["trainer_state.json", "model.safetensors", "scheduler.pt", "rng_state.pth", "complete.json", *LAYOUTS.values()]
+
+
+def write_layouts(checkpoint: Path) -> None:
+    for name in LAYOUTS.values():
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_bytes(bytes(64))
+    seal(checkpoint)
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_torn_checkpoints_are_found(file: str) -> None:
-    """Cut, with a flipped byte, or gone."""
+    """Cut, with a flipped byte, or gone, whatever the layout; set aside, and the one before serves."""
     train_2a(nudge)
-    damaged = Path("outputs/2a/checkpoint-20") / file
+    write_checkpoint("2a", 10, 20)
+    checkpoint = Path("outputs/2a/checkpoint-20")
+    damaged = checkpoint / file
+    write_layouts(checkpoint)
+    assert is_whole(checkpoint)
     whole = damaged.read_bytes()
-    assert is_whole(damaged.parent)
+    assert is_whole(checkpoint)
     for bytes_ in (whole[: len(whole) // 2], whole[:9] + bytes([whole[9] ^ 1]) + whole[10:]):
         damaged.write_bytes(bytes_)
-        assert not is_whole(damaged.parent)
+        assert not is_whole(checkpoint)
     damaged.unlink()
-    assert not is_whole(damaged.parent)
+    assert not is_whole(checkpoint)
+    prepare_output(CHAIN["2a"], json.loads(Path("outputs/2a/started.json").read_text()))
+    assert [path.name for path in gate.checkpoints(Path("outputs/2a"))] == ["checkpoint-10"]
+    assert (Path("outputs/2a/incomplete-checkpoint-20") / LAYOUTS["FSDP"]).exists() or file == LAYOUTS["FSDP"]
 
 
 # --- the plugin, called as Axolotl calls it --------------------------------------------------------------------------
@@ -473,9 +494,14 @@ def test_a_run_killed_after_its_last_checkpoint_takes_its_weights(plugin: None, 
     assert launch("2a", max_steps=20) == ""
     write_weights(Path("outputs/2a"), {name: nudge(tensor) for name, tensor in base_tensors().items()})
     write_checkpoint("2a")
+    shards = Path("outputs/2a/checkpoint-20") / LAYOUTS["DeepSpeed"]
+    shards.parent.mkdir()
+    shards.touch()
+    seal(shards.parent.parent)
     Path("outputs/2a/model.safetensors").unlink()
     assert launch("2a", max_steps=20) == "0" and "2a: trained, 20 of 20 steps" in capsys.readouterr().out
-    assert check("2a")["steps"]["reached"] == 20 and not Path("outputs/2a/optimizer.pt").exists()
+    assert check("2a")["steps"]["reached"] == 20
+    assert not Path("outputs/2a/optimizer.pt").exists() and not Path("outputs/2a/global_step20").exists()
 
 
 def test_a_trained_stage_is_not_trained_again(plugin: None, trained: None, capsys: pytest.CaptureFixture) -> None:

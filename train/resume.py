@@ -16,7 +16,7 @@ SEAL = "complete.json"  # in a checkpoint, or in a folder of tokenised rows: {fi
 
 def seal(folder: Path) -> None:
     """Record every file of a folder and its sha256 in it, last of all: the Trainer and Axolotl write theirs in place."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
     with atomic_write(folder / SEAL) as handle:
         json.dump({str(path.relative_to(folder)): sha256(path) for path in files}, handle, indent=1)
 
@@ -103,6 +103,8 @@ def take_weights(stage: Stage) -> None:
         "trainer_state*",
         "training_args*",
         "tokens_state*",
+        *("global_step*", "latest", "zero_to_fp32.py"),  # DeepSpeed's
+        "pytorch_model_fsdp*",
         SEAL,
     )
     shutil.copytree(
