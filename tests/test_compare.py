@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from eval import compare, report, tables
-from prep.common import BadInput
 
 DEMO = Path(report.__file__).parent / "reports/demo.json"
 LOSSES: dict[str, dict[str, list[Any]]] = {  # (tokens, loss, validation loss)
@@ -121,11 +120,3 @@ def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, cap
     compare.main()
     other = (tmp_path / "other.html").read_text(encoding="utf-8")
     assert "<b>renamed</b>" in other and "<b>small</b>" not in other  # a run goes by its file
-
-
-@pytest.mark.parametrize(("runs", "message"), [(["small", "small"], "only one run"), (["small", "none"], "no report")])
-def test_bad_input_is_one_message(tmp_path, reports, monkeypatch, runs, message):
-    write(tmp_path, reports)
-    monkeypatch.setattr(sys, "argv", ["compare.py", *runs, "--reports", str(tmp_path)])
-    with pytest.raises(BadInput, match=message):
-        compare.main()

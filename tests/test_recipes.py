@@ -9,7 +9,7 @@ import yaml
 
 from prep.common import BadInput
 from train.stage import OVERRIDES, as_arguments, load_profile
-from train.stages import Stage, line_of, load_chain, load_recipe
+from train.stages import Stage, line_of, load_chain
 
 ROOT = Path(__file__).parent.parent
 CHAIN = load_chain(ROOT / "recipes")
@@ -57,15 +57,9 @@ def test_the_chain_continues_one_adapter_with_its_settings() -> None:
     assert len(shared) >= 8 and all(second.config.get(key) == third.config.get(key) for key in shared)
 
 
-def test_figures_in_comments_and_lengths_of_rows_are_those_of_the_recipes() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for stage in CHAIN[:2]:
-        windows = int(re.search(rf"--windows (\d+) .*data/{stage.name}\.jsonl", makefile)[1])  # type: ignore[index]
-        length, config, text = stage.config["sequence_len"], stage.config, stage.recipe.read_text()
-        step = config["micro_batch_size"] * config["gradient_accumulation_steps"] * length
-        assert f"= {step:,} tokens per step" in text and f"{windows:,} windows x {length}" in text
-        assert f"= {windows * length // step:,} steps" in text
-    for commands in (makefile, (ROOT / "demo/demo.sh").read_text().replace("\\\n", " ")):
+def test_rows_are_prepared_in_the_recipes_lengths() -> None:
+    """Axolotl drops shorter windows and cuts longer rows elsewhere."""
+    for commands in ((ROOT / "Makefile").read_text(), (ROOT / "demo/demo.sh").read_text().replace("\\\n", " ")):
         for stage in CHAIN:
             lengths = re.findall(rf"--sequence-len (\d+) [^\n]*--out data/{stage.name}\.jsonl", commands)
             assert lengths == [str(stage.config["sequence_len"])], stage.name
@@ -74,43 +68,11 @@ def test_figures_in_comments_and_lengths_of_rows_are_those_of_the_recipes() -> N
 # --- a chain is read from YAML, whatever its names -------------------------------------------------------------------
 
 
-def write_recipe(folder: Path, name: str, base_model: str, output_dir: str) -> None:
-    config = {"base_model": base_model, "output_dir": output_dir, "datasets": [{"path": "x.jsonl"}]}
-    (folder / f"{name}.yml").write_text(yaml.safe_dump(config))
-
-
 def test_another_curriculum_needs_no_code(tmp_path: Path) -> None:
-    write_recipe(tmp_path, "a-tuned", "outputs/z", "outputs/a")
-    write_recipe(tmp_path, "z-base", "models/base", "outputs/z")
+    for name, base, output in (("a-tuned", "outputs/z", "outputs/a"), ("z-base", "models/base", "outputs/z")):
+        config = {"base_model": base, "output_dir": output, "datasets": [{"path": "x.jsonl"}]}
+        (tmp_path / f"{name}.yml").write_text(yaml.safe_dump(config))
     assert [(stage.name, stage.parent) for stage in load_chain(tmp_path)] == [("z-base", None), ("a-tuned", "z-base")]
-
-
-@pytest.mark.parametrize(
-    ("bases", "outputs", "message"),
-    [
-        (("outputs/2", "outputs/1"), ("outputs/1", "outputs/2"), "circle"),
-        (("models/base", "models/base"), ("outputs/1", "outputs/1"), "already that of recipe 1"),
-        ((), (), "no recipe"),
-    ],
-)
-def test_what_is_no_chain_is_refused(tmp_path: Path, bases: tuple, outputs: tuple, message: str) -> None:
-    for name, base, output in zip("12", bases, outputs, strict=False):
-        write_recipe(tmp_path, name, base, output)
-    with pytest.raises(BadInput, match=message):
-        load_chain(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"", b"- a list\n", b"base_model: models/base\n", b"a: [\n", "base_model: é".encode("latin-1"),
-        b"base_model: a\noutput_dir: b\ndatasets: rows.jsonl\n",
-    ],
-)  # fmt: skip
-def test_what_is_no_recipe_is_refused(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "1.yml").write_bytes(text)
-    with pytest.raises(BadInput, match=r"1\.yml"):
-        load_recipe(tmp_path / "1.yml")
 
 
 # --- overrides: another machine, the same recipe ---------------------------------------------------------------------

@@ -1,13 +1,8 @@
 """False alarms of the verdicts, on texts made by hand."""
 
 import random
-import sys
-from pathlib import Path
-
-import pytest
 
 from bench import calibrate_verdicts as calibration
-from prep.common import BadInput
 
 FRENCH = "maison neige porte lampe table homme femme enfant village route matin soir main voix pain chien"
 
@@ -41,12 +36,3 @@ def test_each_alarm_is_counted() -> None:
     found = measured({"t": f"{quiet} {middle} {quiet} {page}"})
     assert max(found["shared"][calibration.INSIDE]) >= 10
     assert "| copies " in calibration.tables(found, 1, 10)
-
-
-def test_bad_input_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["calibrate_verdicts.py", "--texts", str(tmp_path)])
-    with pytest.raises(BadInput, match=r"no \.txt"):
-        calibration.main()
-    (tmp_path / "short.txt").write_text("Un mot. " * 40, encoding="utf-8")
-    with pytest.raises(BadInput, match="short is too short"):
-        calibration.main()
