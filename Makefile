@@ -6,7 +6,7 @@
 # Settings, as `make stage-b PROFILE=cpu ARGS="--wandb_project=chateau"`:
 PYTHON ?= python3.11
 BOOK ?=#              address or file of the novel, for `make data` and `make book`
-FILES ?= 12#          parquet files of French-PD-Books: about 400 MB and 2,000 books each
+FILES ?=#             how many tables of Gallica's fiction, one a year; default: all
 HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the whole book
 PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
@@ -74,8 +74,8 @@ lock: $(READY) ## Resolve requirements/*.in again
 data: base gallica book ## Base model, Gallica files and the novel (BOOK=address or file)
 base: $(READY) ## Base model -> models/base
 	@$(SHOW) $(BIN)/python prep/collect.py base
-gallica: $(READY) ## FILES parquet files of Gallica -> data/raw/gallica
-	@$(SHOW) $(BIN)/python prep/collect.py gallica --files "$$FILES"
+gallica: $(READY) ## Gallica's 19,240 works of prose fiction (FILES=N: of N years only) -> data/raw/gallica
+	@$(WITH_ARGS) $(BIN)/python prep/collect.py gallica $${FILES:+--files "$$FILES"} "$${more[@]}"
 book: $(READY) ## The novel (BOOK=address or file) -> data/raw/book
 	@test -n "$$BOOK" || { echo "say which novel: make book BOOK=https://... or BOOK=path/to/novel.pdf" >&2; exit 1; }
 	@$(SHOW) $(BIN)/python prep/collect.py book --source="$$BOOK"
@@ -84,9 +84,9 @@ book: $(READY) ## The novel (BOOK=address or file) -> data/raw/book
 
 prep: prep-a prep-b prep-c ## All training rows
 prep-a: $(READY) ## 1,000,000 windows of 512 tokens of Gallica -> data/2a.jsonl
-	@$(SHOW) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 --windows 1000000 --split 1/2 --seed 42 --out data/2a.jsonl
+	@$(WITH_ARGS) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 512 --windows 1000000 --split 1/2 --seed 42 --out data/2a.jsonl "$${more[@]}"
 prep-b: $(READY) ## 250,000 windows of 2048 tokens of Gallica -> data/2b.jsonl
-	@$(SHOW) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 --windows 250000 --split 2/2 --seed 42 --out data/2b.jsonl
+	@$(WITH_ARGS) $(BIN)/python prep/gallica.py --source data/raw/gallica --tokenizer models/base --sequence-len 2048 --windows 250000 --split 2/2 --seed 42 --out data/2b.jsonl "$${more[@]}"
 prep-c: $(READY) ## The novel in four phases -> data/2c.jsonl
 	@book=$$(ls data/raw/book/book.*) || { echo "no novel yet: make book BOOK=..." >&2; exit 1; }; \
 		$(SHOW) $(BIN)/python prep/castle.py --book "$$book" --tokenizer models/base --sequence-len 2048 --stride 512 --holdout "$$HOLDOUT" --seed 42 --out data/2c.jsonl

@@ -2,8 +2,8 @@
 
     python prep/collect.py base                                  TinyLlama v1.1 from the hub   -> models/base
     python prep/collect.py base --source some/model.gguf         the same from a local file or folder
-    python prep/collect.py gallica --files 12                    12 files of French-PD-Books   -> data/raw/gallica
-    python prep/collect.py gallica --dataset biglam/gallica_literary_fictions --files 3        Gallica's fiction, as tables
+    python prep/collect.py gallica                               Gallica's 19,240 works of prose fiction -> data/raw/gallica
+    python prep/collect.py gallica --dataset PleIAs/French-PD-Books --files 80       of the whole library, 6.7 % fiction
     python prep/collect.py book --source https://.../novel.pdf   a PDF, EPUB, text ...         -> data/raw/book/book.pdf
 
 Each collection ends with a `source.json` that records where it came from, with the sha256 of each file. It is written
@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -33,18 +34,22 @@ import httpx
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import disable_progress_bars
 
-from prep.common import BadInput, atomic_write, reason, run, sha256, source_files, versions
+from prep.common import BadInput, atomic_write, progress, reason, run, sha256, source_files, versions
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
-from prep.readers import SUFFIXES, check_columns
+from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns
 
 Record = dict[str, Any]
 
 BASE_REPO, BASE_REVISION = "TinyLlama/TinyLlama_v1.1", "ff3c701f2424c7625fdefb9dd470f45ef18b02d6"
-# The data sets by name, with the revision that is taken. The second one's repository holds only a program that loads the
-# tables from Zenodo, where the number of a record stands for files that never change.
-GALLICA_REPO, FICTION_REPO = "PleIAs/French-PD-Books", "biglam/gallica_literary_fictions"
-DATASETS = {GALLICA_REPO: "0b66179a0c97cb4e8cfe9639ce788bb8851e94be", FICTION_REPO: "4751204"}
+# The data sets by name, with the revision that is taken. The first one's repository holds only a program that loads the
+# tables, one a year, from Zenodo, where the number of a record stands for files that never change.
+DATASETS = {FICTION_REPO: "4751204", LIBRARY_REPO: "0b66179a0c97cb4e8cfe9639ce788bb8851e94be"}
+# The recipes want 1.02 G tokens. The first holds about 2.5 G, by its card's 5.7 M pages: all of it is taken, for windows are
+# drawn evenly over works. Of the second's files, 2,000 books each, 6.7 % are prose fiction, 15 M tokens: 68 files, and more
+# for what the filters reject.
+LIBRARY_FILES = 80
 TABLES = (".zip", ".tar", ".tar.gz", ".tgz", ".tsv", ".tsv.gz")
 
 
@@ -307,27 +312,31 @@ def collect_gallica(args: argparse.Namespace) -> None:
     local = {p.name: p for p in sorted(source.glob("*")) if p.name.endswith(SUFFIXES)} if source else {}
     if source and not local:
         raise BadInput(f"{source} is not a folder with files of books ({' '.join(SUFFIXES)})")
-    # About 2,000 books of 57 k words each in a file: a dozen hold over a billion tokens, whatever is filtered out.
-    count = args.files if args.files is not None else len(local) or 12
+    zenodo = args.repo == FICTION_REPO
+    count = args.files if args.files is not None else len(local) or (None if zenodo else LIBRARY_FILES)
     wanted: Record = {"repo": args.repo, "revision": args.revision}
     if source:
         wanted = {"source": str(source), "bytes": sum(path.stat().st_size for path in local.values())}
     wanted |= {"files": count, "seed": args.seed}
     before = recorded(out)
-    more = before and before["wanted"] | {"files": count} == wanted and before["wanted"]["files"] < count
+    more = (
+        before
+        and before["wanted"] | {"files": count} == wanted
+        and (before["wanted"]["files"] or math.inf) < (count or math.inf)
+    )
     if not more and already(out, wanted):
         return
 
-    commit, remote, zenodo = "", {}, args.repo == FICTION_REPO
+    commit, remote = "", {}
     if not source:
         commit = before["revision"] if before else args.revision
         commit, files = (commit, zenodo_files(commit)) if zenodo else hub_files(args.repo, "dataset", commit)
         ends = TABLES if zenodo else (".parquet",)
         remote = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(ends)}
-    names = choose(list(local or remote), count, args.seed)
+    names = choose(list(local or remote), count or len(remote), args.seed)
     foreign = sorted(p.name for p in out.glob("*") if p.name.endswith(SUFFIXES) and p.name not in names)
     if foreign:
-        raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {count} chosen: remove or move them")
+        raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {len(names)} chosen: remove or move them")
     held = before["files"] if before else []
     wanting = [name for name in names if name not in {file["name"] for file in held}]
     if source:
@@ -338,8 +347,11 @@ def collect_gallica(args: argparse.Namespace) -> None:
         need_room(downloads, size)
         print(f"{len(wanting)} files of {args.repo}, {size / 1e6:,.1f} MB -> {out}", flush=True)
         if zenodo:
-            for file in waiting:
-                zenodo_fetch(downloads, file)
+            disable_progress_bars()  # one bar over all files instead of one each
+            with progress(total=size, unit="B", unit_scale=True) as bar:
+                for file in waiting:
+                    zenodo_fetch(downloads, file)
+                    bar.update(file["bytes"])
         else:
             hub_fetch(downloads, args.repo, "dataset", commit, [file["name"] for file in waiting])
         places = [downloads / file["name"] for file in waiting]
@@ -419,10 +431,10 @@ def main() -> None:
     base.set_defaults(collect=collect_base, out=Path("models/base"), pinned={BASE_REPO: BASE_REVISION})
 
     gallica = commands.add_parser("gallica", help="files of books", description=collect_gallica.__doc__)
-    of = f"{' or '.join(DATASETS)}, or one of the first's columns (default: the first)"
+    of = f"{' or '.join(DATASETS)}, or one with the second's columns (default: the first)"
     gallica.add_argument("--dataset", "--repo", dest="repo", help=of)
     gallica.add_argument("--source", type=Path, help="a local folder of books instead (linked, or copied)")
-    gallica.add_argument("--files", type=int, help="how many, of about 400 MB each (default 12; all of --source)")
+    gallica.add_argument("--files", type=int, help="how many (default: all; 80 of French-PD-Books)")
     gallica.add_argument("--seed", type=int, default=1, help="chooses which (default %(default)s)")
     gallica.set_defaults(collect=collect_gallica, out=Path("data/raw/gallica"), pinned=DATASETS)
 

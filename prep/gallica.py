@@ -21,6 +21,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from prep.filters import (
     WithText,
 )
 from prep.page_layout import clean_pages
-from prep.readers import Books, source_paths
+from prep.readers import FICTION_REPO, LIBRARY_REPO, LIBRARY_TOKENS, Books, source_paths
 from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, holdout_share, jsonl_path, manifest_path
 
 CORPUS_VERSION = 2  # raised by hand when the code makes other books or rows of the same sources
@@ -88,6 +89,7 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
     """The stages that make the corpus, each (name, steps, tasks). What costs little is before what costs much."""
     rejected, tasks = corpus / "rejected", len(files)
     period = [InPeriod(rejected, args.from_year or 0, args.to_year or 9999)] if args.from_year or args.to_year else []
+    fiction = [] if "curated" in described["arguments"] else [Fiction(rejected)]  # the library shelves it as fiction
     clean = [
         Books(files, corpus / COUNTER),
         WithIdentifier(rejected),
@@ -96,7 +98,7 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
         LongEnough(rejected),
         French(rejected),
         Readable(rejected),
-        Fiction(rejected),
+        *fiction,
         CleanPages(),
         LongEnoughWhenCleaned(rejected),
         JsonlWriter(str(corpus / "books"), "${rank}.jsonl.zst", compression="zstd"),
@@ -168,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     heldout_windows = args.heldout_windows or max(1, HELDOUT_TOKENS // args.sequence_len)
     draw = Draw(args.split, args.windows, heldout_windows, args.cap_per_work, args.seed)
     files = source_paths(args.source)
+    origin = collected_from(args.source)
+    warn_if_short(origin["repo"], len(files), args)
     described: dict[str, Any] = {
         "version": CORPUS_VERSION,
         "files": source_files(files),
@@ -176,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             "from_year": args.from_year,
             "to_year": args.to_year,
             "against": args.against and sha256(args.against),
+            **({"curated": origin["repo"]} if origin["repo"] == FICTION_REPO else {}),
         },
         "packages": versions(*PACKAGES),
     }
@@ -183,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus = out.parent / "gallica" / digest(described)[:12]
     manifest: dict[str, Any] = {
         "tokenizer": args.tokenizer,
-        "source": {"path": str(args.source)} | collected_from(args.source) | {"files": described["files"]},
+        "source": {"path": str(args.source)} | origin | {"files": described["files"]},
         "arguments": {
             "split": f"{args.split.number}/{args.split.of}",
             "heldout_windows": heldout_windows,
@@ -223,6 +228,19 @@ def main(argv: list[str] | None = None) -> None:
     print(f"rejected: {reasons}" + (f" ({corpus / 'rejected'})" if documents["rejected"] else ""))
     for part in (told["train"], told["heldout"]):
         print(f"{part['path']}: {part['rows']:,} rows, {part['windows']:,} windows of {args.sequence_len}")
+
+
+def warn_if_short(repo: str | None, files: int, args: argparse.Namespace) -> None:
+    """Say at the start how many files of the whole library would do, where these cannot be enough."""
+    wanted = args.windows * args.sequence_len * args.split.of
+    if repo == LIBRARY_REPO and math.inf > wanted > files * LIBRARY_TOKENS:
+        enough = math.ceil(wanted / LIBRARY_TOKENS)
+        print(
+            f"{args.source} has {files} files of {repo}, and each holds about {LIBRARY_TOKENS / 1e6:.0f} M tokens of prose fiction: "
+            f"for this many windows in each of {args.split.of} splits at least {enough} are needed "
+            f"(python prep/collect.py gallica --dataset {repo} --files {enough})",
+            file=sys.stderr,
+        )
 
 
 def collected_from(source: Path) -> dict[str, Any]:

@@ -380,8 +380,8 @@ class DrawRows(PipelineStep):
         if there < max(1, windows):
             raise BadInput(
                 f"{self.manifest['source']['path']} gives {there:,} windows of {length} tokens to share "
-                f"{asked.share.number}/{asked.share.of}; at least {max(1, windows):,} are wanted. "
-                "Ask for fewer (--windows all: what there is) or collect more files"
+                f"{asked.share.number}/{asked.share.of}; at least {max(1, windows):,} are wanted. Ask for fewer (--windows all: "
+                f"what there is), or collect about {math.ceil(self.tasks * windows / max(1, there))} files instead of {self.tasks}"
             )
         if self.manifest["arguments"]["holdout"] and not held:
             raise BadInput(f"no held-out book fills a window of {length} tokens: raise --holdout")

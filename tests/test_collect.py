@@ -4,15 +4,18 @@ The script runs as a user runs it, in a process of its own; only the network is 
 """
 
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,10 +24,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small_library
 
-from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, GALLICA_REPO, choose, need_room
+from demo.corpus import set_lines
+from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, need_room
 from prep.common import BadInput, sha256
+from prep.typography import to_convention
 
+LIBRARY = ("--dataset", LIBRARY_REPO)
 SCRIPT = Path(__file__).parents[1] / "prep" / "collect.py"
 COMMIT = "c" * 40
 PDF = b"%PDF-1.4\n" + bytes(range(256)) * 100
@@ -80,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         if (kind, repo) not in self.server.repos:
             return self.send(401, {"X-Error-Code": "RepoNotFound"})
         commit, files = self.server.repos[kind, repo]
-        if revision not in (commit, "main", DATASETS[GALLICA_REPO]):
+        if revision not in (commit, "main", DATASETS[LIBRARY_REPO]):
             return self.send(404, {"X-Error-Code": "RevisionNotFound"})
         if path.startswith("/api/"):
             told: Any = [{"type": "file", "path": n, "rfilename": n, **stated(n, b)} for n, b in files.items()]
@@ -206,7 +213,7 @@ def parquet_bytes(folder: Path, size: int, seed: int, column: str = "complete_te
 def books(hub: Hub, tmp_path: Path) -> dict[str, bytes]:
     """Five small files of books on the hub, and one that is none."""
     files = {f"gallica_mono_{n}.parquet": parquet_bytes(tmp_path, 2000, n) for n in range(1, 6)}
-    hub.repos["dataset", GALLICA_REPO] = (COMMIT, {"README.md": b"# Livres", **files})
+    hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {"README.md": b"# Livres", **files})
     return files
 
 
@@ -227,23 +234,23 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, collect, refused, out):
-    collect("gallica", "--files", 2)
+    collect("gallica", *LIBRARY, "--files", 2)
     first = record(out)
-    assert (first["repo"], first["revision"], first["path"]) == (GALLICA_REPO, COMMIT, None)
+    assert (first["repo"], first["revision"], first["path"]) == (LIBRARY_REPO, COMMIT, None)
     assert held(out) == {name: books[name] for name in choose(list(books), 2, 1)}
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in books.items()}
     expected = [{"name": n, "bytes": len(b), "sha256": digests[n]} for n, b in sorted(held(out).items())]
     assert first["files"] == expected
     assert not list(out.parent.glob(".*")), "nothing is left of the download"
     hub.seen.clear()
-    assert "already there" in collect("gallica", "--files", 2)
+    assert "already there" in collect("gallica", *LIBRARY, "--files", 2)
     assert hub.seen == []
 
-    collect("gallica", "--files", 4)
+    collect("gallica", *LIBRARY, "--files", 4)
     assert len(held(out)) == 4 and all(file in record(out)["files"] for file in first["files"])
     assert not any(path.endswith(tuple(file["name"] for file in first["files"])) for _, path, _ in hub.seen)
     assert all("/main" not in path for _, path, _ in hub.seen), "the second run asks for the commit of the first"
-    refused("another collection", "gallica", "--files", 1)
+    refused("another collection", "gallica", *LIBRARY, "--files", 1)
 
 
 def test_the_choice_depends_on_the_seed_and_grows():
@@ -263,12 +270,14 @@ def test_a_download_is_resumed_but_not_with_another_file(source, accident, hub, 
     def offer(seed: int) -> bytes:
         if source == "gallica":
             data = parquet_bytes(tmp_path, int(2.5 * CHUNK), seed)
-            hub.repos["dataset", GALLICA_REPO] = (COMMIT, {name: data})
+            hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {name: data})
         else:
             hub.www[name] = data = b"%PDF-1.4\n" + random.Random(seed).randbytes(int(2.5 * CHUNK))
         return data
 
-    words = ["gallica", "--files", 1] if source == "gallica" else ["book", "--source", f"{hub.url}/www/{name}"]
+    words = (
+        ["gallica", *LIBRARY, "--files", 1] if source == "gallica" else ["book", "--source", f"{hub.url}/www/{name}"]
+    )
     data = offer(1)
     hub.stop[name] = (2 * CHUNK + 999, accident != "broken")
     if accident != "broken":
@@ -309,9 +318,9 @@ def test_what_arrives_damaged_is_not_kept(source, how, hub, books, collect, refu
     data = (books | hub.www)[name]
     hub.served[name] = data[:-100] if how == "short" else data[:-1] + bytes([data[-1] ^ 1])
     commands: dict[str, list[Any]] = {
-        "gallica": ["gallica", "--files", 5],
+        "gallica": ["gallica", *LIBRARY, "--files", 5],
         "book": ["book", "--source", f"{hub.url}/www/roman.pdf"],
-        "fiction": ["gallica", "--dataset", "biglam/gallica_literary_fictions", "--files", 2],
+        "fiction": ["gallica"],
     }
     words = commands[source]
     out = tmp_path / "data/raw" / words[0]
@@ -321,10 +330,61 @@ def test_what_arrives_damaged_is_not_kept(source, how, hub, books, collect, refu
     collect(*words)
     assert data in held(out).values()
     if source == "fiction":
-        assert (record(out)["repo"], record(out)["revision"]) == (words[2], "4751204")
+        assert (record(out)["repo"], record(out)["revision"]) == (FICTION_REPO, "4751204")
         assert sorted(held(out)) == ["a.zip", "b.zip"]
     if source == "gallica":
         assert len(hub.ranges("mono_1.parquet")) == 1, "what was whole is not fetched again"
+
+
+def year_table(books: list[dict[str, Any]]) -> str:
+    """A year of Gallica's fiction as its record has it: a row a page, its lines joined by spaces, `_p_` before paragraphs."""
+    rows = [
+        "main_id\tcatalogue_id\ttitre\tnom_auteur\tprenom_auteur\tdate\tdocument_ocr\tdate_enligne\tgallica\tpage\ttexte"
+    ]
+    for book in books:
+        lines: list[str] = []
+        for paragraph in book["complete_text"].split("\n\n"):
+            first, *others = set_lines(paragraph)
+            lines += [f"_p_ {first}", *others]
+        for number, start in enumerate(range(0, len(lines), 34), 1):
+            body = " ".join(lines[start : start + 34]).removeprefix("_p_ ")
+            page = f"_p_ {book['title'].upper()} {number} _p_ {body}"
+            known = [book["title"], book["author"] or "NA", "NA", book["date"], "99", "2017", "http://x", str(number)]
+            rows.append("\t".join([f"{book['file_id']}_p{number}", "cb1", *known, page]))
+    return "".join(f"{row}\n" for row in rows)
+
+
+def test_from_an_empty_folder_the_curated_collection_gives_exactly_the_windows_asked(
+    hub, collect, out, llama, tmp_path
+):
+    library = small_library.books()
+    listed = []
+    for year, books in ("1601", []), ("1871", library[:8]), ("1904", library[8:]):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(f"{year}.tsv", year_table(books))
+        hub.www[f"{year}.zip"] = data = buffer.getvalue()
+        md5 = f"md5:{hashlib.md5(data).hexdigest()}"
+        listed.append(
+            {"key": f"{year}.zip", "size": len(data), "checksum": md5, "links": {"self": f"{hub.url}/www/{year}.zip"}}
+        )
+    hub.www["api/records/4751204"] = json.dumps({"files": listed}).encode()
+    collect("gallica")
+    for share in ("1/2", "2/2"):
+        manifest = small_library.prepare(out, llama, tmp_path / "2a.jsonl", windows=20, split=share)
+        assert manifest["train"]["windows"] == 20
+        assert manifest["source"]["repo"] == FICTION_REPO and manifest["documents"]["read"] == 15
+        assert "not prose fiction" not in [step["step"] for step in manifest["documents"]["funnel"]]
+        texts = [row["text"] for row in small_library.rows(tmp_path / "2a.jsonl")]
+        assert not [
+            text
+            for text in texts
+            if re.search(r"[a-zà-ÿ]- [a-zà-ÿ]", text) or re.search(r"^[A-ZÀ-Þ ]+ \d+ ", text, re.M)
+        ]
+        spaced = [re.sub(r"\s+", " ", to_convention(book["complete_text"])) for book in library]
+        paragraphs = [part for text in texts for part in text.split("\n\n")[1:-1]]
+        found = sum(any(part in whole for whole in spaced) for part in paragraphs)
+        assert found > 0.95 * len(paragraphs) > 50
 
 
 EACH_IN_TURN = """
@@ -394,8 +454,8 @@ def test_one_line_says_what_is_wrong(environment, cases, hub, books, start, tmp_
 
 
 def test_a_full_disk_is_one_sentence_and_no_file(hub, refused, tmp_path, out):
-    hub.repos["dataset", GALLICA_REPO] = (COMMIT, {"a.parquet": parquet_bytes(tmp_path, 2 * CHUNK, 7)})
-    refused("File too large", "gallica", "--files", 1, limit=CHUNK // 2)
+    hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {"a.parquet": parquet_bytes(tmp_path, 2 * CHUNK, 7)})
+    refused("File too large", "gallica", *LIBRARY, "--files", 1, limit=CHUNK // 2)
     assert not out.exists()
     with pytest.raises(BadInput, match=r"GB free, 1000000\.00 GB are needed"):
         need_room(tmp_path / "small", 10**15)

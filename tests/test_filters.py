@@ -183,9 +183,11 @@ def test_a_cap_on_a_work_counts_all_its_volumes(llama, tmp_path):
 FIELDS = ("title", "author", "date")
 TABLE = (
     "main_id\tcatalogue_id\ttitre\tnom_auteur\tprenom_auteur\tdate\tdocument_ocr\tdate_enligne\tgallica\tpage\ttexte\n"
-    'b1\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t1\tPremière page._p_Deuxième "alinéa\n'
-    "b1\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t2\tsuite.\n"
-    "b2\tc2\tLe Ver\t\t\t1880\t98\t2010\thttps://x\t1\tAutre livre.\n"
+    'b1_p9\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t9\t_p_ Premier ali- néa. _p_ Deuxième "alinéa\n'
+    "b1_p11\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t11\tfin.\n"
+    'b1_p10\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t10\t"suite ""et"""\n'
+    'b1_p10\tc1\tLe Sel\tDupont\tMarie\t1871\t98\t2010\thttps://x\t10\t"suite ""et"""\n'
+    "b2_p1\tc2\tLe Ver\tNA\t\t1880\t98\t2010\thttps://x\t1\tAutre livre.\n"
 )
 
 
@@ -207,9 +209,11 @@ def packed(path: Path, data: bytes) -> Path:
 @pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz", "a.zip", "a.tar.gz"])
 def test_page_tables_become_books(name, tmp_path):
     first, second = read_books(packed(tmp_path / name, TABLE.encode()))
-    assert (first.id, first.metadata) == ("b1", {"title": "Le Sel", "author": "Dupont, Marie", "date": "1871"})
+    odd = {"pages_twice": 1, "pages_moved": 1}
+    assert first.id == "b1"
+    assert first.metadata == {"title": "Le Sel", "author": "Dupont, Marie", "date": "1871", "odd": odd}
     assert (second.id, second.metadata["author"]) == ("b2", "")
-    assert first.text == 'Première page.\nDeuxième "alinéa\fsuite.'
+    assert first.text == '\n\n Premier ali-\nnéa. \n\n Deuxième "alinéa\fsuite "et"\ffin.'
     assert not list(read_books(packed(tmp_path / f"empty{name[1:]}", b"")))
     with pytest.raises(BadInput, match="no column"):
         list(read_books(packed(tmp_path / f"other{name[1:]}", b"a\tb\n1\t2\n")))
