@@ -119,6 +119,15 @@ class Rule(BaseFilter):
         super().__init__(JsonlWriter(str(rejected / str(self.name)), "${rank}.jsonl.gz", adapter=opening))
 
 
+class Read(Rule):
+    """Its encoding and format are known; `metadata["not read"]` says what is wrong."""
+
+    name = "not read"
+
+    def filter(self, doc: Document) -> bool:
+        return "not read" not in doc.metadata
+
+
 class WithIdentifier(Rule):
     name = "no identifier"
 

@@ -26,7 +26,7 @@ from lxml import etree
 from striprtf.striprtf import rtf_to_text
 
 from prep.common import BadInput
-from prep.encodings import decode
+from prep.encodings import decode, repaired
 from prep.front_matter import drop_edition
 from prep.pdf import read_pdf
 
@@ -56,11 +56,10 @@ def read_book(path: Path) -> BookText:
 def read_bytes(data: bytes, name: str) -> BookText:
     """As `read_book`, of a file's bytes; `name` is for messages."""
     kind = kind_of(data, name)
-    if kind == "txt":
-        return BookText(decode(data, name), None, {}, [])
     if kind == "zip":
         return _one_book(read_members(data, name), name)
     readers: dict[str, Callable[[bytes, str], BookText]] = {
+        "txt": lambda data, name: BookText(decode(data, name), None, {}, []),
         "pdf": _read_pdf,
         "rtf": _read_rtf,
         "html": _read_html,
@@ -69,11 +68,13 @@ def read_bytes(data: bytes, name: str) -> BookText:
         "odt": _read_office,
     }
     book = readers[kind](data, name)
-    if book.paragraphs is not None:
+    if book.paragraphs is None:
+        book = book._replace(text=repaired(book.text, name))
+    else:
         counts = Counter(book.counts)
-        lines = drop_edition([line for paragraph in book.paragraphs for line in (paragraph, "")], counts)
-        book = book._replace(paragraphs=list(filter(None, lines)), counts=dict(+counts))
-    if len(book.whole().split()) < 10:
+        lines = repaired("\n\n".join(book.paragraphs), name).split("\n")
+        book = book._replace(paragraphs=list(filter(None, drop_edition(lines, counts))), counts=dict(+counts))
+    if kind != "txt" and len(book.whole().split()) < 10:
         raise BadInput(f"{name} holds no text (pictures of pages?): run OCR on it, or give a text")
     return book
 
@@ -82,12 +83,17 @@ def read_members(data: bytes, name: str) -> Iterator[tuple[str, BookText | BadIn
     """The files in a zip, by name in natural order, each with its text or the reason why it is no book."""
     with _opened(data, name) as archive:
         members = [m.filename for m in archive.infolist() if not m.is_dir() and m.file_size]
-        for member in sorted(members, key=lambda m: [part.zfill(9) for part in re.split(r"(\d+)", m)]):
+        for member in sorted(members, key=lambda m: [p.zfill(9 * p.isdigit()) for p in re.split(r"(\d+)", m)]):
             if not member.startswith("__MACOSX/") and not posixpath.basename(member).startswith("."):
-                try:
-                    yield member, read_bytes(_member(archive, member, name), f"{name}: {member}")
-                except BadInput as error:
-                    yield member, error
+                yield member, attempt(lambda m=member: read_bytes(_member(archive, m, name), f"{name}: {m}"))  # type: ignore[misc]
+
+
+def attempt(read: Callable[[], BookText]) -> BookText | BadInput:
+    """A book, or the reason why it cannot be read."""
+    try:
+        return read()
+    except BadInput as error:
+        return error
 
 
 def _one_book(members: Iterator[tuple[str, BookText | BadInput]], name: str) -> BookText:

@@ -41,6 +41,7 @@ from prep.filters import (
     InPeriod,
     LongEnough,
     LongEnoughWhenCleaned,
+    Read,
     Readable,
     WithIdentifier,
     WithText,
@@ -49,10 +50,11 @@ from prep.page_layout import clean_pages
 from prep.readers import FICTION_REPO, LIBRARY_REPO, LIBRARY_TOKENS, Books, source_paths
 from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, holdout_share, jsonl_path, manifest_path
 
-CORPUS_VERSION = 2  # raised by hand when the code makes other books or rows of the same sources
+CORPUS_VERSION = 3  # raised by hand when the code makes other books or rows of the same sources
 PACKAGES = (  # decide them too
     "datatrove", "lxml", "numpy", "py3langid", "pyarrow", "pypdfium2", "pyspellchecker", "rapidfuzz", "striprtf", "xxhash"
 )  # fmt: skip
+MESSAGES = "messages.txt"  # in the corpus: which books were not read, or not wholly
 HELDOUT_TOKENS = 262_144  # the default: enough for a validation loss to two decimals, and read in a minute on a GPU
 
 
@@ -91,7 +93,8 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
     period = [InPeriod(rejected, args.from_year or 0, args.to_year or 9999)] if args.from_year or args.to_year else []
     fiction = [] if "curated" in described["arguments"] else [Fiction(rejected)]  # the library shelves it as fiction
     clean = [
-        Books(files, corpus / COUNTER),
+        Books(files, corpus / COUNTER, corpus / MESSAGES),
+        Read(rejected),
         WithIdentifier(rejected),
         WithText(rejected),
         *period,
@@ -216,7 +219,10 @@ def main(argv: list[str] | None = None) -> None:
         last = [DrawRows(corpus, rows, len(files), cutter, draw, out, manifest)]
         stages.append(cluster.stage("draw", last, 1, rows, stages[-1]))
         print(f"{args.out}: rows from {len(files)} files of {args.source} (corpus: {corpus})", flush=True)
-        cluster.run(stages, corpus)
+        try:
+            cluster.run(stages, corpus)
+        finally:
+            tell(corpus / MESSAGES)
         if args.executor == "slurm":
             print(f"submitted; when job draw is done, the rows are in {out}, and {rows} can be removed")
             return
@@ -241,6 +247,15 @@ def warn_if_short(repo: str | None, files: int, args: argparse.Namespace) -> Non
             f"(python prep/collect.py gallica --dataset {repo} --files {enough})",
             file=sys.stderr,
         )
+
+
+def tell(messages: Path) -> None:
+    """Print what the readers have said of books, each line once: a resumed task says it again."""
+    lines = sorted(set(messages.read_text(encoding="utf-8").splitlines())) if messages.is_file() else []
+    for line in lines[:20]:
+        print(line, file=sys.stderr)
+    if len(lines) > 20:
+        print(f"and {len(lines) - 20} more in {messages}", file=sys.stderr)
 
 
 def collected_from(source: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@
 | `*.txt`, `.epub`, `.docx`, `.odt`, `.html`, `.rtf`, `.pdf` | the file, or each in a `.zip` without tables | its name is identifier and title |
 
 datatrove's own readers skip damaged lines, rows without text and what follows a bad byte, and hold up to 1,000 books at once.
-These hold a few books, raise BadInput for a damaged file (half a corpus would be a wrong one), and leave an odd field empty.
+These hold a few books, raise BadInput for a damaged table (half a corpus would be a wrong one), leave an odd field empty, and
+say of a book that cannot be read why.
 """
 
 import csv
@@ -34,7 +35,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from prep.common import BadInput, reason
 from prep.encodings import repaired
-from prep.formats import BOOK_SUFFIXES, read_book, read_members
+from prep.formats import BOOK_SUFFIXES, BookText, attempt, read_book, read_members
 
 FICTION_REPO, LIBRARY_REPO = "biglam/gallica_literary_fictions", "PleIAs/French-PD-Books"
 # Of prose fiction in a file of the second: 2,000 books, 6.7 % of them by the library's shelfmark, 63,000 words, 1.8 tokens each.
@@ -80,18 +81,22 @@ def read_books(path: Path) -> Iterator[Document]:
 
 
 class Books(PipelineStep):
-    """The head of the pipeline: each task reads one file of the source."""
+    """The head of the pipeline: each task reads one file of the source, and adds what users should know to `messages`."""
 
     name = "books"
     type = "READER"
 
-    def __init__(self, files: list[Path], counter: Path):
+    def __init__(self, files: list[Path], counter: Path, messages: Path):
         super().__init__()
-        self.files, self.counter = [path.resolve() for path in files], counter
+        self.files, self.counter, self.messages = [path.resolve() for path in files], counter, messages
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        with open(self.counter, "ab", buffering=0) as counter:
+        with open(self.counter, "ab", buffering=0) as counter, open(self.messages, "ab", buffering=0) as messages:
             for document in read_books(self.files[rank]):
+                for message in document.metadata.pop("warnings", []):
+                    messages.write(f"{message}\n".encode())
+                if "not read" in document.metadata:
+                    messages.write(f"not read: {document.metadata['not read']}\n".encode())
                 self.stat_update("total", "forwarded")
                 self.update_doc_stats(document)
                 for kind, count in document.metadata.pop("odd", {}).items():
@@ -103,7 +108,7 @@ class Books(PipelineStep):
 def _book(source: Any, text: Any, title: Any = "", author: Any = "", date: Any = "") -> Document:
     """Fields as one line of text each, at most 300 characters, since some catalogues are absurd; odd ones empty.
 
-    A text encoded twice is mended, or left empty, so that it is rejected, where it cannot be.
+    A text that has lost its letters is left empty, and `metadata["not read"]` says why.
     """
 
     def field(value: Any) -> str:
@@ -113,8 +118,7 @@ def _book(source: Any, text: Any, title: Any = "", author: Any = "", date: Any =
     try:
         text = repaired(text, field(source)) if isinstance(text, str) else ""
     except BadInput as error:
-        print(f"not read: {error}", file=sys.stderr)
-        text = ""
+        text, metadata["not read"] = "", str(error)
     return Document(text=text, id=field(source), metadata=metadata)
 
 
@@ -180,16 +184,16 @@ def _has_tables(path: Path) -> bool:
 
 
 def _from_formats(path: Path) -> Iterator[Document]:
-    """A file that is one book, or a zip of them; paragraphs have blank lines between them, so that no page rule applies."""
-    members = read_members(path.read_bytes(), str(path)) if path.suffix == ".zip" else [(path.name, read_book(path))]
-    for name, book in members:
-        if isinstance(book, BadInput):
-            print(f"not read: {book}", file=sys.stderr)
-            continue
-        for warning in book.warnings:
-            print(warning, file=sys.stderr)
+    """A file that is one book, or a zip of them."""
+    if path.suffix == ".zip":
+        books = read_members(path.read_bytes(), str(path))
+    else:
+        books = iter([(path.name, attempt(lambda: read_book(path)))])
+    for name, book in books:
         stem = Path(name).stem
-        yield _book(stem, book.text if book.paragraphs is None else "\n\n".join(book.paragraphs), stem)
+        document = _book(stem, book.whole() if isinstance(book, BookText) else "", stem)
+        document.metadata |= {"warnings": book.warnings} if isinstance(book, BookText) else {"not read": str(book)}
+        yield document
 
 
 def _page_tables(path: Path) -> Iterator[IO[bytes]]:

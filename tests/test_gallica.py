@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,20 @@ def test_bad_arguments(options, message, source, llama, tmp_path, capsys):
     assert message in f"{stop.value} {capsys.readouterr().err}"
     assert stop.type is BadInput or str(stop.value) == "2"
     assert not list(tmp_path.glob("2a*"))
+
+
+def test_books_that_cannot_be_read_are_counted_and_named(llama, tmp_path, capfd):
+    """In a zip, in a file of their own and in a table; and by workers, whose standard error is not seen."""
+    source = library(tmp_path / "source", [*books(), {"file_id": "perdu", "complete_text": "L'\ufffdt\ufffd. " * 999}])
+    (source / "faux.txt").write_bytes(b"\x89PNG\r\n")
+    with zipfile.ZipFile(source / "lot.zip", "w") as archive:
+        archive.writestr("image.jpg", b"\xff\xd8\xff")
+    for workers in (2, 1):  # the second time the corpus is there
+        manifest = prepare(source, llama, tmp_path / "2a.jsonl", workers=workers)
+        assert manifest["documents"]["rejected"]["not read"] == 3
+        said = capfd.readouterr().err
+        for name in ("perdu has lost", "faux.txt is a picture", "lot.zip: image.jpg is a picture"):
+            assert said.count(f"{name}") == 1, said
 
 
 def prepared(folder: Path) -> dict[str, bytes]:
