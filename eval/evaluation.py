@@ -40,6 +40,7 @@ from prep.common import (
     cpu_name,
     digest,
     git_state,
+    hashed,
     lock,
     positive,
     run,
@@ -47,7 +48,6 @@ from prep.common import (
     sha256,
     versions,
 )
-from train.gate import hashed
 from train.stages import load_chain
 
 HERE = Path(__file__).resolve().parent

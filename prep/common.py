@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -80,6 +81,37 @@ def sha256(path: str | Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def hashed(path: Path) -> str:
+    """sha256 of a file, read again only when it has changed: every later stage asks for 2a's gigabytes."""
+    state = path.stat()
+    return _hash_of(path.absolute(), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of(path: Path, size: int, written: int) -> str:
+    return sha256(path)
+
+
+SEAL = "complete.json"  # in a checkpoint, a folder of tokenised rows or a corpus: {file: sha256}
+
+
+def seal(folder: Path, *patterns: str) -> None:
+    """Record files of a folder (default: all) and their sha256 in it, last of all: what writes them writes in place."""
+    found = {path for pattern in patterns or ["**/*"] for path in folder.glob(pattern)}
+    files = [path for path in sorted(found) if path.is_file() and path.name != SEAL]
+    with atomic_write(folder / SEAL) as handle:
+        json.dump({str(path.relative_to(folder)): sha256(path) for path in files}, handle, indent=1)
+
+
+def is_whole(folder: Path) -> bool:
+    """Does a folder hold what was recorded at its end, whatever its layout?"""
+    try:
+        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        return bool(files) and all(hashed(folder / name) == recorded for name, recorded in files.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def digest(value: Any) -> str:

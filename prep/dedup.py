@@ -30,7 +30,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.binaryio import read_tuples_from_file
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from prep.common import BadInput, atomic_write
+from prep.common import BadInput, atomic_write, seal
 from prep.filters import year_of
 
 MINHASH = MinhashConfig(n_grams=5, num_buckets=24, hashes_per_bucket=4)
@@ -309,6 +309,7 @@ class Choose(PipelineStep):
         }
         with atomic_write(folder / "corpus.json") as out:
             json.dump(self.described | report, out, ensure_ascii=False, indent=2)
+        seal(folder, "books/*", "chosen.jsonl", "corpus.json")
 
 
 def chosen_books(folder: Path) -> list[tuple[Entry, bool]]:

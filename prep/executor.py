@@ -9,6 +9,7 @@ import fcntl
 import io
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import loguru
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
-from prep.common import BadInput, progress
+from prep.common import SEAL, BadInput, is_whole, progress
 
 loguru.logger.remove()  # what a task says goes to its log file
 COUNTER = ".books"  # a file to which readers add a byte a book
@@ -94,7 +95,10 @@ def _begin_worker(lock: Path) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Let one command at a time work in a folder, and none before the workers of a killed one are gone."""
+    """Let one command at a time work in a folder, and none before the workers of a killed one are gone.
+
+    A corpus of which a file has changed since it was finished is removed, to be made again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock, open(folder / WORKERS, "w") as workers:
         try:
@@ -103,6 +107,11 @@ def alone(folder: Path) -> Iterator[None]:
             raise BadInput(f"another command is at work in {folder}: wait for it, then run this one again") from None
         fcntl.flock(workers, fcntl.LOCK_EX)
         fcntl.flock(workers, fcntl.LOCK_UN)
+        if (folder / SEAL).exists() and not is_whole(folder):
+            print(f"{folder} is damaged: the corpus is made again", flush=True)
+            (folder / SEAL).unlink()
+            for path in filter(Path.is_dir, folder.iterdir()):
+                shutil.rmtree(path)
         yield
 
 

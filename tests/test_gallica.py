@@ -341,6 +341,17 @@ def test_two_commands_do_not_work_in_one_folder(source, llama, tmp_path):
         prepare(source, llama, out)
 
 
+@pytest.mark.parametrize("file", ["books/00000.jsonl.zst", "chosen.jsonl"])
+def test_a_corpus_that_was_damaged_is_made_again(file, source, llama, tmp_path):
+    out = tmp_path / "2a.jsonl"
+    prepare(source, llama, out)
+    [damaged] = (tmp_path / "gallica").glob(f"*/{file}")
+    before, whole = prepared(tmp_path), damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    prepare(source, llama, out)
+    assert prepared(tmp_path) == before and damaged.read_bytes() == whole
+
+
 def test_other_arguments_are_another_corpus_and_the_same_are_made_again_only_when_asked(source, llama, tmp_path):
     out = tmp_path / "2a.jsonl"
     before = prepare(source, llama, out)

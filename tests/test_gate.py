@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prep.common import BadInput, sha256
+from prep.common import BadInput, _hash_of, hashed, is_whole, seal, sha256
 from train import gate
-from train.resume import is_whole, prepare_output, seal
+from train.resume import prepare_output
 from train.stage import check_compiler
 from train.stages import load_chain
 
@@ -337,11 +337,11 @@ def test_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows"
     path.write_bytes(b"one")
-    first, reads = gate.hashed(path), gate._hash_of.cache_info().misses
-    assert gate.hashed(path) == first == sha256(path) and gate._hash_of.cache_info().misses == reads
+    first, reads = hashed(path), _hash_of.cache_info().misses
+    assert hashed(path) == first == sha256(path) and _hash_of.cache_info().misses == reads
     path.write_bytes(b"six")
     os.utime(path, (1, 1))
-    assert gate.hashed(path) == sha256(path) != first
+    assert hashed(path) == sha256(path) != first
 
 
 # --- before a stage starts -------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ train/plugins.py calls it at the end of every training. The command checks what 
 """
 
 import argparse
-import functools
 import json
 import re
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prep.common import BadInput, atomic_write, digest, run, sha256, versions
+from prep.common import BadInput, atomic_write, digest, hashed, run, versions
 from train.stages import Stage, line_of, load_chain
 
 # Least movement of a full-weight stage, by kind of tensor: fraction of elements that changed, and norm of the change
@@ -44,17 +43,6 @@ FULL_WEIGHTS = {
 
 # A loaded adapter keeps its own settings, whatever the recipe says: {recipe's key: adapter_config.json's}.
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "peft_use_rslora": "use_rslora"}
-
-
-def hashed(path: Path) -> str:
-    """sha256 of a file, read again only when it has changed: every later stage asks for 2a's gigabytes."""
-    state = path.stat()
-    return _hash_of(path.absolute(), state.st_size, state.st_mtime_ns)
-
-
-@functools.cache
-def _hash_of(path: Path, size: int, written: int) -> str:
-    return sha256(path)
 
 
 def make(step: str, stage: Stage) -> str:

@@ -23,9 +23,9 @@ from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
 from transformers import TrainerCallback, set_seed
 
-from prep.common import BadInput, end_with_parent, lock
+from prep.common import BadInput, end_with_parent, lock, seal
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
-from train.resume import at_the_end, drop_torn_rows, prepare_output, seal, seal_rows, take_weights
+from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
 from train.stage import PROGRESS
 from train.stages import line_of, load_chain
 

@@ -7,27 +7,9 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from prep.common import BadInput, atomic_write, reason, sha256
-from train.gate import checkpoints, hashed, read
+from prep.common import SEAL, BadInput, atomic_write, is_whole, reason, seal
+from train.gate import checkpoints, read
 from train.stages import Stage
-
-SEAL = "complete.json"  # in a checkpoint, or in a folder of tokenised rows: {file: sha256}
-
-
-def seal(folder: Path) -> None:
-    """Record every file of a folder and its sha256 in it, last of all: the Trainer and Axolotl write theirs in place."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SEAL]
-    with atomic_write(folder / SEAL) as handle:
-        json.dump({str(path.relative_to(folder)): sha256(path) for path in files}, handle, indent=1)
-
-
-def is_whole(folder: Path) -> bool:
-    """Does a folder hold what was recorded at its end, whatever its layout?"""
-    try:
-        files = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        return bool(files) and all(hashed(folder / name) == recorded for name, recorded in files.items())
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def drop_torn_rows(cache: Path) -> None:
