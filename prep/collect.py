@@ -135,11 +135,14 @@ def one_line(what: str) -> Iterator[None]:
 
 
 def persist(download: Callable[[], Any]) -> None:
-    """Call `download` again when the connection breaks, four times at most; it continues from the bytes it has."""
-    for pause in (1, 2, 4, 8):
+    """Call `download` again when the connection breaks or the server is busy; it continues from the bytes it has."""
+    for pause in (1, 4, 15, 60):
         try:
             return download()
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if not isinstance(error, httpx.TransportError) and status not in (429, 502, 503, 504):
+                raise
             print(f"{reason(error)}; trying again in {pause} s", flush=True)
             time.sleep(pause)
     download()
@@ -182,7 +185,7 @@ def zenodo_fetch(folder: Path, file: Record) -> None:
     """Download one file of a Zenodo record into `folder`, under its name, and check it against the record's checksum."""
     if (folder / file["name"]).is_file():
         return
-    local = url_fetch(file["url"], folder)
+    local = url_fetch(file["url"], folder, file["checksum"], file["bytes"])
     kind, _, expected = file["checksum"].partition(":")
     with open(local, "rb") as handle:
         found = hashlib.file_digest(handle, kind).hexdigest()
@@ -201,17 +204,20 @@ def need_room(folder: Path, size: int) -> None:
         raise BadInput(f"the disk of {folder} has {free / 1e9:.2f} GB free, {(size - held) / 1e9:.2f} GB are needed")
 
 
-def url_fetch(url: str, folder: Path) -> Path:
+def url_fetch(url: str, folder: Path, tag: str | None = None, stated: int | None = None) -> Path:
     """Download a file over HTTP into `folder`, resuming what an earlier attempt left there.
 
     By the hub client's `http_get`, which resumes (Range) and shows progress; pooch and fsspec start again from zero.
-    The partial file is named after the server's ETag, so that a file which has changed since is not continued.
+    The partial file is named after `tag`, or the server's ETag, so that a file which has changed since is not continued.
+    `stated`: its bytes, where they are known.
     """
     headers = {"Accept-Encoding": "identity"}  # ranges count the bytes of the file, not of a compressed stream
-    with one_line(url):
-        head = get_session().head(url, headers=headers, timeout=30)
-    told = head.headers if head.is_success else {}
-    tag, stated = told.get("ETag") or told.get("Last-Modified"), told.get("Content-Length")
+    if not tag:
+        with one_line(url):
+            head = get_session().head(url, headers=headers, timeout=30)
+        told = head.headers if head.is_success else {}
+        tag, length = told.get("ETag") or told.get("Last-Modified"), told.get("Content-Length")
+        stated = int(length) if length else None
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / hashlib.sha256(f"{url} {tag}".encode()).hexdigest()[:16]
 
@@ -219,8 +225,7 @@ def url_fetch(url: str, folder: Path) -> Path:
         if not (tag and stated):
             partial.unlink(missing_ok=True)  # nothing tells whether more bytes would continue the same file
         with open(partial, "ab") as handle:
-            size = int(stated) if stated else None
-            http_get(url, handle, resume_size=handle.tell(), headers=headers, expected_size=size)
+            http_get(url, handle, resume_size=handle.tell(), headers=headers, expected_size=stated)
 
     with one_line(url):
         try:

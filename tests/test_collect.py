@@ -21,13 +21,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small_library
 
 from demo.corpus import set_lines
-from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, need_room
+from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, need_room, persist
 from prep.common import BadInput, sha256
 from prep.typography import to_convention
 
@@ -385,6 +386,21 @@ def test_from_an_empty_folder_the_curated_collection_gives_exactly_the_windows_a
         paragraphs = [part for text in texts for part in text.split("\n\n")[1:-1]]
         found = sum(any(part in whole for whole in spaced) for part in paragraphs)
         assert found > 0.95 * len(paragraphs) > 50
+
+
+def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(monkeypatch):
+    answers, pauses = [429, 503, 0, 404], []
+    monkeypatch.setattr("prep.collect.time.sleep", pauses.append)
+
+    def download() -> None:
+        if status := answers.pop(0):
+            response = httpx.Response(status, request=httpx.Request("GET", "http://x"))
+            response.raise_for_status()
+
+    persist(download)
+    with pytest.raises(httpx.HTTPStatusError):
+        persist(download)
+    assert pauses == [1, 4]
 
 
 EACH_IN_TURN = """
