@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -364,6 +366,32 @@ def test_a_missing_compiler_is_said_before_the_training(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInput, match=r"no C\+\+ compiler \(g\+\+\)"):
         check_compiler()
+
+
+LAUNCH = (
+    "import train.stage as s; s.launch_and_wait(['sh', '-c', 'sleep 60 & echo $! > pids; echo $$ >> pids; sleep 60'])"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_all_that_a_launcher_started_ends_with_it(workdir: Path, number: signal.Signals) -> None:
+    """However it ends: the trainer, and what the trainer had started."""
+    environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
+    with subprocess.Popen([sys.executable, "-c", LAUNCH], env=environment, stderr=subprocess.DEVNULL) as launcher:
+        pids: list[str] = []
+        while len(pids) < 2:
+            assert launcher.poll() is None
+            time.sleep(0.05)
+            pids = Path("pids").read_text().split() if Path("pids").exists() else []
+        launcher.send_signal(number)
+    deadline = time.time() + 10
+
+    def state(pid: str) -> str:
+        return subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
+
+    while any(state(pid)[:1] not in ("", "Z") for pid in pids):
+        assert time.time() < deadline
+        time.sleep(0.05)
 
 
 LAYOUTS = {  # of the weights or the optimiser, in a checkpoint of several processes

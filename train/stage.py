@@ -75,6 +75,9 @@ def launch_and_wait(
     process = subprocess.Popen(
         arguments, env=environment, stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_parent
     )
+    # Killed, this process cannot end all the others; the end of its pipe tells one that can.
+    kill_group = ["sh", "-c", 'read _; kill -9 "-$0"', str(process.pid)]
+    watcher = subprocess.Popen(kill_group, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while True:
             try:
@@ -85,6 +88,8 @@ def launch_and_wait(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # checkpoints are complete or set aside: nothing to put in order
         process.wait()
+        watcher.kill()
+        watcher.communicate()
 
 
 def follow(stage: Stage, arguments: list[str]) -> None:
