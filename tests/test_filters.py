@@ -19,7 +19,7 @@ from small_library import books, library, prepare, rows
 from small_tokenizers import tales
 
 from prep.common import BadInput
-from prep.dedup import Entry, copies, fingerprint, shared
+from prep.dedup import Entry, copies, fingerprint
 from prep.executor import Cluster, run_local
 from prep.filters import FICTION, KNOWN, fiction_score, french_share, known_share, year_of
 from prep.gallica import main
@@ -115,13 +115,6 @@ def entry(line: int, known: float, date: str = "", source: str = "") -> Entry:
     return Entry(0, line, source or f"id{line}", "", "", date, f"work {line}", 0, known, "")
 
 
-def test_copies_are_told_from_other_books():
-    words = [fingerprint(text) for text in texts()]
-    for i, one in enumerate(words):
-        assert shared(one, fingerprint(misread(texts()[i], 0.02))) > 0.2 * len(one)
-        assert all(shared(one, other) < 3 for j, other in enumerate(words) if j != i)
-
-
 def test_the_copy_that_stays_is_the_best_read_whatever_the_order():
     text = texts()[0]
     prints = [fingerprint(t) for t in (misread(text, 0.02), text, texts()[1], text)]
@@ -142,17 +135,13 @@ def test_what_overlaps_with_the_novel_or_with_held_out_text_is_removed(llama, tm
     novel = tmp_path / "novel.txt"
     novel.write_text(texts()[7], encoding="utf-8")
     records[9]["complete_text"] += "\n" + texts()[7][2000:8000]
-    plain = prepare(library(tmp_path / "source", records), llama, tmp_path / "a" / "2a.jsonl")
-    held = {row["source"] for row in rows(tmp_path / "a" / "2a.heldout.jsonl")}
-    overlapping = plain["documents"]["contaminated"]
-    assert ("bpt10" in held) == ("bpt08" in overlapping)  # the tale and the one that quotes it, if one is held out
-
-    clear = prepare(tmp_path / "source", llama, tmp_path / "b" / "2a.jsonl", against=novel)
+    clear = prepare(library(tmp_path / "source", records), llama, tmp_path / "b" / "2a.jsonl", against=novel)
+    held = {row["source"] for row in rows(tmp_path / "b" / "2a.heldout.jsonl")}
     assert set(clear["documents"]["contaminated"]) == {"bpt08", "bpt10"}
     assert clear["documents"]["rejected"]["contaminated"] == 2
     assert "the novel" in clear["documents"]["contaminated"]["bpt10"]
 
-    one = sorted(held - {"bpt08", "bpt10"})[0]
+    one = min(held)
     quoted = next(record["complete_text"] for record in records if record["file_id"] == one)
     records.append(
         records[1]
@@ -312,7 +301,7 @@ def test_slurm_jobs_make_the_same_bytes(llama, tmp_path, monkeypatch):
     for path in stand_in.iterdir():
         path.chmod(0o755)
     monkeypatch.setenv("PATH", str(stand_in), prepend=":")
-    source = library(tmp_path / "source", books())
+    source = library(tmp_path / "source", books(), files=2)
     prepare(source, llama, tmp_path / "local" / "2a.jsonl", windows=20)
     given = {"source": source, "tokenizer": llama, "out": tmp_path / "slurm" / "2a.jsonl", "sequence-len": 512}
     given |= {"windows": 20, "holdout": 0.2, "executor": "slurm", "partition": "cpu"}
@@ -320,16 +309,7 @@ def test_slurm_jobs_make_the_same_bytes(llama, tmp_path, monkeypatch):
     for name in ("2a.jsonl", "2a.heldout.jsonl", "2a.manifest.json"):
         assert (tmp_path / "slurm" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
     [script] = (tmp_path / "slurm").glob("gallica/*/logs/clean/launch_script.slurm")
-    assert "#SBATCH --partition=cpu" in script.read_text() and "--array=0-2" in script.read_text()
-
-
-def test_every_executor_takes_the_same_steps(tmp_path):
-    for kind in ("local", "slurm", "ray"):
-        first = Cluster(kind, 2, "cpu").stage("one", [lambda *_: None], 3, tmp_path, None)
-        second = Cluster(kind, 2, "cpu").stage("two", [lambda *_: None], 1, tmp_path, first)
-        assert type(second).__name__.lower().startswith(kind)
-        assert kind == "local" or second.depends is first  # here, stages run one after the other
-        assert (first.world_size, second.world_size) == (3, 1)
+    assert "#SBATCH --partition=cpu" in script.read_text() and "--array=0-1" in script.read_text()
 
 
 def test_a_killed_worker_is_one_clear_error(tmp_path):
