@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prep.common import BadInput, _hash_of, hashed, is_whole, seal, sha256
+from prep.common import BadInput, is_whole, seal, sha256
 from train import gate
 from train.resume import prepare_output
 from train.stage import check_compiler
@@ -214,12 +214,10 @@ def without(part: str) -> Callable:
 
 TENSORS = [
     ("2a", without("norm"), "lacks 1 tensors"),
-    ("2a", lambda old: old | {"extra.weight": torch.ones(2, 2)}, "not the same model"),
     ("2a", lambda old: old | {"model.norm.weight": torch.ones(9)}, "not the same model"),
     ("2b", lambda old: old | {"odd.weight": torch.ones(2)}, "not the same model or adapter"),
     ("2b", lambda old: {name: tensor * float("inf") for name, tensor in old.items()}, "diverged"),
     ("2b", without("q_proj.lora_A"), "lacks 1 tensors"),
-    ("2c", without("q_proj"), "lacks 2 tensors"),
     ("2c", lambda old: {name.replace("q_proj", "k_proj"): tensor for name, tensor in old.items()}, "not the same"),
     ("2c", lambda old: {n: t[:2].contiguous() if "lora_A" in n else t for n, t in old.items()}, "not the same"),
     ("2c", lambda old: old | {f"{MODULE}.lora_B.weight": torch.full((8, 4), 0.01)}, "trained nothing in .*q_proj"),
@@ -242,11 +240,16 @@ def test_a_run_that_is_not_at_its_planned_step() -> None:
             judge("2a")
 
 
-def test_half_trained_weights_under_the_final_name() -> None:
+def test_half_trained_or_damaged_weights_under_the_final_name() -> None:
     """What Axolotl leaves after Ctrl-C in a resumed run: a complete checkpoint, and other weights beside it."""
     train_2a(nudge)
     write_weights(Path("outputs/2a"), {name: tensor + 5e-3 for name, tensor in base_tensors().items()})
     with pytest.raises(BadInput, match="is not what checkpoint-20 saved"):
+        judge("2a")
+    path = Path("outputs/2a/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-10])
+    write_checkpoint("2a")  # with the same damage
+    with pytest.raises(BadInput, match="damaged"):
         judge("2a")
 
 
@@ -255,8 +258,6 @@ def damage(path: str, text: str | None) -> Callable[[], Any]:
 
 
 DAMAGED = [
-    (damage("outputs/2a/checkpoint-20/trainer_state.json", '{"global_step": 20'), "trainer_state.json is damaged"),
-    (damage("outputs/2a/model.safetensors", None), "holds no weights"),
     (damage("outputs/2a/model.safetensors", "half"), "is not what checkpoint-20 saved"),
     (damage("outputs/2a/started.json", None), "started.json is missing; remove outputs/2a"),
     (damage("outputs/2a/started.json", '{"data": {}}'), "started.json is damaged"),
@@ -264,7 +265,6 @@ DAMAGED = [
     (damage("data/2a.jsonl", '{"text": "autre"}\n'), "is not the file that .*`make prep-a`"),
     (damage("data/2a.jsonl", None), "2a.jsonl is missing; `make prep-a`"),
     (damage("data/2a.heldout.jsonl", None), "2a.heldout.jsonl is missing; `make prep-a`"),
-    (damage("data/2a.manifest.json", None), "2a.manifest.json is missing; `make prep-a`"),
     (damage("data/2a.manifest.json", "{"), "2a.manifest.json is damaged; `make prep-a`"),
     (damage("models/base/source.json", '{"files": ['), "source.json is damaged; `make data`"),
     (damage("models/base/model.safetensors", "another"), "model.safetensors is not the file that .*source.json"),
@@ -279,19 +279,10 @@ def test_files_that_are_not_what_they_were(change: Callable[[], None], message: 
         judge("2a")
 
 
-def test_damaged_weights_in_output_and_checkpoint() -> None:
-    train_2a(nudge)
-    path = Path("outputs/2a/model.safetensors")
-    path.write_bytes(path.read_bytes()[:-10])
-    write_checkpoint("2a")
-    with pytest.raises(BadInput, match="damaged"):
-        judge("2a")
-
-
 # --- a verdict that was given before ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"stage": "2a"}', "[]"])
+@pytest.mark.parametrize("text", ["{", '{"stage": "2a"}'])
 def test_a_damaged_verdict(trained: None, text: str) -> None:
     CHAIN["2a"].verdict.write_text(text)
     with pytest.raises(BadInput, match=r"2a/trained\.json is damaged"):
@@ -309,41 +300,19 @@ def test_a_verdict_does_not_hold_for_other_data_or_weights(trained: None, name: 
         check(name)
 
 
-def test_an_earlier_stage_that_was_trained_again(trained: None) -> None:
-    train_2a(lambda tensor: tensor + 2e-3)
-    judge("2a")
-    with pytest.raises(BadInput, match="inputs of stage 2b changed"):
-        check("2b")
-
-
-def test_rows_of_one_text_beside_another_text(trained: None) -> None:
+def test_what_a_stage_was_trained_on_is_still_there(trained: None) -> None:
     Path("data/2c.txt").write_text("Un autre livre.")
     with pytest.raises(
         BadInput, match=r"2c\.txt is not the file that data/2c\.manifest\.json describes; `make prep-c`"
     ):
         check("2c")
-
-
-def test_a_stage_without_its_verdict_is_no_input(trained: None) -> None:
+    train_2a(lambda tensor: tensor + 2e-3)
+    judge("2a")
+    with pytest.raises(BadInput, match="inputs of stage 2b changed"):
+        check("2b")
     CHAIN["2a"].verdict.unlink()
     with pytest.raises(BadInput, match="has not passed its gate"):
         gate.check_inputs(CHAIN["2b"], STAGES)
-
-
-def test_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["gate.py", "--recipes", str(RECIPES)])
-    with pytest.raises(BadInput, match="make stage-a"):
-        gate.main()
-
-
-def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows"
-    path.write_bytes(b"one")
-    first, reads = hashed(path), _hash_of.cache_info().misses
-    assert hashed(path) == first == sha256(path) and _hash_of.cache_info().misses == reads
-    path.write_bytes(b"six")
-    os.utime(path, (1, 1))
-    assert hashed(path) == sha256(path) != first
 
 
 # --- before a stage starts -------------------------------------------------------------------------------------------
@@ -400,7 +369,7 @@ LAYOUTS = {  # of the weights or the optimiser, in a checkpoint of several proce
     "FSDP, sharded weights": "pytorch_model_fsdp_0/__1_0.distcp",
     "weights in several files": "model-00002-of-00002.safetensors",
 }
-FILES = ["trainer_state.json", "model.safetensors", "scheduler.pt", "rng_state.pth", "complete.json", *LAYOUTS.values()]
+FILES = ["trainer_state.json", "model.safetensors", "complete.json", *LAYOUTS.values()]
 
 
 def write_layouts(checkpoint: Path) -> None:
@@ -470,11 +439,6 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
     assert "2a.jsonl is missing" in launch("2a")
 
 
-def test_an_adapter_that_is_missing_is_not_looked_for_on_the_hub(plugin: None, trained: None) -> None:
-    Path("outputs/2b").rename("outputs/other")
-    assert "outputs/2b holds no checkpoint" in launch("2c")
-
-
 def test_only_the_same_run_is_resumed(plugin: None) -> None:
     assert launch("2a", max_steps=40, plugins=["train.plugins.Gate"]) == ""  # without Liger, its keys stay
     assert launch("2a", max_steps=40) == ""
@@ -536,6 +500,8 @@ def test_a_trained_stage_is_not_trained_again(plugin: None, trained: None, capsy
     assert launch("2c") == "0" and "Remove outputs/2c to train it again" in capsys.readouterr().out
     write_rows("2c", "Il pleuvait.")
     assert "data of stage 2c changed" in launch("2c")
+    Path("outputs/2b").rename("outputs/other")  # an adapter that is missing is not looked for on the hub
+    assert "outputs/2b holds no checkpoint" in launch("2c")
 
 
 HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path('outputs/2a')); print(flush=True); sys.stdin.read()"
