@@ -75,16 +75,6 @@ def test_bits_are_side_by_side(reports):
     assert cells["2b, code"] == ["–", tables.bits(reports[1]["stages"]["2b"], "code")]
 
 
-def test_rows_of_one_name_stand_under_each_other(reports):
-    tables_of = {"small": (["x", "a", "b"], [["2a", "1", "2"], ["2b", "3", "4"]]), "large": (["x", "b"], [["2a", "5"]])}
-    assert compare.merged(reports, lambda each: tables_of[each["run"]]) == (
-        ["x", "a", "b"],
-        [["2a: small", "1", "2"], ["2a: large", "–", "5"], ["2b: small", "3", "4"]],
-    )
-    assert compare.merged(reports, lambda each: None) is None
-    assert compare.merged(reports, lambda each: (["x"], [])) is None  # a head alone is no table
-
-
 def test_what_does_not_compare_is_said_or_left_out(reports):
     titles = re.findall(r"<h2>(.*?)</h2>", compare.html(reports))
     assert titles == ["Loss over tokens", "Bits per byte", "Memorisation", "Degeneration", "Perplexity"]

@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, tales
@@ -22,7 +21,6 @@ from prep.rows import (
     Share,
     chunks,
     document_rows,
-    even_shares,
     heldout_path,
     manifest_path,
     write_prepared,
@@ -46,7 +44,7 @@ def slices(found: list[Bounds], sequence_len: int) -> list[int]:
     return [length for row in found for length in [sequence_len] * row.windows + [row.tail]]
 
 
-@pytest.mark.parametrize("sequence_len", [64, 512, 2048])
+@pytest.mark.parametrize("sequence_len", [64, 2048])
 def test_axolotl_finds_exactly_the_stated_windows(tokenizer, novel, sequence_len):
     cutter = Cutter(tokenizer, sequence_len)
     found, texts = cut(cutter, novel)
@@ -102,15 +100,6 @@ def test_a_tail_never_makes_a_window_with_a_false_end(tokenizer, novel):
     assert not cut(cutter, "")[0] and not cut(cutter, "K. ouvrit la porte.")[0]
 
 
-def test_word_start_is_the_nearest(tokenizer, novel):
-    cutter = Cutter(tokenizer, 64)
-    tokens = cutter.encode(novel)
-    for index in range(300, 2000, 37):
-        start = cutter.word_start(tokens, index)
-        assert not novel[start].isspace() and novel[start - 1].isspace()
-        assert abs(len(cutter.encode(novel[:start]).ends) - index) <= 4
-
-
 def test_tokenizers_that_cannot_serve(tmp_path, gpt2):
     broken = save_gpt2_like(tmp_path / "broken")
     (broken / "tokenizer.json").write_text('{"version": "1.0", "model": ')
@@ -144,20 +133,6 @@ def test_chunks_are_equal_whole_paragraphs_and_complete():
     assert "".join(chunks("x" * 300_000, 2)) == "x" * 300_000
 
 
-def test_every_share_takes_its_own_chunks_and_begins_by_the_work():
-    text = "\n\n".join("mot " * 100 for _ in range(3000))
-    parts = chunks(text, 2)
-    starts = set()
-    for work in map(str, range(20)):
-        taken = [dict(Share(k, 2).chunks(text, work, "id", 7)) for k in (1, 2)]
-        names = sorted(name.split("chunk ")[1] for part in taken for name in part)
-        assert names == [f"{i + 1:03d}/{len(parts):03d}" for i in range(len(parts))]
-        starts.add(min(taken[0]))
-    assert len(starts) == 2
-    orders = {tuple(name for name, _ in Share(1, 2).chunks(text, "work", "id", seed)) for seed in range(5)}
-    assert len(orders) > 1
-
-
 def test_a_long_book_gives_no_more_windows_than_asked_of_it(llama, novel):
     """And all it has where more is asked, from one chunk after the other."""
     cutter = Cutter(llama, 512)
@@ -166,19 +141,6 @@ def test_a_long_book_gives_no_more_windows_than_asked_of_it(llama, novel):
         made = list(document_rows(novel, entry, Share(1, 1), cutter, 1, most))
         assert len({row.part.split(" row")[0] for row in made}) == used
         assert sum(row.windows for row in made) == most or used == 3
-
-
-def test_shares_are_as_even_as_lengths_allow():
-    draw = np.random.default_rng(1)
-    for _ in range(200):
-        available = draw.integers(0, 12, size=draw.integers(1, 9)).tolist()
-        wanted = int(draw.integers(0, sum(available) + 1))
-        taken = even_shares(available, draw.random(len(available)).tolist(), wanted)
-        assert sum(taken) == wanted
-        assert all(0 <= t <= a for t, a in zip(taken, available, strict=True))
-        # Whoever could give more gives at most one less than the one who gives most.
-        assert all(t >= max(taken) - 1 for t, a in zip(taken, available, strict=True) if t < a)
-    assert even_shares([5, 5, 5], [0.3, 0.1, 0.2], 4) == [1, 2, 1]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
