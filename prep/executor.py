@@ -109,10 +109,15 @@ def alone(folder: Path) -> Iterator[None]:
         fcntl.flock(workers, fcntl.LOCK_UN)
         if (folder / SEAL).exists() and not is_whole(folder):
             print(f"{folder} is damaged: the corpus is made again", flush=True)
-            (folder / SEAL).unlink()
-            for path in filter(Path.is_dir, folder.iterdir()):
-                shutil.rmtree(path)
+            forget(folder)
         yield
+
+
+def forget(folder: Path) -> None:
+    """Remove a corpus, but for its locks."""
+    (folder / SEAL).unlink(missing_ok=True)
+    for path in filter(Path.is_dir, folder.iterdir()):
+        shutil.rmtree(path)
 
 
 class Cluster(NamedTuple):

@@ -34,7 +34,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from prep.common import BadInput, digest, run, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
-from prep.executor import COUNTER, Cluster, alone
+from prep.executor import COUNTER, Cluster, alone, forget
 from prep.filters import (
     Fiction,
     French,
@@ -202,9 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     with alone(corpus):
         if args.fresh:
-            for path in corpus.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
+            forget(corpus)
         asked = [draw, args.sequence_len, out, manifest, sha256(args.tokenizer / "tokenizer.json")]
         rows = corpus / f"rows-{digest(list(map(str, asked)))[:12]}"
         cluster = Cluster(args.executor, args.workers, args.partition, args.time)

@@ -5,6 +5,7 @@ A new case is a row: the script and its arguments, what is done to a small curri
 
 import json
 import os
+import resource
 import runpy
 import shutil
 import subprocess
@@ -13,6 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from eval.merge import save_merged
+from eval.models import candidate
+from prep.common import BadInput
+from train.stages import load_chain
 
 ROOT = Path(__file__).parent.parent
 EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 --device cpu"
@@ -181,6 +187,7 @@ HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path(sys.argv[1]))
 @pytest.mark.parametrize(
     ("command", "target"),
     [
+        ("prep/collect.py book --source data/2c.txt", "data/raw/book"),
         ("eval/merge.py 2c", "outputs/2c/merged"),
         (EVALUATE, "eval/reports/x.json"),
     ],
@@ -194,3 +201,14 @@ def test_the_same_command_twice_at_once(
         assert other.stdout and other.stdout.readline()
         refused(command, f"process {other.pid} is writing {target}", monkeypatch, capsys)
         other.kill()
+
+
+def test_merging_on_a_full_disk(place: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(BadInput, match=r"could not be written to outputs/2c/merged: .*File too large"):
+            save_merged(candidate(load_chain(Path("recipes"))[-1]), Path("outputs/2c/merged"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(Path("outputs/2c").glob("merged*"))
