@@ -9,7 +9,8 @@ a paragraph a block. Read that one before training on it.
 
 Windows that overlap make every random split a leak, so one block is held out before any window is cut. It is in
 the middle: the opening says who the people are, the end is where the continuation starts, and training needs both.
-It begins and ends with a paragraph, holds whole windows, and is the same for every seed, so that runs compare. The text
+It begins and ends with a paragraph (in a paragraph
+longer than a window, with a sentence), holds whole windows, and is the same for every seed, so that runs compare. The text
 before it and the text after it are cut separately; each is written once for each start (0, 512, 1024, 1536 tokens in,
 at the nearest word), and Axolotl's slices of 2048 of these are the windows of stride 512. With --holdout 0, for the
 last run on the whole book, `2c.heldout.jsonl` is empty: any text in it would be text the model was trained on. Axolotl
@@ -18,6 +19,7 @@ cannot load an empty file, so that run has to leave out the recipe's `test_datas
 
 import argparse
 import hashlib
+import itertools
 import random
 import re
 import sys
@@ -26,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prep.common import BadInput, run, source_files
+from prep.filters import not_french
 from prep.formats import BookText, read_book
 from prep.page_layout import Cleaned, clean_pages
 from prep.rows import Cutter, Row, Tokens, holdout_share, jsonl_path, write_prepared
@@ -84,22 +87,39 @@ def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     return cleaned, len(dropped)
 
 
-def split(paragraphs: list[str], cutter: Cutter, holdout: float) -> tuple[int, int]:
-    """The paragraphs held out, from, up to but without: whole windows in the middle, near that share."""
+_SENTENCE_END = re.compile(r"(?<=[.!?»]) (?=[^\W\d_a-zà-öø-ÿ]|[«—])")
+
+
+def split(paragraphs: list[str], cutter: Cutter, holdout: float) -> tuple[list[str], list[str], list[str]]:
+    """The paragraphs before the held-out block, in it, and after it: whole windows in the middle, near that share.
+
+    Only a paragraph longer than a window is divided, at the end of a sentence.
+    """
     if not holdout:
-        return len(paragraphs), len(paragraphs)
-    tokens = [len(encoded.ends) + 1 for encoded in map(cutter.encode, paragraphs)]  # + 1: about what "\n\n" takes
+        return paragraphs, [], []
+    units, tokens = [], []
+    for number, paragraph in enumerate(paragraphs):
+        size = len(cutter.encode(paragraph).ends)
+        parts = [paragraph] if size < cutter.sequence_len else _SENTENCE_END.split(paragraph)
+        units += [(number, part) for part in parts]
+        tokens += [len(cutter.encode(part).ends) for part in parts] if len(parts) > 1 else [size]
+        tokens[-1] += 1  # about what "\n\n" takes
     total = sum(tokens)
     windows = max(1, round(holdout * total / cutter.sequence_len))
+
+    def joined(start: int, end: int) -> list[str]:
+        groups = itertools.groupby(units[start:end], key=lambda unit: unit[0])
+        return [" ".join(part for _, part in group) for _, group in groups]
+
     before, start = 0, 0
     while before < (total - windows * cutter.sequence_len) / 2:
         before += tokens[start]
         start += 1
-    for end in range(start + 1, len(paragraphs) + 1):
+    for end in range(start + 1, len(units) + 1):
         if sum(tokens[start:end]) >= windows * cutter.sequence_len:
-            block = cutter.encode("\n\n".join(paragraphs[start:end]))
-            if sum(row.windows for row in cutter.cut(block)) >= windows:
-                return start, end
+            held = joined(start, end)
+            if sum(row.windows for row in cutter.cut(cutter.encode("\n\n".join(held)))) >= windows:
+                return joined(0, start), held, joined(end, len(units))
     raise BadInput(
         f"the book has about {total:,} tokens: too few to hold out {windows} window(s) of {cutter.sequence_len}; "
         "give a longer book, a shorter --sequence-len or --holdout 0"
@@ -119,7 +139,7 @@ def rows(tokens: Tokens, cutter: Cutter, name: str, starts: range, title: str) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    formats = "PDF with a text layer, EPUB, DOCX, ODT, HTML, RTF or text"
+    formats = "PDF with a text layer, EPUB, DOCX, ODT, HTML, RTF, FB2, TEI or text"
     parser.add_argument("--book", type=Path, required=True, help=f"the novel: {formats}")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--sequence-len", type=int, default=2048, help="tokens a window (the recipe's sequence_len)")
@@ -138,8 +158,13 @@ def main() -> None:
         print(f"castle.py: {warning}", file=sys.stderr)
     paragraphs, counts = clean_book(book)
     paragraphs, counts["note_calls"] = drop_note_calls(paragraphs)
-    start, end = split(paragraphs, cutter, args.holdout)
-    parts = [paragraphs[:start], paragraphs[end:]] if args.holdout else [paragraphs]
+    if not_french("\n".join(paragraphs)):
+        raise BadInput(
+            f"{args.book} is not in French: the preparation is made for French only (quotation marks, hyphens, spaces)"
+        )
+    first, middle, last = split(paragraphs, cutter, args.holdout)
+    paragraphs, start, end = first + middle + last, len(first), len(first) + len(middle)
+    parts = [first, last] if args.holdout else [first]
     texts = [cutter.encode("\n\n".join(part)) for part in parts]
     title = args.book.stem
     starts = range(0, length, args.stride)
@@ -150,7 +175,7 @@ def main() -> None:
         tokens = sum(len(text.ends) for text in texts)
         raise BadInput(f"{args.book} has {tokens:,} tokens to train on: too few for one window of {length}")
     random.Random(args.seed).shuffle(train)
-    held = cutter.encode("\n\n".join(paragraphs[start:end]))
+    held = cutter.encode("\n\n".join(middle))
     heldout = list(rows(held, cutter, "heldout 1/1", range(1), title))
     text, text_path = "\n\n".join(paragraphs) + "\n", args.out.with_suffix(".txt")
     manifest = write_prepared(

@@ -77,6 +77,11 @@ def french_share(text: str) -> float:
     return found.count("fr") / len(found)
 
 
+def not_french(text: str) -> bool:
+    """Whether a text is certainly in another language: novels have 0.89 of their words in the lexicon, Spanish 0.4."""
+    return len(text) > 500 and french_share(text) == 0 and known_share(text) < 0.6
+
+
 def figures(text: str) -> dict[str, float]:
     """The figures that `WEIGHTS` weighs, in its order, of a sample of a raw text in lines."""
     sample = "\n".join(samples(text))

@@ -3,7 +3,7 @@
     read_book(Path("roman.epub")).paragraphs
 
 PDF (`prep/pdf.py`) and plain text give lines, with a form feed between a PDF's pages: `clean_pages` makes paragraphs of them.
-EPUB, DOCX, ODT, HTML and RTF give their own paragraphs, without notes, their calls, page numbers and tables of contents. A zip
+EPUB, DOCX, ODT, HTML, RTF, TEI and FB2 give their own paragraphs, without notes, their calls, page numbers and tables of contents. A zip
 gives the book in it, or its texts by name. Anything else raises BadInput, which says what it is and what to do.
 """
 
@@ -30,7 +30,7 @@ from prep.encodings import decode, repaired
 from prep.front_matter import drop_edition
 from prep.pdf import read_pdf
 
-BOOK_SUFFIXES = (".pdf", ".epub", ".docx", ".odt", ".html", ".htm", ".xhtml", ".rtf", ".txt")
+BOOK_SUFFIXES = (".pdf", ".epub", ".docx", ".odt", ".html", ".htm", ".xhtml", ".rtf", ".fb2", ".xml", ".txt")
 
 
 class BookText(NamedTuple):
@@ -62,6 +62,7 @@ def read_bytes(data: bytes, name: str) -> BookText:
         "txt": lambda data, name: BookText(decode(data, name), None, {}, []),
         "pdf": _read_pdf,
         "rtf": _read_rtf,
+        "xml": _read_xml,
         "html": _read_html,
         "epub": _read_epub,
         "docx": _read_office,
@@ -137,7 +138,7 @@ _XML = re.compile(r"\s*(?:<[?!][^>]*>\s*)*<([\w:.-]+)[\s>/]")
 
 
 def kind_of(data: bytes, name: str) -> str:
-    """`pdf`, `epub`, `docx`, `odt`, `html`, `rtf`, `zip` or `txt`, by content. Raises BadInput for what is no book."""
+    """`pdf`, `epub`, `docx`, `odt`, `html`, `rtf`, `xml` (TEI, FB2), `zip` or `txt`, by content. Raises BadInput for what is no book."""
     if not data.strip():
         raise BadInput(f"{name} is empty")
     if b"%PDF-" in data[:1024]:  # the specification allows that much before it
@@ -150,6 +151,8 @@ def kind_of(data: bytes, name: str) -> str:
         if re.match(start, data[:300], re.S):
             raise BadInput(f"{name} is {what}, not a book: {advice}")
     text = decode(data, name)
+    if (root := _XML.match(text[:5000])) and root[1] in ("TEI", "TEI.2", "FictionBook"):
+        return "xml"
     if _HTML.match(text[:5000]) or len(re.findall(r"</?(?:p|div|br|h[1-6])\b[^>]{0,200}>", text, re.I)) > 5:
         return "html"
     if found := _no_prose(text):
@@ -359,6 +362,33 @@ def _read_html(data: bytes, name: str) -> BookText:
     return book
 
 
+def _read_xml(data: bytes, name: str) -> BookText:
+    """TEI and FictionBook."""
+    root = _parsed(data, name)
+    bodies = [body for body in root.iter("{*}body") if body.get("name") not in ("notes", "comments")]
+    for body in bodies:
+        etree.strip_elements(body, "{*}note", "{*}fw", "{*}ref", "{*}binary", with_tail=False)
+        for element in body.iter("{*}*"):
+            name = _name(element)
+            if name in (
+                "head",
+                "title",
+                "l",
+                "v",
+                "speaker",
+                "ab",
+                "subtitle",
+                "text-author",
+                "stage",
+                "signed",
+                "dateline",
+            ):
+                element.tag = "p"
+            elif name == "a" and element.get("type") == "note":
+                element.set("class", "noteref")
+    return _book_of(bodies)
+
+
 def _read_office(data: bytes, name: str) -> BookText:
     """DOCX and ODT: python-docx is not used, since its paragraphs leave out what is in insertions and text boxes."""
     with _opened(data, name) as archive:
@@ -428,7 +458,11 @@ def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
             lambda m: "".join(f"&#{ord(c)};" for c in html.unescape(m[0].decode())).encode(),
             data,
         )
+    return _parsed(data, f"{name}: {member}")
+
+
+def _parsed(data: bytes, name: str) -> Any:
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True, huge_tree=True)
     if (root := etree.fromstring(data, parser)) is None:
-        raise BadInput(f"{name} is damaged: {member} in it is no XML; fetch it again")
+        raise BadInput(f"{name} is damaged: it is no XML; fetch it again")
     return root

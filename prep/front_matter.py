@@ -31,17 +31,34 @@ def drop_front_matter(lines: list[str], counts: Counter[str]) -> list[str]:
 # --- what digital editions add -------------------------------------------------------------------------
 
 _START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|\*END[ *]*THE SMALL PRINT", re.I)
-_END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|End of (?:the |this )?Project Gutenberg", re.I)
+_END = re.compile(
+    r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|(?:End of|Fin de)(?: the| this)? Project Gutenberg", re.I
+)
 _HEADER = re.compile(
     r".*Project Gutenberg|This eBook is for the use of|(?:Title|Author|Translator|Editor|Illustrator|Release Date|Posting Date"
     r"|Last Updated|Language|Character set encoding) ?:|\W?E(?:Book|text) ?#",
     re.I,
 )
 # The last page of Wikisource's, Ebooks libres et gratuits' and others' books.
-_ABOUT = re.compile(r"\W*[ÀA] propos de cette [ée]dition [ée]lectronique\W*$", re.I)
-_MAKERS = re.compile(r"Wikisource|libres? (?:et gratuit|de droits)|bénévoles", re.I)
-_EXPORTED = re.compile(r"Export[ée]e? de Wikisource le \d.{4,20}$")
-_CREDITS = re.compile(r"(?:Produced|Credits|Transcribed|E-?text (?:prepared|produced)).{0,12}\b(?:by|:)", re.I)
+_ABOUT = re.compile(
+    r"\W*(?:[ÀA] propos de cette [ée]dition [ée]lectronique|Ce livre num[ée]rique|Une édition|Cet ouvrage est le \d+e publié)\W*$",
+    re.I,
+)
+_MAKERS = re.compile(
+    r"Wikisource|libres? (?:et gratuit|de droits)|bénévoles|numérique romande|électronique du Québec|bibebook|feedbooks",
+    re.I,
+)
+_GOOGLE = re.compile(
+    r"This is a digital copy of a book that was preserved|Ceci est une copie numérique d'un ouvrage", re.I
+)
+_EXPORTED = re.compile(
+    r"Export[ée]e? de Wikisource le \d.{4,20}$|La Bibliothèque électronique du Québec$|Collection À tous les vents$"
+    r"|Volume \d+ : version \d[\d.]*$|(?:https?://)?www\.(?:feedbooks|ebooksgratuits|bibebook)\.com/?$"
+)
+_CREDITS = re.compile(
+    r"(?:Produced|Credits|Transcribed|E-?text (?:prepared|produced)).{0,12}\b(?:by|:)|\W?Transcriber'?s'? note|\W?Notes? du transcript",
+    re.I,
+)
 
 
 def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
@@ -56,6 +73,8 @@ def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
             if first == last or not (_CREDITS.match(lines[first]) or _HEADER.match(lines[first])):
                 break
             first = _after_block(lines, first)
+    if any(map(_GOOGLE.match, lines[first : first + 60])):
+        first = next((i + 1 for i in range(first, min(first + 200, last)) if "books.google" in lines[i]), first)
     for i in range(max(first, last - 300), last):
         if _ABOUT.match(lines[i]) and any(map(_MAKERS.search, lines[i : min(i + 20, last)])):
             last = i

@@ -18,8 +18,11 @@ from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, fu
 from prep.typography import clean_characters, to_convention
 
 # What editions leave in plain text: "[Illustration: le bac]", "le bac[12]", "_Le Temps_".
-_ILLUSTRATION = re.compile(r"\[Illustration\b[^\]\f]{0,600}\]", re.I)
-_BRACKETED = re.compile(r"\[(?<=[^\n]\[)\d{1,3}\](?!\w)")
+_ILLUSTRATION = re.compile(r"\[(?:Illustration\b|(?:Image|Gravure|Vignette) ?:)[^\]\f]{0,600}\]", re.I)
+_NOTE = re.compile(r"\[(?:Foot)?note \d{1,3} ?:[^\]\f]{0,3000}\]", re.I)
+_NOTE_PARAGRAPH = re.compile(r"↑ ?\S|\[(\d{1,3})\] ?\S")  # Wikisource's, or a number that a word above calls
+_TAG = re.compile(r"</?(?:i|b|u|em|strong|small|sup|span|center)>", re.I)
+_BRACKETED = re.compile(r"\[(?<=[^\n]\[)(\d{1,3})\](?!\w)")
 _ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]{1,300}?)(?<=\S)_(?![\w_])")
 
 
@@ -37,7 +40,8 @@ def clean_pages(text: str) -> Cleaned:
     `hyphens_kept` and `page_breaks_joined` are places, the other counts are lines.
     """
     counts: Counter[str] = Counter()
-    text, counts["illustrations"] = _ILLUSTRATION.subn("", clean_characters(text))
+    text, counts["illustrations"] = _ILLUSTRATION.subn("", _TAG.sub("", clean_characters(text)))
+    text, counts["notes"] = _NOTE.subn("", text)
     text = text.replace("\f", f"\n{PAGE_END}\n")
     lines = [line.strip() for line in text.split("\n")]
     lines = drop_notice(drop_edition(lines, counts), counts)
@@ -46,17 +50,35 @@ def clean_pages(text: str) -> Cleaned:
     else:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)
-    text, counts["bracketed_calls"] = _BRACKETED.subn("", "\n".join(join_lines(lines, gaps, counts)))
+    paragraphs = _without_notes(join_lines(lines, gaps, counts), counts)
+    text, counts["bracketed_calls"] = _BRACKETED.subn("", "\n".join(paragraphs))
     text, counts["italics"] = _ITALICS.subn(r"\1", text)
+    text = re.sub(r"^_(?=\w)|(?<=[\w.,;:!?»])_$", "", text, flags=re.M)  # italics of several paragraphs
     text = to_convention(text)
     return Cleaned(text.split("\n") if text else [], dict(sorted((+counts).items())))
+
+
+def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:
+    """Without the notes that a call such as "mot[12]" names, and their heading where nothing else follows it."""
+    called: set[str] = set()
+    kept: list[str] = []
+    for paragraph in paragraphs:
+        note = _NOTE_PARAGRAPH.match(paragraph)
+        if note and (note[1] is None or note[1] in called):
+            counts["notes"] += 1
+            continue
+        called.update(_BRACKETED.findall(paragraph))
+        kept.append(paragraph)
+    if len(kept) < len(paragraphs) and kept and kept[-1].strip(" .:").lower() in ("note", "notes"):
+        kept.pop()
+    return kept
 
 
 # --- page numbers ---------------------------------------------------------------------------------------------------
 
 # A number alone in its line, with or without ornament; a number with a few words before or after it.
 _NUMBER = re.compile(
-    r"[^\w\n]{0,4}(?:[Pp](?:age|\.)? ?)?(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))(?: ?(?:/|sur) ?\d{1,4})?[^\w\n]{0,4}"
+    r"[^\w\n]{0,4}(?:[Pp](?:age|ag?|g)?[.:]? ?)?(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))(?: ?(?:/|sur|de|of) ?\d{1,4})?[^\w\n]{0,4}"
 )
 _HEADED = re.compile(r"\W{0,3}(?:(\d{1,4})\b\W{1,4}(.{3,60})|(.{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})")
 _DASHED = re.compile(
@@ -83,7 +105,7 @@ def _numbers(lines: list[str]) -> list[_Number]:
     found = []
     headed: dict[str, list[_Number]] = {}
     for index, line in enumerate(lines):
-        if len(line) <= 15 and (match := _NUMBER.fullmatch(line)):
+        if len(line) <= 20 and (match := _NUMBER.fullmatch(line)):
             found.append(_Number(index, int(match[1]) if match[1] else _roman(match[2])))
         elif (
             0 < len(line) <= 70

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -142,6 +143,35 @@ def test_a_short_book_holds_out_one_whole_window(tokenizer, tmp_path):
     (tmp_path / "conte.txt").write_text("\n\n".join(paragraphs_of("\n\n".join(tales()[:3]))), encoding="utf-8")
     [row] = castle(tmp_path, tmp_path / "conte.txt", tokenizer, "--holdout", "0.01").held
     assert len(axolotl_windows([row["text"]], tokenizer, 2048)[1]) == 1
+
+
+def test_a_book_of_one_paragraph_holds_out_sentences(novel, llama, tmp_path):
+    text = " ".join(novel)[:60_000].rpartition(".")[0] + "."
+    (tmp_path / "roman.txt").write_text(text, encoding="utf-8")
+    made = castle(tmp_path, tmp_path / "roman.txt", llama, "--sequence-len", "256", "--stride", "64")
+    assert len(made.paragraphs) == 3 and " ".join(made.paragraphs) == text
+    assert all(re.match("[A-ZÀ-Ý«—]", p) and p[-1] in ".!?»" for p in made.paragraphs)
+    assert made.manifest["documents"]["heldout_paragraphs"] == [1, 2]
+    assert abs(len(made.paragraphs[1]) / len(text) - 0.05) < 0.01
+
+
+FOREIGN = {
+    "English": "It is a truth universally acknowledged, that a single man must be in want of a wife. ",
+    "German": "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich in seinem Bett. ",
+    "Spanish": "En un lugar de la Mancha, de cuyo nombre no quiero acordarme, vivía un hidalgo. ",
+    "Chinese": "我冒了嚴寒，回到相隔二千餘里，別了二十餘年的故鄉去。",
+}
+
+
+@pytest.mark.parametrize("language", FOREIGN)
+def test_another_language_is_refused_and_passages_in_it_are_not(language, llama, tmp_path):
+    (tmp_path / "roman.txt").write_text(FOREIGN[language] * 60, encoding="utf-8")
+    with pytest.raises(BadInput, match="made for French only"):
+        castle(tmp_path, tmp_path / "roman.txt", llama)
+    mixed = "\n\n".join([FOREIGN[language] * 20, *paragraphs_of(tales()[0])])
+    (tmp_path / "roman.txt").write_text(mixed, encoding="utf-8")
+    options = ("--sequence-len", "256", "--stride", "64", "--holdout", "0")
+    assert len(castle(tmp_path, tmp_path / "roman.txt", llama, *options).paragraphs) == mixed.count("\n\n") + 1
 
 
 # --- the book's noise -----------------------------------------------------------------------------------------------

@@ -86,6 +86,24 @@ def rtf(paragraphs: list[str]) -> bytes:
     return f"{{\\rtf1\\ansi{{\\info{{\\title Le titre}}}}{{\\header En-tete\\par}}{text}}}".encode()
 
 
+def tei(paragraphs: list[str]) -> str:
+    text = f"<head>{paragraphs[0]}</head>" + tagged([f'<pb n="3"/>{p}<note>Une note</note>' for p in paragraphs[1:]])
+    header = "<teiHeader><title>Un titre</title></teiHeader>"
+    body = f"<text><front><p>Avis</p></front><body><div>{text}</div></body></text>"
+    return f'<?xml version="1.0"?><TEI xmlns="http://www.tei-c.org/ns/1.0">{header}{body}</TEI>'
+
+
+def fb2(paragraphs: list[str]) -> str:
+    text = tagged([f'{p}<a l:href="#n1" type="note">[1]</a>' for p in paragraphs[1:]])
+    start = (
+        '<?xml version="1.0" encoding="windows-1252"?><FictionBook xmlns="http://www.gribuser.ru/xml/fictionbook/2.0"'
+    )
+    body = f"<body><section><title><p>{paragraphs[0]}</p></title>{text}</section></body>"
+    notes = '<body name="notes"><section id="n1"><p>Une note</p></section></body><binary>abcd</binary>'
+    about = "<description><book-title>Un titre</book-title></description>"
+    return f'{start} xmlns:l="http://www.w3.org/1999/xlink">{about}{body}{notes}</FictionBook>'
+
+
 @pytest.mark.parametrize(
     ("name", "data"),
     [
@@ -96,6 +114,8 @@ def rtf(paragraphs: list[str]) -> bytes:
         ("html", f"<!DOCTYPE html><html><body>{tagged(LONG)}</body></html>".encode()),
         ("html in latin-1", f"<meta charset='iso-8859-1'>{tagged(LONG)}".encode("cp1252")),
         ("html with line ends", ("<html><body>" + "<br><br>".join(LONG)).encode()),
+        ("tei", tei(LONG).encode()),
+        ("fb2", fb2(LONG).encode("cp1252")),
         ("zip of an epub", packed({"livre.epub": epub({"a": tagged(LONG)}, ["a"]), "couv.jpg": b"\xff\xd8\xff"})),
     ],
 )
@@ -164,7 +184,9 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (b'{"titre": "Roman", "pages": [1, 2]}', "JSON data"),
         (b'{"text": "a"}\n{"text": "b"}\n', "JSON data"),
         (b"titre;auteur;date\n" + b"Roman;Anonyme;1880\n" * 9, "a table"),
-        (b'<?xml version="1.0"?><TEI xmlns="x"><text/></TEI>', "XML data (<TEI>)"),
+        (b'<?xml version="1.0"?><catalogue xmlns="x"><livre/></catalogue>', "XML data (<catalogue>)"),
+        (packed({f"{n}.png": b"\x89PNG\r\n\x1a\n" for n in range(9)}), "a zip without a book (0.png is a picture"),
+        (b"AT&TFORM" + bytes(99), "DjVu"),
         (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
         (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
         (f"<html><body>{tagged(['Connexion requise'])}</body></html>".encode(), "a web page"),

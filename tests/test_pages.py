@@ -342,8 +342,18 @@ def test_project_gutenbergs_header_credits_and_licence_go(novel, start):
     assert clean_pages("\n\n".join([credits, *novel])).paragraphs[0].startswith("Produced by")  # no marker: no proof
 
 
+def test_googles_first_page_goes(novel):
+    first = "Ceci est une copie numérique d'un ouvrage conservé depuis\ndes générations.\n\nhttp://books.google.com"
+    assert clean_pages("\n\n".join([first, *novel])).paragraphs == novel
+
+
 @pytest.mark.parametrize(
-    "made", ["issu de la bibliothèque numérique Wikisource[1]", "libre de droits, par des bénévoles"]
+    "made",
+    [
+        "issu de la bibliothèque numérique Wikisource[1]",
+        "libre de droits, par des bénévoles",
+        "de la bibliothèque numérique romande",
+    ],
 )
 def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, made):
     title = "À propos de cette édition électronique"
@@ -363,7 +373,14 @@ def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, 
             "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
             "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
         ),
-        ("[1] Une note.", "[1] Une note."),
+        ("[1] Une note.", "[1] Une note."),  # nothing calls it
+        ("Il vint[1].\n\n[1] Une note.\n\nIl vit.", "Il vint.\nIl vit."),
+        ("Il vint[1], puis[2].\n\nNOTES\n\n[1] Une note.\n\n[2] Une autre.", "Il vint, puis."),
+        ("Il vint[1].\n\nNotes\n\n↑ Une note.", "Il vint."),
+        ("Il vint[1].\n\n[Note 1: Une\nnote.]\n\nIl vit.", "Il vint.\nIl vit."),
+        ("_Il vint.\n\nIl vit._", "Il vint.\nIl vit."),
+        ("Il <i>vint</i>, et 1 < 2 > 0.", "Il vint, et 1 < 2 > 0."),
+        ("[Gravure : le bac]\n\nIl vint.", "Il vint."),
     ],
 )
 def test_markup_of_plain_texts_goes_and_other_marks_stay(raw, expected):
