@@ -40,7 +40,7 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
-        eval merge continue compare notebook plan bench-gpu bench-eval bench-start bench-train \
+        eval merge continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
@@ -130,6 +130,9 @@ bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> ben
 
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
 	@cd demo/run; $(WITH_ARGS) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes "$${more[@]}"
+
+bench-faults: $(READY) ## Kills, damaged files, full disks: what comes of the same command -> bench/reports/faults.md (hours; run again to resume)
+	@$(WITH_ARGS) $(BIN)/python bench/faults.py "$${more[@]}"
 
 bench-start: $(READY) ## What quantisation costs, and what an adapter's start gives back, on the demo's 2a -> bench/reports/adapter_start.md
 	@cd demo/run; $(WITH_ARGS) ../../$(BIN)/python ../../bench/adapter_start.py "$${more[@]}"
