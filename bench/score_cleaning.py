@@ -26,7 +26,7 @@ from rapidfuzz.distance import Levenshtein
 
 from prep.common import BadInput, run
 from prep.front_matter import letters_of
-from prep.page_layout import clean_pages
+from prep.page_layout import clean_pages, without_marks
 from prep.typography import to_convention
 
 Score = Counter[str]  # sums, so that the scores of several books add up
@@ -59,9 +59,10 @@ def described_scan(score: Score) -> str:
 
 
 def paragraphs_of(text: str) -> list[str]:
-    """The paragraphs of a text whose paragraphs are blocks, in the convention."""
+    """The paragraphs of a text whose paragraphs are blocks, in the convention; ELTeC's calls and `_italics_` are not text."""
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")))
-    return [line for line in to_convention("\n".join(filter(None, blocks))).split("\n") if line]
+    text = without_marks("\n".join(filter(None, blocks)), Counter())
+    return [line for line in to_convention(text).split("\n") if line]
 
 
 def score(found: list[str], truth: list[str], differences: list[str] | None = None) -> Score:

@@ -51,11 +51,16 @@ def clean_pages(text: str) -> Cleaned:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)
     paragraphs = _without_notes(join_lines(lines, gaps, counts), counts)
-    text, counts["bracketed_calls"] = _BRACKETED.subn("", "\n".join(paragraphs))
-    text, counts["italics"] = _ITALICS.subn(r"\1", text)
-    text = re.sub(r"^_(?=\w)|(?<=[\w.,;:!?»])_$", "", text, flags=re.M)  # italics of several paragraphs
+    text = without_marks("\n".join(paragraphs), counts)
     text = to_convention(text)
     return Cleaned(text.split("\n") if text else [], dict(sorted((+counts).items())))
+
+
+def without_marks(text: str, counts: Counter[str]) -> str:
+    """Without the calls of notes and the signs for italics that editions leave in plain text."""
+    text, counts["bracketed_calls"] = _BRACKETED.subn("", text)
+    text, counts["italics"] = _ITALICS.subn(r"\1", text)
+    return re.sub(r"^_(?=\w)|(?<=[\w.,;:!?»])_$", "", text, flags=re.M)  # italics of several paragraphs
 
 
 def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:

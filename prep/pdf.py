@@ -69,12 +69,18 @@ def read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int], list[str]]:
     heights = Counter(round(c.height, 1) for lines in pages for line in lines for c in line if c.text.isalpha())
     body = heights.most_common(1)[0][0]
     vocabulary = Counter(re.findall(r"[^\W\d_]+", "\n".join(map(_text, pages)).lower()))
-    texts, open_note = [], False
-    for lines in pages:
-        columns = _two_columns(lines)
+    texts, open_note, tables = [], False, []
+    for number, lines in enumerate(pages, 1):
+        columns = _two_columns(lines, 5 if counts["two_column_pages"] < 3 else 1)
+        if not columns and len(lines) >= 12 and sum(len(_split_at_gaps(line)) > 2 for line in lines) > len(lines) / 2:
+            tables.append(number)
         counts["two_column_pages"] += columns is not None
         lines, open_note = _without_notes(columns or lines, body, open_note, counts)
         texts.append(_text([_joined_capital(line, body, vocabulary, counts) for line in lines]))
+    if tables:
+        warnings.append(
+            f"{name}: page {_listed(tables)} is set in three columns or more, read line by line: look at the text"
+        )
     return "\f".join(texts), dict(+counts), warnings
 
 
@@ -148,14 +154,14 @@ def _side_by_side(a: _Char, b: _Char) -> bool:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _two_columns(lines: list[_Line]) -> list[_Line] | None:
-    """The lines of a page in two columns, the left one first; None for a page in one.
+def _two_columns(lines: list[_Line], least: int) -> list[_Line] | None:
+    """The lines of a page in two columns of `least` lines or more, the left one first; None for a page in one.
 
     A gutter is a place near the middle that hardly a line crosses, with lines side by side on most of its height. What
     crosses it (a title, a page number) divides the page into bands.
     """
     pieces = [piece for line in lines for piece in _split_at_gaps(line)]
-    if len(pieces) < 12:
+    if len(pieces) < 2 * least + 2:
         return None
     first, last = min(p[0].x0 for p in pieces), max(p[-1].x1 for p in pieces)
     places = [first + (last - first) * k / 100 for k in range(35, 66)]
@@ -165,7 +171,7 @@ def _two_columns(lines: list[_Line]) -> list[_Line] | None:
     across = [p for p in pieces if p[0].x0 < gutter < p[-1].x1]
     wide = [sum(p[-1].x1 - p[0].x0 > 0.25 * (last - first) for p in side) for side in (lefts, rights)]
     paired = sum(any(min(p[0].y1, q[0].y1) - max(p[0].y0, q[0].y0) > 0.5 * p[0].height for q in rights) for p in lefts)
-    if min(wide) < 5 or len(across) > 0.15 * len(pieces) or paired < 0.6 * min(len(lefts), len(rights)):
+    if min(wide) < least or len(across) > 0.15 * len(pieces) or paired < 0.6 * min(len(lefts), len(rights)):
         return None
     across.sort(key=lambda p: -p[0].y1)
 

@@ -304,6 +304,23 @@ def test_two_columns_are_read_one_after_the_other(pdf, by_row):
     ]
 
 
+def test_the_last_page_of_a_book_in_two_columns_is_short(pdf):
+    columns = [[f"{side} ligne {n}, la suite du récit" for n in range(12)] for side in ("gauche", "droite")]
+    for height in (12, 12, 12, 3):
+        for n in range(height):
+            pdf.line(40, 545 - 14 * n, columns[0][n])
+            pdf.line(230, 545 - 14 * n, columns[1][n])
+        pdf.canvas.showPage()
+    assert pdf.read().text.split("\f")[3].split("\n") == [*columns[0][:3], *columns[1][:3]]
+
+
+def test_three_columns_are_said(pdf):
+    for n in range(14):
+        for c in range(3):
+            pdf.line(30 + 130 * c, 545 - 14 * n, f"colonne {c} ligne {n}")
+    assert "page 1 is set in three columns" in pdf.read().warnings[0]
+
+
 def test_a_drop_capital_is_of_its_word_and_a_cut_word_keeps_its_line_end(pdf):
     for y, capital, rest in (
         (540, "L", "e passeur avait loué la chambre du com-"),

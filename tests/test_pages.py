@@ -54,6 +54,8 @@ EDGES: dict[str, Callable[[int], list[str]]] = {
     "brackets": lambda n: [f"[{n}]"],
     "p.": lambda n: [f"p. {n}"],
     "of all": lambda n: [f"{n}/240"],
+    "of all in words": lambda n: [f"Page {n} de 240"],
+    "Pg": lambda n: [f"[Pg {n}]"],
     "page of all": lambda n: [f"Page {n} sur 240"],
     "bare": lambda n: [f"{n}"],
     "point": lambda n: [f"{n}."],
