@@ -52,6 +52,8 @@ def clean_pages(text: str) -> Cleaned:
         gaps = _certain(lines, gaps)
     paragraphs = _without_notes(join_lines(lines, gaps, counts), counts)
     text = without_marks("\n".join(paragraphs), counts)
+    if PAGE not in gaps:  # italics of several paragraphs; in a scan such signs are blots
+        text = re.sub(r"^_(?=[^\W_])|(?<=[^\W_])_$|(?<=[.,;:!?»])_$", "", text, flags=re.M)
     text = to_convention(text)
     return Cleaned(text.split("\n") if text else [], dict(sorted((+counts).items())))
 
@@ -60,7 +62,7 @@ def without_marks(text: str, counts: Counter[str]) -> str:
     """Without the calls of notes and the signs for italics that editions leave in plain text."""
     text, counts["bracketed_calls"] = _BRACKETED.subn("", text)
     text, counts["italics"] = _ITALICS.subn(r"\1", text)
-    return re.sub(r"^_(?=\w)|(?<=[\w.,;:!?»])_$", "", text, flags=re.M)  # italics of several paragraphs
+    return text
 
 
 def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:
