@@ -6,7 +6,8 @@
 Gives the commands of faults.yml once, undisturbed, on a Llama of a few thousand weights and the demo's texts. Each case begins
 with a copy of what was there before or after a command, does something to it, gives the command again and compares what it
 makes with the undisturbed files. A case draws its moments, files and places by its name, so it can be repeated; those that
-ended in a fault are. Writes bench/reports/faults.json, and faults.md from it. A full disk needs root, for a small tmpfs.
+ended in a fault are. What ended before it was disturbed does not count. When the code has changed, remove --work's folder.
+Writes bench/reports/faults.json, and faults.md from it. A full disk needs root, for a small tmpfs.
 """
 
 import argparse
@@ -188,8 +189,8 @@ def fill(name: str, place: Path, after: Path, target: str, share: float) -> tupl
     shutil.copytree(aside, folder, dirs_exist_ok=True)
     status, said = give(name, place)
     subprocess.run(["mount", "-o", "remount,size=1g", folder], check=True)
-    last = "the room sufficed" if status == 0 else said.strip().splitlines()[-1]
-    return f"{share:.0%} of the room in {target}/: {last}", trouble(said, status, name) if status else None
+    last = f": {said.strip().splitlines()[-1]}" if status else ENDED
+    return f"{share:.0%} of the room in {target}/{last}", trouble(said, status, name) if status else None
 
 
 def trouble(said: str, status: int, name: str) -> str | None:
