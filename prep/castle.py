@@ -154,6 +154,7 @@ def main() -> None:
     cutter = Cutter(args.tokenizer, length)
 
     book = read_book(args.book)
+    files = source_files([args.book])
     for warning in book.warnings:
         print(f"castle.py: {warning}", file=sys.stderr)
     paragraphs, counts = clean_book(book)
@@ -184,7 +185,7 @@ def main() -> None:
         heldout,
         tokenizer=args.tokenizer,
         sequence_len=length,
-        source={"path": str(args.book), "repo": None, "revision": None, "files": source_files([args.book])},
+        source={"path": str(args.book), "repo": None, "revision": None, "files": files},
         arguments={"stride": args.stride, "holdout": args.holdout},
         seed=args.seed,
         documents={

@@ -193,8 +193,22 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Name, bytes and sha256 of each source file, in the given order."""
-    return [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths]
+    """Name, bytes and sha256 of each source file, in the given order.
+
+    Raises BadInput where one is not what the source.json beside it records: it was damaged or exchanged since.
+    """
+    files = []
+    for path in paths:
+        files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
+        record = path.with_name("source.json")
+        try:
+            collected = json.loads(record.read_text(encoding="utf-8"))["files"] if record.is_file() else []
+            other = [file for file in collected if file["name"] == path.name and file["sha256"] != files[-1]["sha256"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{record} is damaged: remove {path.parent} and collect it again") from error
+        if other:
+            raise BadInput(f"{path} is not the file that {record} records: remove {path.parent} and collect it again")
+    return files
 
 
 def progress(steps: Iterable[Any] | None = None, **settings: Any) -> tqdm:

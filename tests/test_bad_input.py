@@ -112,6 +112,12 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} given.txt", write("given.txt", bytes(range(256)) * 40), "given.txt"),
     (f"{CASTLE} given.pdf", write("given.pdf", "%PDF-1.4 but no more"), "given.pdf"),
     (f"{CASTLE} given.docx", write("given.docx", b"PK\x03\x04 but no more"), "given.docx"),
+    (
+        f"{CASTLE} data/2c.txt",
+        write("data/source.json", '{"files": [{"name": "2c.txt", "sha256": "0"}]}'),
+        "not the file",
+    ),
+    (f"{CASTLE} data/2c.txt", write("data/source.json", '{"files": 1}'), "source.json is damaged"),
     (f"{CASTLE} data/2c.txt --stride 100000", nothing, "stride"),
     (f"{CASTLE} data/2c.txt --holdout 2", nothing, "holdout"),
     (f"{CASTLE} data/2c.txt --tokenizer nowhere", nothing, "nowhere"),
