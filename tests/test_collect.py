@@ -389,7 +389,8 @@ def test_from_an_empty_folder_the_curated_collection_gives_exactly_the_windows_a
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(monkeypatch):
-    answers, pauses = [429, 503, 0, 404], []
+    answers = [429, 503, 0, 404]
+    pauses: list[float] = []
     monkeypatch.setattr("prep.collect.time.sleep", pauses.append)
 
     def download() -> None:
