@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from eval import models
-from prep.common import BadInput, lock, run
+from prep.common import BadInput, lock, reason, run
 from train.gate import check
 from train.stages import line_of, load_chain
 
@@ -28,10 +29,15 @@ def save_merged(adapter: models.Candidate, target: Path) -> int:
     making = target.with_name(f"{target.name}.part")  # renamed when it is whole
     shutil.rmtree(making, ignore_errors=True)
     full: Any = model
-    full.to(models.MERGED_DTYPE).save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    shutil.rmtree(target, ignore_errors=True)
-    making.rename(target)
+    try:
+        full.to(models.MERGED_DTYPE).save_pretrained(making)
+        tokenizer.save_pretrained(making)
+        shutil.rmtree(target, ignore_errors=True)
+        making.rename(target)
+    except SafetensorError as error:  # a full disk, among others, is no OSError here
+        raise BadInput(f"the model could not be written to {target}: {reason(error)}") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
     return int(full.num_parameters())
 
 

@@ -36,7 +36,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 
-from prep.common import BadInput, atomic_write, progress, reason, run, sha256, source_files, versions
+from prep.common import BadInput, atomic_write, lock, progress, reason, run, sha256, source_files, versions
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
 from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns
 
@@ -461,6 +461,7 @@ def main() -> None:
             parser.error("--source is a local copy: --repo and --revision do not go with it")
         args.repo = args.repo or next(iter(args.pinned))
         args.revision = args.revision or args.pinned.get(args.repo, "main")
+    lock(args.out)
     args.collect(args)
 
 
