@@ -41,14 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "NF4": {"base": NF4},
     "NF4, v in 16 bits": {"base": kept("v_proj")},
     "NF4, v and down in 16 bits": {"base": kept("v_proj", "down_proj")},
+    "NF4, rank 64": {"base": NF4, "rank": 64},
+    "NF4, v in 16 bits, rank 64": {"base": kept("v_proj"), "rank": 64},
     "NF4, unweighted": {"base": NF4, "rank": 64, "start": Unweighted},
     "NF4, diagonal": {"base": NF4, "rank": 64, "start": Diagonal},
     "NF4, rank 16": {"base": NF4, "rank": 16},
-    "NF4, rank 64": {"base": NF4, "rank": 64},
     "NF4, rank 128": {"base": NF4, "rank": 128},
     "NF4, rank 64, 1k tokens": {"base": NF4, "rank": 64, "tokens": 1024},
     "NF4, rank 64, 16k tokens": {"base": NF4, "rank": 64, "tokens": 16384},
-    "NF4, v in 16 bits, rank 64": {"base": kept("v_proj"), "rank": 64},
     "NF4, v and down in 16 bits, rank 64": {"base": kept("v_proj", "down_proj"), "rank": 64},
 }
 
@@ -93,11 +93,14 @@ def page(report: dict[str, Any]) -> str:
             ]
         rows.append([name, *cells])
     head = ["base and start", "Gallica", "against 16 bits", "novel", "against 16 bits"]
+    waiting = [name for name in VARIANTS if name not in found]
+    missing = f"Not measured yet: {'; '.join(waiting)}. " if waiting else ""
     where = f"{report['cpu']}, {commit(report['git'])}, {', '.join(f'{k} {v}' for k, v in report['versions'].items())}"
     return (
         "# What quantisation costs, and what the adapter's start gives back\n\nHeld-out bits per byte of the demo's 2a, lower is "
         "better, with the paired 95 % interval of the difference. Nothing is trained. Where a rank stands, the adapter starts as "
-        f"the correction of the quantisation error.\n\n{markdown((head, rows))}\n\n{where}. Model: {report['model'][:16]}.\n"
+        f"the correction of the quantisation error.\n\n{markdown((head, rows))}\n\n"
+        f"{missing}{where}. Model: {report['model'][:16]}.\n"
     )
 
 
@@ -119,11 +122,9 @@ def main() -> None:
     }
     for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):
         report["variants"][name] = measure(VARIANTS[name], args.model, args.rows)
-        with atomic_write(REPORT) as file:
-            json.dump(report, file, ensure_ascii=False)
-    report["variants"] = {name: report["variants"][name] for name in VARIANTS}
-    with atomic_write(REPORT.with_suffix(".md")) as file:
-        file.write(page(report))
+        for suffix, text in ((".json", json.dumps(report, ensure_ascii=False) + "\n"), (".md", page(report))):
+            with atomic_write(REPORT.with_suffix(suffix)) as file:
+                file.write(text)
 
 
 if __name__ == "__main__":
