@@ -23,13 +23,12 @@ from lm_eval.tasks import TaskManager, get_task_dict
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval.intervals import difference, interval
 from eval.metrics import CONTEXT, SPAN
-from prep.common import BadInput
+from prep.common import BadInput, progress
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 
@@ -81,7 +80,9 @@ class TokenScorer(HFLM):
         order = sorted(windows, key=lambda key: (-len(windows[key][0]), key))
         scored: dict[Key, np.ndarray] = {}
         total = sum(len(target) for _, target in windows.values())
-        with tqdm(total=total, unit="tok", desc=f"{self.label}: {what}", file=self.screen, disable=not order) as bar:
+        with progress(
+            total=total, unit="tok", desc=f"{self.label}: {what}", file=self.screen, disable=not order
+        ) as bar:
             for first, end in batches([len(windows[key][0]) for key in order], self.batch_size):
                 inputs, targets = map(list, zip(*(windows[key] for key in order[first:end]), strict=True))
                 scored |= zip(order[first:end], self.batch_logprobs(inputs, targets), strict=True)
