@@ -213,7 +213,8 @@ def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def progress(steps: Iterable[Any] | None = None, **settings: Any) -> tqdm:
     """A tqdm bar on stderr; where stderr is no terminal, a line every minute instead of a bar that is drawn over."""
-    terminal = settings.get("file", sys.stderr).isatty()
+    screen: IO[str] = settings.get("file") or sys.stderr
+    terminal = screen.isatty()
     line = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]\n"
     layout = {} if terminal else {"mininterval": 60, "maxinterval": 60, "bar_format": line}
     return tqdm(steps, dynamic_ncols=terminal, **(layout | settings))
