@@ -9,9 +9,8 @@ a paragraph a block. Read that one before training on it.
 
 Windows that overlap make every random split a leak, so one block is held out before any window is cut. It is in
 the middle: the opening says who the people are, the end is where the continuation starts, and training needs both.
-It begins and ends with a paragraph (in a paragraph
-longer than a window, with a sentence), holds whole windows, and is the same for every seed, so that runs compare. The text
-before it and the text after it are cut separately; each is written once for each start (0, 512, 1024, 1536 tokens in,
+It begins and ends with a paragraph (in a paragraph longer than a window, with a sentence), holds whole windows, and is the
+same for every seed, so that runs compare. The text before it and the text after it are cut separately; each is written once for each start (0, 512, 1024, 1536 tokens in,
 at the nearest word), and Axolotl's slices of 2048 of these are the windows of stride 512. With --holdout 0, for the
 last run on the whole book, `2c.heldout.jsonl` is empty: any text in it would be text the model was trained on. Axolotl
 cannot load an empty file, so that run has to leave out the recipe's `test_datasets`.

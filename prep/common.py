@@ -192,21 +192,27 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
+def collected(folder: Path) -> dict[str, Any]:
+    """What collect.py recorded of a folder of sources, its `files` as {name: sha256}. Raises BadInput where that is damaged."""
+    path = folder / "source.json"
+    try:
+        record = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+        return record | {"files": {file["name"]: file["sha256"] for file in record.get("files", [])}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is damaged: remove {folder} and collect it again") from error
+
+
 def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Name, bytes and sha256 of each source file, in the given order.
 
     Raises BadInput where one is not what the source.json beside it records: it was damaged or exchanged since.
     """
-    files = []
+    files: list[dict[str, Any]] = []
+    recorded = functools.cache(lambda folder: collected(folder)["files"])
     for path in paths:
         files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
-        record = path.with_name("source.json")
-        try:
-            collected = json.loads(record.read_text(encoding="utf-8"))["files"] if record.is_file() else []
-            other = [file for file in collected if file["name"] == path.name and file["sha256"] != files[-1]["sha256"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{record} is damaged: remove {path.parent} and collect it again") from error
-        if other:
+        if recorded(path.parent).get(path.name) not in (None, files[-1]["sha256"]):
+            record = path.with_name("source.json")
             raise BadInput(f"{path} is not the file that {record} records: remove {path.parent} and collect it again")
     return files
 

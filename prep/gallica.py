@@ -32,7 +32,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from prep.common import BadInput, digest, run, sha256, source_files, versions
+from prep.common import collected, digest, run, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import COUNTER, Cluster, alone, forget
 from prep.filters import (
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     heldout_windows = args.heldout_windows or max(1, HELDOUT_TOKENS // args.sequence_len)
     draw = Draw(args.split, args.windows, heldout_windows, args.cap_per_work, args.seed)
     files = source_paths(args.source)
-    origin = collected_from(args.source)
+    origin = {key: collected(args.source).get(key) for key in ("repo", "revision")}
     warn_if_short(origin["repo"], len(files), args)
     described: dict[str, Any] = {
         "version": CORPUS_VERSION,
@@ -254,16 +254,6 @@ def tell(messages: Path) -> None:
         print(line, file=sys.stderr)
     if len(lines) > 20:
         print(f"and {len(lines) - 20} more in {messages}", file=sys.stderr)
-
-
-def collected_from(source: Path) -> dict[str, Any]:
-    """Repository and revision, where `collect.py` recorded them."""
-    record = source / "source.json"
-    try:
-        origin = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        return {key: origin.get(key) for key in ("repo", "revision")}
-    except (ValueError, AttributeError) as error:
-        raise BadInput(f"{record} is damaged ({error}): remove {source} and collect it again") from error
 
 
 if __name__ == "__main__":
