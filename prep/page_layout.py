@@ -8,7 +8,9 @@ such numbers nothing shows that a text has pages: then no line of it is dropped.
 
 import itertools
 import re
+from bisect import bisect
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 from rapidfuzz import fuzz
@@ -95,6 +97,7 @@ _DASHED = re.compile(
 _FIGURE = re.compile(r"(?<!\w)\d{1,4}(?!\w)")
 _ROMAN = {"i": 1, "v": 5, "x": 10, "l": 50, "c": 100}
 PAGE_SIZE = (200, 12_000)  # characters
+FAR_APART = 12  # pages between lines that recur as the heading of several parts, "Chapitre premier", not as a header
 
 
 class _Number(NamedTuple):
@@ -256,7 +259,8 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
     certain = Counter(letters_of(lines[i]) for i in edges)
     blank = [i for i, line in enumerate(lines) if not line]  # a page may end here, or a paragraph
     edges.update(beside for i in blank for beside in _neighbours(lines, i))
-    headers = _headers([lines[i] for i in sorted(edges)], lines, certain)
+    pages = [i for i in ends if lines[i] == PAGE_END] or sorted(chain)
+    headers = _headers(sorted(edges), lines, certain, pages)
     for i in edges:
         line = lines[i]
         if i in chain:
@@ -322,24 +326,42 @@ def _page_marks(lines: list[str], chain: dict[int, int], ends: list[int]) -> set
     return {i for i in found if lines[i]}
 
 
-def _headers(edges: list[str], lines: list[str], certain: Counter[str]) -> set[str]:
+def _headers(edges: list[int], lines: list[str], certain: Counter[str], pages: list[int]) -> set[str]:
     """Lines that recur at page edges and hardly anywhere else.
 
-    `edges` may be blank lines between paragraphs; `certain` counts the letters of lines at edges that are no others.
+    `edges` may be blank lines between paragraphs; `certain` counts the letters of lines at edges that are no others. Blots
+    above a header hide the edge: lines in capitals, once a page on a tenth of the `pages` (where each ends), are one too.
     """
-    groups: dict[str, list[str]] = {}
-    for line in edges:
+    groups: dict[str, list[int]] = {}
+    for i in edges:
+        line = lines[i]
         reply = line[:1] in DASHES and line[-1] not in DASHES and not (line.isupper() and _FIGURE.search(line))
         if len(line) <= 70 and not reply and len(key := letters_of(line)) >= 3:
-            groups.setdefault(key, []).append(line)
+            groups.setdefault(key, []).append(i)
     everywhere = Counter(lines)
-    known = {
-        key: len(group)
-        for key, group in groups.items()
-        if len(group) < 3
-        or (
-            certain[key] >= max(3, 0.5 * len(group))
-            and sum(everywhere[line] for line in set(group)) <= 1.3 * len(group)
-        )
-    }
-    return {line for key in _recurring(known) for line in groups[key]}
+    known: dict[str, int] = {}
+    for key, group in groups.items():
+        n, on = len(group), [bisect(pages, i) for i in group]
+        figures = [int(match[0]) if (match := _FIGURE.search(lines[i])) else 0 for i in group]
+        far_apart = n > 1 and min(after - before for before, after in pairwise(on)) > FAR_APART
+        title = len({*on}) >= 0.9 * n <= sum(lines[i].isupper() for i in group)
+        numbered = title and sum(map(bool, figures)) >= 0.5 * n
+        if n < 3:
+            known[key] = n
+        elif _counts(figures, on) or sum(everywhere[line] for line in {lines[i] for i in group}) > 1.3 * n:
+            continue
+        elif not far_apart and (
+            certain[key] >= max(3, 0.5 * n)
+            or (numbered and certain[key] >= max(2, 0.4 * n))
+            or (title and n >= max(5, 0.1 * len(pages)))
+        ):
+            known[key] = n
+        elif title or far_apart:
+            known[key] = 2  # it may be misread from another, but does not prove itself
+    return {lines[i] for key in _recurring(known) for i in groups[key]}
+
+
+def _counts(figures: list[int], on: list[int]) -> bool:
+    """Whether lines are numbered one by one over several pages each: chapters or letters."""
+    steps = [(b - a, there - here) for (a, here), (b, there) in pairwise(zip(figures, on, strict=True)) if a and b]
+    return sum(by == 1 < pages for by, pages in steps) > 0.5 * len(steps)

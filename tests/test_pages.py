@@ -259,6 +259,34 @@ def test_replies_between_blank_lines_stay_where_pages_are_numbered(novel):
     assert found.counts["running_headers"] == len(sheets)
 
 
+@pytest.mark.parametrize("heading", ["Chapitre {}", "CHAPITRE {}", "LETTRE {}.", "{}. Le retour", "CHAPITRE PREMIER"])
+def test_headings_at_the_top_of_pages_stay(novel, heading):
+    """They recur at page edges as headers do, but count on by one over several pages, or are far apart."""
+    sheets, expected = [], []
+    for number in range(1, 11):
+        title, *chapter = whole = [heading.format(number), *(novel * 2)[5 * number : 5 * number + 60]]
+        expected += whole
+        first, *others = pages(chapter, lines=10)
+        sheets += [[title, "", *first], *([TITLE, "", *page] for page in others)]
+    assert len(sheets) / 10 > 12  # pages a chapter
+    found = clean_pages("\f".join("\n".join([*page, "", f"{n}"]) for n, page in enumerate(sheets, 5)))
+    assert " ".join(found.paragraphs) == " ".join(expected)
+    assert found.counts["running_headers"] == len(sheets) - 10
+
+
+def test_a_header_below_blots_goes(novel):
+    """Blots between a scan's page edge and its header: it proves itself by being there once a page, in capitals."""
+
+    def blots(n: int) -> list[str]:
+        return ["".join(random.Random(10 * n + k).choices("aeilnrstuv ", k=9)).strip() for k in range(4)]
+
+    sheets = list(pages(novel, lines=14))
+    text = "\f".join("\n".join([*blots(n), "", TITLE, "", *page] if n % 3 else page) for n, page in enumerate(sheets))
+    found = clean_pages(text)
+    assert found.counts["running_headers"] == sum(n % 3 > 0 for n in range(len(sheets)))
+    assert TITLE not in " ".join(found.paragraphs)
+
+
 def test_title_page_goes_with_the_header_that_repeats_it(novel):
     title = f" \n{TITLE}\n \nPAR DELORME \n \nPARIS \nBIBLIOTHÈQUE NATIONALE \n \n"
     body = "\n \n".join("\n".join([f"{n} {TITLE}. ", *lines]) for n, lines in enumerate(pages(novel), 6))
