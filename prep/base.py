@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from prep.common import BadInput, reason
@@ -82,8 +82,13 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
         if source.suffix.lower() == ".gguf":
             dtype, folder, own = "float32", source.parent, gguf_tokens(source)
             options["gguf_file"] = source.name
+        config = AutoConfig.from_pretrained(folder, **options)
+        if getattr(config, "quantization_config", None):
+            raise BadInput(f"{source} is quantised: give the 16-bit checkpoint it was made from")
+        config._attn_implementation = "sdpa"  # another is a kernel that Transformers would fetch from the hub
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+        options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise BadInput(
             f"{source}: its pickled weights hold more than tensors, or are damaged; they were not run"

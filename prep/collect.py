@@ -56,26 +56,26 @@ TABLES = (".zip", ".tar", ".tar.gz", ".tgz", ".tsv", ".tsv.gz")
 # --- what a folder holds ---------------------------------------------------------------------------------------------
 
 
-def recorded(out: Path) -> Record | None:
-    """The source.json of a finished collection; None where there is none. Raises BadInput where a file was lost."""
+def recorded(out: Path) -> tuple[Record | None, list[str]]:
+    """The source.json of a finished collection, None where there is none; and the names of files that were lost since."""
     path = out / "source.json"
     if not path.is_file():
-        return None
+        return None, []
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
         described(record)
         sizes = {file["name"]: file["bytes"] for file in record["files"]}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is damaged: remove {out} and collect it again") from error
-    for name, size in sizes.items():
-        if not (out / name).is_file() or (out / name).stat().st_size != size:
-            raise BadInput(f"{out / name} is missing or was changed: remove {out} and collect it again")
-    return record
+    paths = {name: out / name for name in sizes}
+    return record, [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != sizes[name]]
 
 
 def already(out: Path, wanted: Record) -> bool:
     """Whether `out` holds the wanted collection. Raises BadInput where it holds another one."""
-    record = recorded(out)
+    record, lost = recorded(out)
+    if lost:
+        raise BadInput(f"{out / lost[0]} is missing or was changed: remove {out} and collect it again")
     if record and record["wanted"] != wanted:
         raise BadInput(f"{out} holds another collection ({described(record)}): remove it, or give another --out")
     if record:
@@ -323,12 +323,17 @@ def collect_gallica(args: argparse.Namespace) -> None:
     if source:
         wanted = {"source": str(source), "bytes": sum(path.stat().st_size for path in local.values())}
     wanted |= {"files": count, "seed": args.seed}
-    before = recorded(out)
+    before, lost = recorded(out)
     more = (
         before
         and before["wanted"] | {"files": count} == wanted
-        and (before["wanted"]["files"] or math.inf) < (count or math.inf)
+        and (lost or (before["wanted"]["files"] or math.inf) < (count or math.inf))
     )
+    if before and more:
+        for name in lost:
+            print(f"{out / name} is missing or was changed: it is collected again", flush=True)
+            (out / name).unlink(missing_ok=True)
+        before["files"] = [file for file in before["files"] if file["name"] not in lost]
     if not more and already(out, wanted):
         return
 

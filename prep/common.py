@@ -213,7 +213,7 @@ def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
         files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
         if recorded(path.parent).get(path.name) not in (None, files[-1]["sha256"]):
             record = path.with_name("source.json")
-            raise BadInput(f"{path} is not the file that {record} records: remove {path.parent} and collect it again")
+            raise BadInput(f"{path} is not the file that {record} records: remove it and collect it again")
     return files
 
 

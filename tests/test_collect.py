@@ -253,6 +253,14 @@ def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, co
     assert all("/main" not in path for _, path, _ in hub.seen), "the second run asks for the commit of the first"
     refused("another collection", "gallica", *LIBRARY, "--files", 1)
 
+    files = held(out)
+    cut, gone = sorted(files)[:2]
+    (out / cut).write_bytes(files[cut][:-1])
+    (out / gone).unlink()
+    hub.seen.clear()
+    assert f"{cut} is missing or was changed" in collect("gallica", *LIBRARY, "--files", 4)
+    assert held(out) == files and {name for name in files if hub.ranges(name)} == {cut, gone}
+
 
 def test_the_choice_depends_on_the_seed_and_grows():
     names = [f"gallica_mono_{n}.parquet" for n in range(100)]
@@ -643,6 +651,18 @@ def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_asks_for_a_kernel_of_the_hub(checkpoint, tmp_path):
+    from prep import base
+
+    given, out = altered(checkpoint, tmp_path / "given", lambda tensors: None), tmp_path / "out"
+    config = json.loads((given / "config.json").read_text())
+    for key in ("_attn_implementation", "attn_implementation"):
+        (given / "config.json").write_text(json.dumps(config | {key: "flash_attention_2"}))
+        base.convert(given, out, {})
+        assert "flash_attention_2" not in (out / "config.json").read_text()
+
+
+@pytest.mark.slow
 def test_checkpoints_that_are_not_sound(checkpoint, tmp_path):
     from prep import base
 
@@ -667,6 +687,9 @@ def test_checkpoints_that_are_not_sound(checkpoint, tmp_path):
         base.convert(short, out, {})
     (short / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(BadInput, match="does not load as a language model"):
+        base.convert(short, out, {})
+    (short / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    with pytest.raises(BadInput, match="is quantised: give the 16-bit checkpoint"):
         base.convert(short, out, {})
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
     with pytest.raises(BadInput, match="does not load as a language model"):
