@@ -36,7 +36,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, R
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 
-from prep.common import BadInput, atomic_write, lock, progress, reason, run, sha256, source_files, versions
+from prep.common import BadInput, atomic_write, lock, need_room, progress, reason, run, sha256, source_files, versions
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
 from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns
 
@@ -193,15 +193,6 @@ def zenodo_fetch(folder: Path, file: Record) -> None:
         local.unlink()
         raise BadInput(f"{file['name']} was damaged in the download: its {kind} is {found}, not {expected}; run again")
     local.replace(folder / file["name"])
-
-
-def need_room(folder: Path, size: int) -> None:
-    """Raise BadInput where the disk of `folder` has no room for `size` bytes, of which the folder may hold some."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if free + held < size:
-        raise BadInput(f"the disk of {folder} has {free / 1e9:.2f} GB free, {(size - held) / 1e9:.2f} GB are needed")
 
 
 def url_fetch(url: str, folder: Path, tag: str | None = None, stated: int | None = None) -> Path:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,15 @@ def digest(value: Any) -> str:
     """sha256, hex, of a text or of anything that JSON can hold."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Raise BadInput where the disk of `folder` has no room for `size` bytes, of which the folder may hold some."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + held < size:
+        raise BadInput(f"the disk of {folder} has {free / 1e9:.2f} GB free, {(size - held) / 1e9:.2f} GB are needed")
 
 
 def run_name(text: str) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -437,6 +438,15 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
     assert "output_dir cannot be changed" in launch("2a", output_dir="elsewhere")
     Path("data/2a.jsonl").unlink()
     assert "2a.jsonl is missing" in launch("2a")
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused(plugin: None) -> None:
+    trainer, (gate_plugin, cfg) = SimpleNamespace(model=torch.nn.Linear(10, 10)), registered("2a")
+    gate_plugin.load_datasets(cfg)
+    assert gate_plugin.add_callbacks_post_trainer(cfg, trainer)
+    trainer.model = torch.nn.Linear(10**8, 10**7, bias=False, device="meta", dtype=torch.bfloat16)
+    with pytest.raises(SystemExit, match=r"GB free, 14000000\.00 GB are needed"):  # 3 x (2 bytes + 2 moments) + 2
+        gate_plugin.add_callbacks_post_trainer(cfg, trainer)
 
 
 def test_only_the_same_run_is_resumed(plugin: None) -> None:

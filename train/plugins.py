@@ -23,7 +23,7 @@ from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
 from transformers import TrainerCallback, set_seed
 
-from prep.common import BadInput, end_with_parent, lock, seal
+from prep.common import BadInput, end_with_parent, lock, need_room, seal
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
 from train.stage import PROGRESS
@@ -116,6 +116,8 @@ class Gate(BasePlugin):
             model.save_pretrained(self.stage.start)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        with self.refusals():
+            need_room(self.stage.output_dir, checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit))
         return [Progress(self.stage.output_dir / PROGRESS)]
 
     def post_train_unload(self, cfg: Any) -> None:
@@ -131,6 +133,14 @@ class Gate(BasePlugin):
             yield
         except BadInput as error:
             raise SystemExit(f"gate: {self.recipe.stem}: {error}") from error
+
+
+def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None) -> int:
+    """Bytes of the checkpoints that are kept (all: two at least), one that is being written, and the final weights."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = sum(parameter.nbytes for parameter in trained)
+    moments = 2 * sum(parameter.numel() if "8bit" in optimizer else parameter.nbytes for parameter in trained)
+    return ((kept or 2) + 1) * (weights + moments) + weights
 
 
 class Progress(TrainerCallback):
