@@ -111,7 +111,7 @@ def figures(path: Path) -> Any:
 def made(name: str, place: Path, look: Callable[[Path], Any]) -> dict[str, Any]:
     """{file: what `look` sees in it} of what a command makes."""
     files = [path for pattern in COMMANDS[name][1].split() for path in sorted(place.glob(pattern)) if path.is_file()]
-    return {str(path.relative_to(place)): look(path) for path in files}
+    return {str(path.relative_to(place)): look(path) for path in files if path.suffix != ".lock"}
 
 
 def undisturbed(work: Path, last: int) -> dict[str, tuple[Path, Path, float]]:

@@ -91,14 +91,17 @@ def environment(device: str, dtype: str) -> dict[str, Any]:
 def gate(row: models.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
     """What training said of itself; None when it said nothing.
 
-    `passed` is true when the gate's verdict is there (it is written only then) and is about the weights measured here,
-    the stage's own and those below it: somebody may have exchanged them since.
+    `passed` is true when the gate's verdict is there (it is written only then) and is about the weights measured here and
+    those below them: a stage below may have been trained again since. Raises BadInput on damaged weights.
     """
     if row.form or row.stage is None or not row.stage.verdict.is_file():
         return None
     try:
         verdict = json.loads(row.stage.verdict.read_text(encoding="utf-8"))
         recorded = {str(row.stage.output_dir / file["name"]): file["sha256"] for file in verdict["files"]}
+        for path, value in recorded.items():
+            if hashes.get(path) != value:
+                raise BadInput(f"{path} is not the file that {row.stage.verdict} describes: train {row.name} again")
         for folder, files in verdict["inputs"].items():
             recorded |= {str(Path(folder) / name): value for name, value in files.items()}
         passed = all(recorded.get(path) == value for path, value in hashes.items() if path.endswith(".safetensors"))

@@ -23,7 +23,7 @@ import loguru
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
-from prep.common import SEAL, BadInput, is_whole, progress
+from prep.common import SEAL, BadInput, is_whole, lock, progress
 
 loguru.logger.remove()  # what a task says goes to its log file
 COUNTER = ".books"  # a file to which readers add a byte a book
@@ -44,7 +44,7 @@ def run_local(stages: list[PipelineExecutor], folder: Path) -> None:
                 bar.update(tasks)
 
 
-def _done(stage: Any, ranks: list[int], lock: Path) -> Iterator[int]:
+def _done(stage: Any, ranks: list[int], workers_lock: Path) -> Iterator[int]:
     """Run the tasks of a stage; every second, how many more are done.
 
     datatrove's own pool would wait for ever for a worker that was killed; here it ends the run.
@@ -58,7 +58,9 @@ def _done(stage: Any, ranks: list[int], lock: Path) -> Iterator[int]:
         return
     # Forked from a server that has imported everything once, and has no threads as this process has.
     multiprocessing.set_forkserver_preload(["prep.gallica"])
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _begin_worker, (lock,)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("forkserver"), _begin_worker, (workers_lock,)
+    ) as pool:
         waiting = {pool.submit(_run_task, pickled, rank) for rank in ranks}
         try:
             while waiting:
@@ -81,9 +83,9 @@ def _run_task(pickled: bytes, rank: int) -> None:
         stage._run_for_rank(rank, 1)
 
 
-def _begin_worker(lock: Path) -> None:
+def _begin_worker(workers_lock: Path) -> None:
     """Hold the workers' lock, and end with the command, however it ends; the parent is the server forked from."""
-    fcntl.flock(os.open(lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
+    fcntl.flock(os.open(workers_lock, os.O_RDWR | os.O_CREAT), fcntl.LOCK_SH)
 
     def watch() -> None:
         if command := multiprocessing.parent_process():
@@ -93,28 +95,19 @@ def _begin_worker(lock: Path) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Let one command at a time work in a folder, and none before the workers of a killed one are gone.
-
-    A corpus of which a file has changed since it was finished is removed, to be made again.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock, open(folder / WORKERS, "w") as workers:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another command is at work in {folder}: wait for it, then run this one again") from None
+def take(folder: Path) -> None:
+    """Keep a corpus for this process, once the workers of a killed one are gone. A damaged corpus is removed, to be made again."""
+    lock(folder)
+    folder.mkdir(exist_ok=True)
+    with open(folder / WORKERS, "w") as workers:
         fcntl.flock(workers, fcntl.LOCK_EX)
-        fcntl.flock(workers, fcntl.LOCK_UN)
-        if (folder / SEAL).exists() and not is_whole(folder):
-            print(f"{folder} is damaged: the corpus is made again", flush=True)
-            forget(folder)
-        yield
+    if (folder / SEAL).exists() and not is_whole(folder):
+        print(f"{folder} is damaged: the corpus is made again", flush=True)
+        forget(folder)
 
 
 def forget(folder: Path) -> None:
-    """Remove a corpus, but for its locks."""
+    """Remove a corpus, but for its workers' lock."""
     (folder / SEAL).unlink(missing_ok=True)
     for path in filter(Path.is_dir, folder.iterdir()):
         shutil.rmtree(path)

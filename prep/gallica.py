@@ -34,7 +34,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from prep.common import collected, digest, run, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
-from prep.executor import COUNTER, Cluster, alone, forget
+from prep.executor import COUNTER, Cluster, forget, take
 from prep.filters import (
     Fiction,
     French,
@@ -200,31 +200,31 @@ def main(argv: list[str] | None = None) -> None:
         },
         "packages": PACKAGES,
     }
-    with alone(corpus):
-        if args.fresh:
-            forget(corpus)
-        asked = [draw, args.sequence_len, out, manifest, sha256(args.tokenizer / "tokenizer.json")]
-        rows = corpus / f"rows-{digest(list(map(str, asked)))[:12]}"
-        cluster = Cluster(args.executor, args.workers, args.partition, args.time)
-        # A bucket takes a second or two: one worker here, one job on a cluster.
-        buckets = cluster._replace(workers=1)
-        stages: list[Any] = []
-        for name, steps, tasks in pipeline(args, files, corpus, described):
-            who, per_job = (buckets, tasks) if name == "buckets" else (cluster, 1)
-            stages.append(who.stage(name, steps, tasks, corpus, stages[-1] if stages else None, per_job))
-        cut = [CleanBooks(corpus), CutRows(corpus, rows, cutter, draw)]
-        stages.append(cluster.stage("cut", cut, len(files), rows, stages[-1]))
-        last = [DrawRows(corpus, rows, len(files), cutter, draw, out, manifest)]
-        stages.append(cluster.stage("draw", last, 1, rows, stages[-1]))
-        print(f"{args.out}: rows from {len(files)} files of {args.source} (corpus: {corpus})", flush=True)
-        try:
-            cluster.run(stages, corpus)
-        finally:
-            tell(corpus / MESSAGES)
-        if args.executor == "slurm":
-            print(f"submitted; when job draw is done, the rows are in {out}, and {rows} can be removed")
-            return
-        shutil.rmtree(rows)
+    take(corpus)
+    if args.fresh:
+        forget(corpus)
+    asked = [draw, args.sequence_len, out, manifest, sha256(args.tokenizer / "tokenizer.json")]
+    rows = corpus / f"rows-{digest(list(map(str, asked)))[:12]}"
+    cluster = Cluster(args.executor, args.workers, args.partition, args.time)
+    # A bucket takes a second or two: one worker here, one job on a cluster.
+    buckets = cluster._replace(workers=1)
+    stages: list[Any] = []
+    for name, steps, tasks in pipeline(args, files, corpus, described):
+        who, per_job = (buckets, tasks) if name == "buckets" else (cluster, 1)
+        stages.append(who.stage(name, steps, tasks, corpus, stages[-1] if stages else None, per_job))
+    cut = [CleanBooks(corpus), CutRows(corpus, rows, cutter, draw)]
+    stages.append(cluster.stage("cut", cut, len(files), rows, stages[-1]))
+    last = [DrawRows(corpus, rows, len(files), cutter, draw, out, manifest)]
+    stages.append(cluster.stage("draw", last, 1, rows, stages[-1]))
+    print(f"{args.out}: rows from {len(files)} files of {args.source} (corpus: {corpus})", flush=True)
+    try:
+        cluster.run(stages, corpus)
+    finally:
+        tell(corpus / MESSAGES)
+    if args.executor == "slurm":
+        print(f"submitted; when job draw is done, the rows are in {out}, and {rows} can be removed")
+        return
+    shutil.rmtree(rows)
     told = json.loads(manifest_path(out).read_text(encoding="utf-8"))
     documents = told["documents"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in documents["rejected"].items()) or "none"

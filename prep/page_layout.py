@@ -338,17 +338,21 @@ def _headers(edges: list[int], lines: list[str], certain: Counter[str], pages: l
         reply = line[:1] in DASHES and line[-1] not in DASHES and not (line.isupper() and _FIGURE.search(line))
         if len(line) <= 70 and not reply and len(key := letters_of(line)) >= 3:
             groups.setdefault(key, []).append(i)
-    everywhere = Counter(lines)
+    everywhere, ends = Counter(lines), [0, *pages, len(lines)]
     known: dict[str, int] = {}
     for key, group in groups.items():
         n, on = len(group), [bisect(pages, i) for i in group]
         figures = [int(match[0]) if (match := _FIGURE.search(lines[i])) else 0 for i in group]
-        far_apart = n > 1 and min(after - before for before, after in pairwise(on)) > FAR_APART
+        # In the lower half of pages it is a sheet's mark, not a heading.
+        foot = sum(2 * i > ends[page] + ends[page + 1] for i, page in zip(group, on, strict=True)) >= 0.5 * n
+        far_apart = n > 1 and not foot and min(after - before for before, after in pairwise(on)) > FAR_APART
         title = len({*on}) >= 0.9 * n <= sum(lines[i].isupper() for i in group)
         numbered = title and sum(map(bool, figures)) >= 0.5 * n
         if n < 3:
             known[key] = n
-        elif _counts(figures, on) or sum(everywhere[line] for line in {lines[i] for i in group}) > 1.3 * n:
+        elif (_counts(figures, on) and not foot) or sum(
+            everywhere[line] for line in {lines[i] for i in group}
+        ) > 1.3 * n:
             continue
         elif not far_apart and (
             certain[key] >= max(3, 0.5 * n)

@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,25 @@ def place(curriculum: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = shutil.copytree(curriculum, tmp_path / "place")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def locked() -> Callable[[str | Path], AbstractContextManager[int]]:
+    """`with locked(target) as pid:` another process holds prep.common.lock(target)."""
+    hold = (
+        "import sys, pathlib, prep.common as c; c.lock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    )
+
+    @contextmanager
+    def held(target: str | Path) -> Iterator[int]:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+        with subprocess.Popen([sys.executable, "-c", hold, target], **pipes) as other:
+            assert other.stdout and other.stdout.readline()
+            yield other.pid
+            other.kill()
+
+    return held
 
 
 @pytest.fixture

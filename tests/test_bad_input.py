@@ -8,10 +8,10 @@ import os
 import resource
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,9 +187,6 @@ def refused(command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "Traceback" not in "\n".join(said)
 
 
-HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
-
-
 @pytest.mark.parametrize(
     ("command", "target"),
     [
@@ -199,14 +196,15 @@ HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path(sys.argv[1]))
     ],
 )
 def test_the_same_command_twice_at_once(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str, target: str
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    locked: Callable[..., Any],
+    command: str,
+    target: str,
 ) -> None:
-    arguments = [sys.executable, "-c", HOLD, target]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout and other.stdout.readline()
-        refused(command, f"process {other.pid} is writing {target}", monkeypatch, capsys)
-        other.kill()
+    with locked(target) as other:
+        refused(command, f"process {other} is writing {target}", monkeypatch, capsys)
 
 
 def test_merging_on_a_full_disk(place: Path) -> None:

@@ -514,16 +514,9 @@ def test_a_trained_stage_is_not_trained_again(plugin: None, trained: None, capsy
     assert "outputs/2b holds no checkpoint" in launch("2c")
 
 
-HOLD = "import sys, pathlib, prep.common as c; c.lock(pathlib.Path('outputs/2a')); print(flush=True); sys.stdin.read()"
-
-
-def test_two_trainings_in_one_folder(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(RECIPES.parent))
-    other = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout and other.stdout.readline()
-    assert f"process {other.pid} is writing outputs/2a" in launch("2a")
-    other.kill()
-    other.communicate()
+def test_two_trainings_in_one_folder(plugin: None, locked: Callable[..., Any]) -> None:
+    with locked("outputs/2a") as other:
+        assert f"process {other} is writing outputs/2a" in launch("2a")
     assert launch("2a") == ""
 
 

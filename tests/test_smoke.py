@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 CHAIN = {stage.name: stage for stage in load_chain(RECIPES)}
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])  # record_windows
+RECORDED = [*load_profile("smoke", "2b")[1]["plugins"], "record_windows.RecordWindows"]
 
 
 def python(*arguments: object, cwd: Path, expect: int = 0) -> str:
@@ -33,8 +35,9 @@ def python(*arguments: object, cwd: Path, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def stage(name: str, cwd: Path, expect: int = 0) -> str:
-    return python(ROOT / "train/stage.py", name, "--recipes", RECIPES, "--profile", "smoke", cwd=cwd, expect=expect)
+def stage(name: str, cwd: Path, *more: str, expect: int = 0) -> str:
+    command = [ROOT / "train/stage.py", name, "--recipes", RECIPES, "--profile", "smoke", *more]
+    return python(*command, cwd=cwd, expect=expect)
 
 
 def accelerate(name: str, cwd: Path, **more: Any) -> str:
@@ -70,9 +73,11 @@ def trained(workdir: Path) -> dict[str, str]:
     output = {"2b too early": stage("2b", workdir, expect=1), "2a": stage("2a", workdir)}
 
     # 2b by the plain command, as the yardstick; then again by ours, killed after its first checkpoint, and resumed.
-    accelerate("2b", workdir)
+    accelerate("2b", workdir, plugins=RECORDED)
     (workdir / "outputs/2b").rename(workdir / "undisturbed")
-    command = [ROOT / "train/stage.py", "2b", "--recipes", RECIPES, "--profile", "smoke"]
+    (workdir / "windows.txt").rename(workdir / "undisturbed/windows.txt")
+    recorded = ["--", *as_arguments({"plugins": RECORDED})]
+    command = [ROOT / "train/stage.py", "2b", "--recipes", RECIPES, "--profile", "smoke", *recorded]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=workdir, env=ENVIRONMENT)
     state = workdir / "outputs/2b/checkpoint-2/complete.json"
     deadline = time.time() + 300
@@ -83,7 +88,7 @@ def trained(workdir: Path) -> dict[str, str]:
     process.wait()
     output["trainers left"] = still_running(workdir)
     output["2c on half of 2b"] = stage("2c", workdir, expect=1)
-    output["2b"] = stage("2b", workdir)
+    output["2b"] = stage("2b", workdir, *recorded)
 
     output["2c"] = accelerate("2c", workdir)
     output["check"] = python(ROOT / "train/gate.py", "--recipes", RECIPES, cwd=workdir)
@@ -132,6 +137,16 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(trained: dict[str, str], w
     assert "checkpoint-2" in log and log.count("adapter start:") == 1  # not again when it resumes
     name = "adapter_model.safetensors"
     assert (workdir / "outputs/2b" / name).read_bytes() == (workdir / "undisturbed" / name).read_bytes()
+    resumed, undisturbed = (
+        json.loads((workdir / f"{f}/trained.json").read_text()) for f in ("outputs/2b", "undisturbed")
+    )
+    assert resumed["steps"] == undisturbed["steps"] and resumed["steps"]["tokens"] == 4 * 2048
+
+
+def test_killed_and_resumed_it_sees_each_window_once(trained: dict[str, str], workdir: Path) -> None:
+    undisturbed = (workdir / "undisturbed/windows.txt").read_text().split()
+    seen = (workdir / "windows.txt").read_text().split()
+    assert len(set(undisturbed)) == 4 and seen[:2] + seen[-2:] == undisturbed  # killed at step 2 or after
 
 
 def test_2c_changed_every_tensor_of_2b(trained: dict[str, str], workdir: Path) -> None:
