@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from eval import models
 from prep.common import BadInput, lock, reason, run
@@ -34,7 +33,7 @@ def save_merged(adapter: models.Candidate, target: Path) -> int:
         tokenizer.save_pretrained(making)
         shutil.rmtree(target, ignore_errors=True)
         making.rename(target)
-    except SafetensorError as error:  # a full disk, among others, is no OSError here
+    except Exception as error:  # of a full disk safetensors and tokenizers each raise their own
         raise BadInput(f"the model could not be written to {target}: {reason(error)}") from error
     finally:
         shutil.rmtree(making, ignore_errors=True)

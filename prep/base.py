@@ -154,9 +154,9 @@ def convert(source: Path, folder: Path, given: Tokens) -> dict[str, Any]:
     adds_bos = check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     try:
         model.save_pretrained(folder)
-    except SafetensorError as error:  # a full disk, among others, is no OSError here
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # of a full disk safetensors and tokenizers each raise their own
         raise BadInput(f"the model could not be written to {folder}: {reason(error)}") from error
-    tokenizer.save_pretrained(folder)
 
     print("reading back what was written", flush=True)
     again, tokenizer_again, _ = load(folder)
