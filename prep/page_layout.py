@@ -346,8 +346,9 @@ def _headers(edges: list[int], lines: list[str], certain: Counter[str], pages: l
         # In the lower half of pages it is a sheet's mark, not a heading.
         foot = sum(2 * i > ends[page] + ends[page + 1] for i, page in zip(group, on, strict=True)) >= 0.5 * n
         far_apart = n > 1 and not foot and min(after - before for before, after in pairwise(on)) > FAR_APART
-        title = len({*on}) >= 0.9 * n <= sum(lines[i].isupper() for i in group)
-        numbered = title and sum(map(bool, figures)) >= 0.5 * n
+        once = len({*on}) >= 0.9 * n
+        title = once and sum(lines[i].isupper() for i in group) >= 0.9 * n
+        numbered = sum(map(bool, figures)) >= 0.5 * n
         if n < 3:
             known[key] = n
         elif (_counts(figures, on) and not foot) or sum(
@@ -356,7 +357,8 @@ def _headers(edges: list[int], lines: list[str], certain: Counter[str], pages: l
             continue
         elif not far_apart and (
             certain[key] >= max(3, 0.5 * n)
-            or (numbered and certain[key] >= max(2, 0.4 * n))
+            or (numbered and title and certain[key] >= max(2, 0.4 * n))
+            or (numbered and foot and once)
             or (title and n >= max(5, 0.1 * len(pages)))
         ):
             known[key] = n
@@ -366,6 +368,6 @@ def _headers(edges: list[int], lines: list[str], certain: Counter[str], pages: l
 
 
 def _counts(figures: list[int], on: list[int]) -> bool:
-    """Whether lines are numbered one by one over several pages each: chapters or letters."""
+    """Whether lines are numbered one by one over three pages or more each: chapters or letters."""
     steps = [(b - a, there - here) for (a, here), (b, there) in pairwise(zip(figures, on, strict=True)) if a and b]
-    return sum(by == 1 < pages for by, pages in steps) > 0.5 * len(steps)
+    return sum(by == 1 and pages > 2 for by, pages in steps) > 0.5 * len(steps)
