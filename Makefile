@@ -93,7 +93,7 @@ prep-c: $(READY) ## The novel in four phases -> data/2c.jsonl
 
 # --- steps 2a, 2b, 2c: training ---
 
-stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens
+stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens (CURRICULUM=3: 3a, recipes/README.md)
 stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, windows of 2048
 stage-c: stage-%: $(READY) ## Train 2c: the same adapter, on the novel
 stage-a stage-b stage-c: stage-%:
@@ -105,13 +105,13 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 # --- evaluation ---
 
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
-	@$(WITH_ARGS) $(BIN)/python eval/evaluation.py --recipes recipes --run "$$RUN" --out eval/reports "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python eval/evaluation.py --recipes recipes --curriculum "$$CURRICULUM" --run "$$RUN" --out eval/reports "$${more[@]}"
 
 merge: $(READY) ## STAGE's adapter and its base as one 16-bit model to share -> outputs/2c/merged
 	@$(SHOW) $(BIN)/python eval/merge.py "$$STAGE"
 
 continue: $(READY) ## Write WORDS more words of the novel with the last stage -> outputs/continuation
-	@$(WITH_ARGS) $(BIN)/python eval/continuation.py --recipes recipes --words "$$WORDS" "$${more[@]}"
+	@$(WITH_ARGS) $(BIN)/python eval/continuation.py --recipes recipes --curriculum "$$CURRICULUM" --words "$$WORDS" "$${more[@]}"
 
 compare: $(READY) ## Several reports in one page: make compare RUNS="small full" -> eval/reports/compare.html
 	@test -n "$$RUNS" || { echo 'say which reports: make compare RUNS="small full"' >&2; exit 1; }

@@ -405,7 +405,7 @@ def main() -> None:
     settings = TINY_SETTINGS if args.tiny else SETTINGS
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
-    ours, kafka = load_chain(ROOT / "recipes"), load_chain(ROOT / "bench/kafka")
+    ours, kafka = load_chain(ROOT / "recipes", "2"), load_chain(ROOT / "bench/kafka")
     kafka = [stage for stage in kafka if not stage.adapter_from]  # a continued adapter costs what a new one does
     everything = schedule(ours, kafka, load_ablations(ROOT / "bench/ablations.yml", ours), args.repetitions)
     chosen = [item for item in everything if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in args.only)]

@@ -337,6 +337,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
+    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--stage", help="who writes: base, 2a, ... (default: the chain's last)")
     option("--from", dest="source", metavar="FILE|WORDS", help="go on from this (default: the prepared book)")
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
@@ -364,7 +365,7 @@ def main() -> None:
     args = parse()
     started = time.perf_counter()
     warnings.filterwarnings("ignore")
-    chain = load_chain(args.recipes)
+    chain = load_chain(args.recipes, args.curriculum)
     [row, *_] = models.present(models.candidates(chain), [args.stage or chain[-1].name])
     book = chain[-1].datasets[0].with_suffix(".txt")  # beside the rows of the last stage
     beginning, source = beginning_of(args.source, book)

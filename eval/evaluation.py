@@ -235,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
+    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
@@ -269,7 +270,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     target = args.out / f"{args.run}.json"
 
-    rows = models.with_forms(models.candidates(load_chain(args.recipes)))
+    rows = models.with_forms(models.candidates(load_chain(args.recipes, args.curriculum)))
     chosen = models.present(rows, args.stages)
     prompts = generation.load_prompts(args.prompts)
     tasks = scoring.load_tasks(args.tasks)

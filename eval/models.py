@@ -9,13 +9,14 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from prep.common import BadInput, reason
 from train.dequantise import merge
-from train.stages import Stage
+from train.stages import Stage, line_of
 
 BASE = "base"  # the report's name for what the first stage starts from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,21 +50,25 @@ def full_weights(model: Path) -> list[Path]:
     return sorted(model.glob("model*.safetensors"))
 
 
-def candidate(stage: Stage) -> Candidate:
+def candidate(stage: Stage, base: str = BASE) -> Candidate:
     """The row of one stage, compared with the one it builds on; an adapter's base is quantised as its recipe says."""
     if not stage.adapter:
-        return Candidate(stage.name, stage.output_dir, None, stage.parent or BASE, stage)
+        return Candidate(stage.name, stage.output_dir, None, stage.parent or base, stage)
     bits = {key: True for key in ("load_in_4bit", "load_in_8bit") if stage.config.get(key)}
     quantization = {**bits, **stage.config.get("bnb_config_kwargs", {})} if bits else None
-    return Candidate(stage.name, stage.base_model, stage.output_dir, stage.parent or BASE, stage, quantization)
+    return Candidate(stage.name, stage.base_model, stage.output_dir, stage.parent or base, stage, quantization)
 
 
 def candidates(chain: list[Stage]) -> list[Candidate]:
-    """The base and every stage, in the chain's order. Raises BadInput when the recipes start from several bases."""
-    bases = sorted({str(stage.base_model) for stage in chain if stage.parent is None})
-    if len(bases) > 1:
-        raise BadInput(f"the recipes start from several bases ({', '.join(bases)}); give each chain its own folder")
-    return [Candidate(BASE, Path(bases[0]), None, None, None), *map(candidate, chain)]
+    """The base and every stage, in the chain's order; bases of several curricula are named as their folders."""
+    bases = list(dict.fromkeys(line_of(stage.name, chain)[0].base_model for stage in chain))
+    names = {base: BASE if len(bases) == 1 else base.name for base in bases}
+    rows: list[Candidate] = []
+    for base, name in names.items():
+        rows.append(Candidate(name, base, None, None, None))
+        own = (stage for stage in chain if line_of(stage.name, chain)[0].base_model == base)
+        rows += [candidate(stage, name) for stage in own]
+    return rows
 
 
 def merged(row: Candidate) -> Candidate:
@@ -179,7 +184,7 @@ def load_model(
 
 
 def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -> PeftModel:
-    """The adapter of `row` on top of `model`; `.unload()` takes it off again.
+    """The adapter of `row` on top of `model`, in place.
 
     Raises BadInput when it was trained on another base or another vocabulary, or is not whole.
     """
@@ -204,6 +209,11 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -
             f"adapter {row.adapter} does not fit {row.model}: {len(stored - loaded)} of its tensors have no place "
             f"there, {len(loaded - stored)} are missing"
         )
+    # Full copies take the place of what they copy: lm-eval ties the weights of a tied base, which PEFT's wrappers do not stand.
+    base: Any = adapted.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.modules_to_save["default"])
     return adapted.eval()
 
 

@@ -2,7 +2,8 @@
 
 Called by `collect.py base`. Why not just copy the files: a checkpoint may be a pickled `.bin` or a GGUF; few base
 models name a pad token, and Axolotl then pads with EOS, the one token whose loss says where a text ends; a chat
-model's EOS ends a turn and not a text. Recipes name no special tokens, since bases differ: they are settled here, once.
+model's EOS ends a turn and not a text: one that is given another EOS becomes a model of texts, without its chat
+template; one that keeps its EOS keeps both. Recipes name no special tokens, since bases differ: they are settled here, once.
 No token is ever added, so no embedding has to grow.
 """
 
@@ -105,10 +106,9 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
 
 
 def apply_tokens(model: Any, tokenizer: Any, tokens: Tokens) -> None:
-    """Give the tokenizer, the model's config and its generation defaults the same special tokens, and no chat template."""
+    """Give the tokenizer, the model's config and its generation defaults the same special tokens."""
     for role, token in tokens.items():
         setattr(tokenizer, f"{role}_token", token)
-    tokenizer.chat_template = None  # chat servers would wrap every prompt in turns; the model continues texts
     tokenizer.clean_up_tokenization_spaces = False  # it would remove the space before « ; » and « ! »
     ids = {f"{role}_token_id": tokenizer.convert_tokens_to_ids(tokens[role]) for role in tokens if role != "unk"}
     model.config.update(ids)
@@ -148,8 +148,9 @@ def convert(source: Path, folder: Path, given: Tokens) -> dict[str, Any]:
     logging.set_verbosity_error()
     print(f"loading {source}", flush=True)
     model, tokenizer, own = load(source)
-    chat = bool(tokenizer.chat_template)
     tokens = settle_tokens(own, given, tokenizer.get_vocab())
+    if tokens["eos"] != own.get("eos"):
+        tokenizer.chat_template = None  # chat servers would wrap every prompt in turns; the model continues texts
     apply_tokens(model, tokenizer, tokens)
     adds_bos = check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
     try:
@@ -171,8 +172,8 @@ def convert(source: Path, folder: Path, given: Tokens) -> dict[str, Any]:
     for role, token in tokens.items():
         print(f"  {role}: {token}" + ("" if own.get(role) == token else f" (the checkpoint: {own.get(role, 'none')})"))
     print(f"  BOS before each text: {'yes' if adds_bos else 'no'}; a short French text: {bits:.2f} bits per byte")
-    if chat and "eos" not in given:
-        print(f"  this is a chat model: {tokens['eos']} may end a turn, not a text (see --eos-token)")
+    if tokenizer.chat_template:
+        print(f"  this is a chat model: {tokens['eos']} may end a turn, not a text (--eos-token makes it one of texts)")
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": model.num_parameters(),

@@ -620,14 +620,14 @@ def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path
 
     told = record(out)
     assert {file["name"]: file["sha256"] for file in told["files"]} == {name: sha256(out / name) for name in held(out)}
-    assert "model.safetensors" in held(out) and not any(name.endswith((".bin", ".jinja")) for name in held(out))
+    assert "model.safetensors" in held(out) and not any(name.endswith(".bin") for name in held(out))
     assert (told["repo"], told["revision"], told["model"]["dtype"]) == (BASE_REPO, BASE_REVISION, "bfloat16")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<unk>")
-    assert tokenizer.chat_template is None and told["model"]["adds_bos"] is True
+    assert tokenizer.chat_template == "{{ messages[0].content }}" and told["model"]["adds_bos"] is True
     for settings in (model.config, model.generation_config):
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 0)
 
@@ -635,6 +635,8 @@ def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path
     assert "already there" in collect("base")
     refused("another collection", "base", "--eos-token", "<fin>")
     assert hub.seen == []
+    collect("base", "--source", checkpoint, "--eos-token", "<fin>", "--out", "models/texts")
+    assert AutoTokenizer.from_pretrained(tmp_path / "models/texts").chat_template is None  # its turns end otherwise
 
 
 @pytest.mark.slow

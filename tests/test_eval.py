@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from tiny_curriculum import save_adapter, tiny_llama, write_rows
+from tiny_curriculum import RECIPES, save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import evaluation, generation, intervals, logs, metrics, models, report, scoring, verdict
@@ -105,6 +106,36 @@ def in_four_bits(place: Path) -> Path:
         recipe = Path(f"recipes/{name}.yml")
         recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | nf4))
     return place
+
+
+def test_full_copies_of_the_embeddings_are_scored_and_merged(in_four_bits):
+    """Beside an adapter, on a quantised base, tied as in small Llamas: the merged model scores as the adapter does."""
+    settings = LlamaForCausalLM.from_pretrained("outputs/2a").config
+    settings.tie_word_embeddings = True
+    base = LlamaForCausalLM(settings)
+    base.save_pretrained("outputs/2a")
+    copies = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **copies))
+    with torch.no_grad():
+        adapted.get_input_embeddings().weight.mul_(1.5)
+    adapted.peft_config["default"].base_model_name_or_path = "outputs/2a"
+    adapted.save_pretrained("outputs/2b")
+    row = next(row for row in models.candidates(load_chain(Path("recipes"))) if row.name == "2b")
+    bits = []
+    for each in (row, models.merged(row), replace(row, adapter=None)):
+        [(_, model, tokenizer)] = models.loaded([each], "cpu", torch.float32)
+        bits.append(scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"])
+    assert bits[1] == pytest.approx(bits[0], abs=1e-3) and abs(bits[2] - bits[0]) > 0.1
+
+
+def test_rows_of_several_curricula(place):
+    """In one folder of recipes: each with its base, named as its folder."""
+    Path("recipes/3a.yml").write_text(RECIPES["2a"].replace("models/base", "models/other").replace("2a", "3a"))
+    rows = models.candidates(load_chain(Path("recipes")))
+    assert [(row.name, row.parent) for row in rows] == [
+        ("base", None), ("2a", "base"), ("2b", "2a"), ("2c", "2b"), ("other", None), ("3a", "other")
+    ]  # fmt: skip
+    assert [row.name for row in models.candidates(load_chain(Path("recipes"), "3"))] == ["base", "3a"]
 
 
 def test_an_adapter_is_evaluated_on_its_base_as_its_recipe_quantises_it(in_four_bits):

@@ -38,9 +38,9 @@ def merge(adapted: PeftModel, full: PreTrainedModel) -> PreTrainedModel:
     (train/adapter_start.py). Merged into unquantised weights it would correct an error that is not there.
     """
     base: Any = adapted.get_base_model()
-    for name, linear in full.named_modules():
-        if isinstance(linear, nn.Linear):
+    for name, module in full.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
             layer: Any = base.get_submodule(name)
             adapter = layer.get_delta_weight("default").float() if isinstance(layer, LoraLayer) else 0  # type: ignore[attr-defined]
-            linear.weight.copy_(dequantised(getattr(layer, "base_layer", layer)) + adapter)
+            module.weight.copy_(dequantised(getattr(layer, "base_layer", layer)) + adapter)
     return full

@@ -3,10 +3,12 @@
 A failed training often looks like a good one: an adapter that was loaded frozen, updates lost to bf16 rounding, weights
 saved half-trained by Ctrl-C, a cache of older rows. A stage counts as trained when:
 
-  steps      the last checkpoint is at the last planned step, and the final weights are that checkpoint's
+  steps      the last checkpoint is at the last planned step, and the final weights are that checkpoint's (with
+             `load_best_model_at_end`: those of the one with the lowest validation loss)
   data       the rows are those of their manifest, and those the training started with
   inputs     the model (and adapter) it builds on is, byte for byte, what was collected or trained before
-  movement   full weights moved as far as FULL_WEIGHTS asks, an adapter away from what it started from: in every module
+  movement   full weights moved as far as FULL_WEIGHTS asks, an adapter away from what it started from: in every module;
+             full copies beside an adapter (`lora_modules_to_save`) too, or not at all where `unfrozen_parameters` freezes them
 
 train/plugins.py calls it at the end of every training. The command checks what is on disk:
 
@@ -18,7 +20,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,16 @@ FULL_WEIGHTS = {
 }
 
 # A loaded adapter keeps its own settings, whatever the recipe says: {recipe's key: adapter_config.json's}.
+COPIES = "lora_modules_to_save"  # the recipe's list of modules of which full copies are trained
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "peft_use_rslora": "use_rslora"}
 
 
 def make(step: str, stage: Stage) -> str:
-    """The make target of a stage's step, for messages: ("prep", 2b) -> `make prep-b`."""
-    return f"`make {step}-{re.sub(r'^[0-9]+', '', stage.name)}`"
+    """How to make what a stage's step makes, for messages: ("prep", 2b) -> `make prep-b`."""
+    number, letter = re.fullmatch(r"(\d*)(.*)", stage.name, re.S).groups()  # type: ignore[union-attr]
+    if number == "2":
+        return f"`make {step}-{letter}`"
+    return f"`make {step}-{letter} CURRICULUM={number}`" if step == "stage" else f"the command in {stage.recipe}'s head"
 
 
 def read(path: Path, remedy: str, pick: Callable[[Any], Any]) -> Any:
@@ -103,28 +109,42 @@ def before_and_after(before: Path, after: Path) -> Iterator[tuple[str, torch.Ten
 
 def movement_of_weights(before: Path, after: Path) -> dict[str, dict[str, Any]]:
     """Per tensor, how far full weights moved: {name: {kind, changed, relative}}, measured in the dtype of `after`."""
-    moved = {}
-    for name, old, new in before_and_after(before, after):
-        was = old.to(new.dtype)
-        change = (new.float() - was.float()).norm() / was.float().norm().clamp(min=1e-12)
-        moved[name] = {
-            "kind": "vector" if new.dim() < 2 else "embedding" if re.search(r"embed|lm_head", name) else "matrix",
-            "changed": round((new != was).float().mean().item(), 6),
-            "relative": float(f"{change.item():.4g}"),
-        }
-    return moved
+    return {name: movement(name, old, new) for name, old, new in before_and_after(before, after)}
 
 
-def movement_of_adapter(before: Path, after: Path) -> dict[str, dict[str, float]]:
-    """Per adapted module, the norm of the change of A and B: {module: {"A": norm, "B": norm}}."""
-    moved: dict[str, dict[str, float]] = {}
+def movement(name: str, old: torch.Tensor, new: torch.Tensor) -> dict[str, Any]:
+    """How far one tensor of full weights moved."""
+    was = old.to(new.dtype)
+    change = (new.float() - was.float()).norm() / was.float().norm().clamp(min=1e-12)
+    return {
+        "kind": "vector" if new.dim() < 2 else "embedding" if re.search(r"embed|lm_head", name) else "matrix",
+        "changed": round((new != was).float().mean().item(), 6),
+        "relative": float(f"{change.item():.4g}"),
+    }
+
+
+def movement_of_adapter(before: Path, after: Path, copies: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Per adapted module, the norm of the change of A and B: {module: {"A": norm, "B": norm}}.
+
+    Per full copy of a module named in `copies`, what `movement_of_weights` says of it.
+    """
+    moved: dict[str, dict[str, Any]] = {}
     for name, old, new in before_and_after(before, after):
-        match = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if not match:
+        module = name.removesuffix(".weight")
+        if match := re.fullmatch(r"(.+)\.lora_([AB])", module):
+            moved.setdefault(match[1], {})[match[2]] = float(f"{(new.float() - old.float()).norm().item():.4g}")
+        elif module.rsplit(".", 1)[-1] in copies:
+            moved[module] = movement(name, old, new)
+        else:
             raise BadInput(f"{after}: {name} is not a LoRA tensor")
-        module, side = match.groups()
-        moved.setdefault(module, {})[side] = float(f"{(new.float() - old.float()).norm().item():.4g}")
     return moved
+
+
+def is_frozen(module: str, config: dict[str, Any]) -> bool:
+    """Does the recipe freeze the full copy of a module? As axolotl/utils/freeze.py reads `unfrozen_parameters`."""
+    patterns = config.get("unfrozen_parameters") or []
+    trained = (re.sub(r"\.(?!\+)", r"\\.", pattern) for pattern in patterns)
+    return bool(patterns) and not any(re.match(each, f"{module}.modules_to_save.default.weight") for each in trained)
 
 
 # --- what a stage needs before it starts -----------------------------------------------------------------------------
@@ -208,6 +228,24 @@ def check_adapter_settings(stage: Stage, folder: Path) -> None:
                 f"{path}: {name} is {saved.get(name)}, but {stage.recipe} says {key}: {stated}. A continued adapter "
                 "keeps its own settings: give both stages the same"
             )
+    copies, stated = (set(found or []) for found in (saved.get("modules_to_save"), stage.config.get(COPIES)))
+    copies = {name.rsplit(".", 1)[-1] for name in copies}  # of a tied pair it names one, in two ways
+    if not copies <= stated or bool(copies) != bool(stated):
+        raise BadInput(
+            f"{path} has full copies of {sorted(copies)}, but {stage.recipe} says {COPIES}: {sorted(stated)}"
+        )
+
+
+def check_tying(stage: Stage) -> None:
+    """Copies of an embedding and a head that the base ties stay one. Raises BadInput where they would drift apart."""
+    if not stage.config.get(COPIES) or stage.config.get("peft_ensure_weight_tying"):
+        return
+    remedy = "the base model is not whole"
+    if read(stage.base_model / "config.json", remedy, lambda said: said.get("tie_word_embeddings")):
+        raise BadInput(
+            f"{stage.base_model} ties its head to its embedding, and the copies that {stage.recipe} trains "
+            "would drift apart: say `peft_ensure_weight_tying: true`"
+        )
 
 
 def check_ready(stage: Stage, chain: list[Stage]) -> dict[str, Any]:
@@ -216,6 +254,7 @@ def check_ready(stage: Stage, chain: list[Stage]) -> dict[str, Any]:
         check(line_of(stage.name, chain)[-2], chain)
     ready = {"data": check_data(stage), "inputs": check_inputs(stage, chain)}
     check_tokenizer(stage, chain)
+    check_tying(stage)
     if stage.adapter_from:
         check_adapter_settings(stage, stage.adapter_from)
     return ready
@@ -230,8 +269,17 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
 
 
+def kept_checkpoint(stage: Stage) -> Path:
+    """The checkpoint whose weights the stage ends with: the last, or with `load_best_model_at_end` the best."""
+    last = checkpoints(stage.output_dir)[-1]
+    best = stage.config.get("load_best_model_at_end") and read(
+        last / "trainer_state.json", f"train {stage.name} again", lambda state: state.get("best_model_checkpoint")
+    )
+    return stage.output_dir / Path(best).name if best else last
+
+
 def check_steps(stage: Stage) -> dict[str, Any]:
-    """Steps planned and reached, from the last checkpoint, whose weights must be the final ones. Raises BadInput."""
+    """Steps planned and reached, from the last checkpoint; its weights, or the best one's, are final. Raises BadInput."""
     found = checkpoints(stage.output_dir)
     if not found:
         raise BadInput(f"{stage.output_dir} holds no checkpoint; {make('stage', stage)} trains {stage.name}")
@@ -240,11 +288,15 @@ def check_steps(stage: Stage) -> dict[str, Any]:
     reached, planned, epoch, history = read(last / "trainer_state.json", resume, lambda state: [state[k] for k in keys])
     if reached != planned:
         raise BadInput(f"stage {stage.name} stopped at step {reached} of {planned}; {resume} from {last.name}")
+    kept = kept_checkpoint(stage)
     for path in weight_files(stage.output_dir):
-        saved = last / path.name
+        saved = kept / path.name
         if not saved.exists() or hashed(saved) != hashed(path):
-            raise BadInput(f"{path} is not what {last.name} saved at the last step; {resume}")
+            raise BadInput(
+                f"{path} is not what {kept.name} saved at the {'best' if kept != last else 'last'} step; {resume}"
+            )
     return {
+        "kept": int(kept.name.split("-")[-1]),
         "planned": planned,
         "reached": reached,
         "epochs": round(epoch, 4),
@@ -257,22 +309,26 @@ def check_movement(stage: Stage) -> dict[str, dict[str, Any]]:
     """Movement per tensor or module. Raises BadInput naming the first that did not move enough."""
     if stage.adapter is None:
         moved = movement_of_weights(stage.base_model, stage.output_dir)
-        for name, tensor in moved.items():
-            least = FULL_WEIGHTS[tensor["kind"]]
-            if tensor["changed"] < least["changed"] or tensor["relative"] < least["relative"]:
+    else:
+        moved = movement_of_adapter(stage.start, stage.output_dir, stage.config.get(COPIES) or [])
+    for module, sides in moved.items():
+        if "kind" in sides:
+            least = FULL_WEIGHTS[sides["kind"]]
+            if is_frozen(module, stage.config):
+                if sides["changed"]:
+                    raise BadInput(f"stage {stage.name} changed {module}, which its `unfrozen_parameters` freezes")
+            elif sides["changed"] < least["changed"] or sides["relative"] < least["relative"]:
                 raise BadInput(
-                    f"stage {stage.name} hardly trained {name}: {tensor['changed']:.2%} of its elements changed (at least "
-                    f"{least['changed']:.2%}), by {tensor['relative']:.2g} of its norm (at least {least['relative']:.2g}). "
+                    f"stage {stage.name} hardly trained {module}: {sides['changed']:.2%} of its elements changed (at least "
+                    f"{least['changed']:.2%}), by {sides['relative']:.2g} of its norm (at least {least['relative']:.2g}). "
                     "Is the learning rate too low, or lost to bf16 rounding?"
                 )
-        return moved
-    moved = movement_of_adapter(stage.start, stage.output_dir)
-    for module, sides in moved.items():
-        if not any(sides.values()):
+        elif not any(sides.values()):
             raise BadInput(
                 f"stage {stage.name} trained nothing in {module}: its adapter is still that of {stage.start}"
             )
-    check_adapter_settings(stage, stage.output_dir)
+    if stage.adapter:
+        check_adapter_settings(stage, stage.output_dir)
     return moved
 
 
@@ -329,7 +385,12 @@ def describe(verdict: dict[str, Any]) -> str:
         changed, relative = (min(tensor[key] for tensor in matrices) for key in ("changed", "relative"))
         how = f"at least {changed:.1%} of each matrix changed, by at least {relative:.2g} of its norm"
     else:
-        how = f"{len(moved)} adapted modules moved, B by at least {min(sides['B'] for sides in moved.values()):.2g} (norm)"
+        b = [sides["B"] for sides in moved.values() if "B" in sides]
+        how = f"{len(b)} adapted modules moved, B by at least {min(b):.2g} (norm)"
+        if copies := [sides["changed"] for sides in moved.values() if "kind" in sides]:
+            how += f"; {len(copies)} full copies, " + (
+                f"at least {min(copies):.1%} changed" if any(copies) else "frozen"
+            )
     whole = steps["epochs"] >= 0.98 * steps["epochs_of_recipe"]
     epochs = "" if whole else f" ({steps['epochs']} of {steps['epochs_of_recipe']} epochs)"
     return f"{verdict['stage']}: trained, {steps['reached']} of {steps['planned']} steps{epochs}; {how}"

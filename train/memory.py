@@ -3,7 +3,7 @@
 Parameters are counted on the real model and adapter (torch's meta device); the rest is arithmetic, a function for each
 part, with its source. Everything printed is planned; `make bench-gpu` measures.
 
-  python train/memory.py                                   the shipped recipes, on TinyLlama's architecture
+  python train/memory.py                                   the shipped recipes, on TinyLlama, and on Llamas of 1 to 8 B
   python train/memory.py --base models/base                on another base (a folder, or its config.json)
   python train/memory.py bench/kafka/2a.yml                other recipes
 
@@ -25,6 +25,7 @@ from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prep.common import ROOT, BadInput, run
+from train.gate import COPIES, is_frozen
 from train.stages import load_recipe
 
 GIB = 2**30
@@ -43,7 +44,9 @@ OPTIMIZERS = {
 class Tensors:
     """One kind of parameter: the number of elements of each tensor, bytes per element, whether it is trained."""
 
-    kind: str  # matrix, embedding, head, norm or adapter
+    kind: (
+        str  # matrix, embedding, head, norm, adapter, copy or frozen copy (of an embedding or head, beside an adapter)
+    )
     elements: tuple[int, ...]
     width: float
     trained: bool
@@ -104,6 +107,8 @@ def with_adapter(model: PreTrainedModel, recipe: dict[str, Any]) -> Any:
         lora_dropout=recipe.get("lora_dropout", 0.0),
         use_rslora=bool(recipe.get("peft_use_rslora")),
         target_modules="all-linear" if recipe.get("lora_target_linear") else recipe["lora_target_modules"],
+        modules_to_save=recipe.get(COPIES),
+        ensure_weight_tying=bool(recipe.get("peft_ensure_weight_tying")),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
@@ -121,6 +126,14 @@ def quantised_width(recipe: dict[str, Any]) -> float:
     return 1 if recipe.get("load_in_8bit") else 2
 
 
+def trains(recipe: dict[str, Any], module: str) -> bool:
+    """Is the embedding (`model.embed_tokens`) or the head (`lm_head`) trained, itself or a full copy of it?"""
+    if not recipe.get("adapter"):
+        return True
+    name = f"base_model.model.{module}"
+    return module.rsplit(".", 1)[-1] in (recipe.get(COPIES) or []) and not is_frozen(name, recipe)
+
+
 def embeddings_width(recipe: dict[str, Any]) -> int:
     """Bytes per weight of embeddings, head and norms, and so per element of the residual stream.
 
@@ -132,16 +145,21 @@ def embeddings_width(recipe: dict[str, Any]) -> int:
 
 
 def tensors(model: PreTrainedModel, recipe: dict[str, Any]) -> list[Tensors]:
-    """Every parameter by kind, as wide as Axolotl holds it. Adapters are fp32 (PEFT, `autocast_adapter_dtype`)."""
+    """Every parameter by kind, as wide as Axolotl holds it.
+
+    Adapters are fp32 (PEFT, `autocast_adapter_dtype`), full copies beside them as wide as what they copy.
+    """
     kept = (recipe.get("bnb_config_kwargs") or {}).get("llm_int8_skip_modules") or []
     marks = {"lora_": "adapter", "norm": "norm", "embed_tokens": "embedding", "lm_head": "head"}
     marks |= {name: "16-bit matrix" for name in kept if name not in marks} | {"": "matrix"}
     found: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         kind = next(kind for mark, kind in marks.items() if mark in name)
+        if ".modules_to_save." in name:
+            kind = "frozen copy" if is_frozen(name.split(".modules_to_save.")[0], recipe) else "copy"
         found.setdefault(kind, []).append(parameter.numel())
     width: dict[str, float] = {"adapter": 4, "matrix": quantised_width(recipe)}
-    trained = {"adapter"} if recipe.get("adapter") else set(found)
+    trained = {"adapter", "copy"} if recipe.get("adapter") else set(found)
     return [
         Tensors(kind, tuple(sizes), width.get(kind, embeddings_width(recipe)), kind in trained)
         for kind, sizes in found.items()
@@ -154,7 +172,7 @@ def optimizer_state(optimizer: str, kinds: Iterable[Tensors]) -> float:
     8 bits: a code per element, an fp32 scale per block of 256. torchao (torchao/optim/adam.py, `_new_buffer`) leaves
     tensors below 4,096 elements, or of a length that is not a multiple of 256, as they are, and keeps a table of 256
     fp32 per tensor. bitsandbytes leaves those below 4,096 in fp32, and every nn.Embedding with them
-    (transformers/trainer.py, `register_module_override`).
+    (transformers/trainer.py, `register_module_override`), but for a copy with its own `embedding_lr`.
     """
     if optimizer not in OPTIMIZERS:
         raise BadInput(f"the planner does not know optimizer {optimizer}; it knows {', '.join(OPTIMIZERS)}")
@@ -237,7 +255,7 @@ def loss_memory(config: PretrainedConfig, recipe: dict[str, Any], tokens: int) -
     if recipe.get("liger_fused_linear_cross_entropy"):
         rows = -(-tokens // -(-v // h))
         chunk = 1 << (rows - 1).bit_length()
-        gradients = residual * h * tokens + (0 if recipe.get("adapter") else residual * v * h)
+        gradients = residual * h * tokens + (residual * v * h if trains(recipe, "lm_head") else 0)
         return norm + head_cast + gradients + 2 * chunk * v
     if recipe.get("chunked_cross_entropy"):
         return norm + head_cast + 4 * tokens * v + 2 * 4 * tokens * v / 8
@@ -249,8 +267,8 @@ def check_planned(recipe: dict[str, Any]) -> None:
     if recipe.get("bf16") not in (True, "auto"):
         raise BadInput(f"the planner counts a training in bf16; the recipe says `bf16: {recipe.get('bf16')}`")
     uncounted = ("activation_offloading", "layer_offloading", "selective_checkpointing", "torch_compile")
-    for key in (*uncounted, "lora_modules_to_save", "unfrozen_parameters", "peft_use_dora"):
-        if recipe.get(key):
+    for key in (*uncounted, "unfrozen_parameters", "peft_use_dora"):
+        if recipe.get(key) and not (key == "unfrozen_parameters" and recipe.get("adapter")):
             raise BadInput(f"the planner does not count what `{key}` does to memory; `make bench-gpu` measures it")
 
 
@@ -267,14 +285,15 @@ def plan(config: PretrainedConfig, recipe: dict[str, Any]) -> Plan:
         kept, top = layers * layer * tokens, layer_backward(config, recipe) * tokens
     if quantised_width(recipe) < 2:
         top += 2 * config.hidden_size * config.intermediate_size  # the matrix in use, back in bf16
-    adapter = sum(kind.bytes for kind in kinds if kind.kind == "adapter")
+    adapter = sum(kind.bytes for kind in kinds if kind.kind in ("adapter", "copy", "frozen copy"))
     weights = sum(kind.bytes for kind in kinds) - adapter
     gradients = sum(kind.bytes for kind in kinds if kind.trained)
     states = optimizer_state(recipe["optimizer"], kinds)
     # From a step's second micro-step on, every gradient is there while the activations are.
     beside = gradients if recipe.get("gradient_accumulation_steps", 1) > 1 else 0
     # The gradient of the embedding is made whole before it is added to the one that is there.
-    embedding = 0 if recipe.get("adapter") else embeddings_width(recipe) * config.vocab_size * config.hidden_size
+    copy = embeddings_width(recipe) * config.vocab_size * config.hidden_size
+    embedding = copy if trains(recipe, "model.embed_tokens") else 0
     moments = {
         "loss": (beside, kept, loss_memory(config, recipe, tokens)),
         "last layer's backward": (beside, kept + top, 0.0),
@@ -315,7 +334,7 @@ def remedy(config: PretrainedConfig, recipe: dict[str, Any], card_gib: float) ->
 def table(plans: dict[str, Plan]) -> str:
     """Markdown: a row per part, a column per recipe, in GiB."""
     parts = {
-        "weights": "weights", "adapter": "adapter", "gradients": "gradients", "optimizer": "optimizer",
+        "weights": "weights", "adapter, copies": "adapter", "gradients": "gradients", "optimizer": "optimizer",
         "activations": "activations", "logits and loss": "logits", "**planned peak, allocator**": "peak",
         "**with CUDA context (assumed)**": "card",
     }  # fmt: skip
@@ -330,26 +349,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path, help="recipes (default: the shipped ones)")
     tinyllama = Path(__file__).with_name("tinyllama.json")
-    parser.add_argument("--base", type=Path, default=tinyllama, help="model folder or config.json (default: TinyLlama)")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="model folder or config.json (default: train/FOLDER-*.json of the recipe's, or TinyLlama)",
+    )
     args = parser.parse_args()
-    config, plans, recipes = load_config(args.base), {}, {}
+    planned: dict[Path, dict[str, tuple[dict[str, Any], Plan]]] = {}
+    configs: dict[Path, PretrainedConfig] = {}
     for path in args.recipes or sorted((ROOT / "recipes").glob("*.yml")):
         name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
         if not path.is_file():
             raise BadInput(f"{path} is missing; name a recipe")
-        recipes[name] = load_recipe(path)
-        try:
-            plans[name] = plan(config, recipes[name])
-        except KeyError as error:
-            raise BadInput(f"{name} has no {error}, which the plan needs") from error
-        except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
-    print(table(plans))
-    print(f"\nA card keeps {RESERVED / GIB:.0f} GiB for its driver and a desktop. Planned, not measured.\n")
-    for name, recipe in recipes.items():
-        for card in CARDS:
-            if not fits(plans[name], card):
-                print(f"{name} in {card} GB: {remedy(config, recipe, card)}")
+        recipe = load_recipe(path)
+        sizes = sorted(tinyllama.parent.glob(f"{Path(recipe['base_model']).name}-*.json"))
+        for base in [args.base] if args.base else sizes or [tinyllama]:
+            configs[base] = configs.get(base) or load_config(base)
+            try:
+                planned.setdefault(base, {})[name] = recipe, plan(configs[base], recipe)
+            except KeyError as error:
+                raise BadInput(f"{name} has no {error}, which the plan needs") from error
+            except BadInput as error:
+                raise BadInput(f"{name}: {error}") from error
+    print(f"A card keeps {RESERVED / GIB:.0f} GiB for its driver and a desktop. Planned, not measured.")
+    for base, plans in planned.items():
+        print(f"\nOn {base.stem}:\n\n{table({name: found for name, (_, found) in plans.items()})}\n")
+        for name, (recipe, found) in plans.items():
+            for card in CARDS:
+                if not fits(found, card):
+                    print(f"{name} in {card} GB: {remedy(configs[base], recipe, card)}")
 
 
 if __name__ == "__main__":

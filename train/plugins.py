@@ -55,7 +55,8 @@ class Gate(BasePlugin):
         """Axolotl's first call, on the recipe with the command line's changes (for `axolotl preprocess` and others too)."""
         heldout = [Path(dataset["path"]) for dataset in cfg.get("test_datasets") or []]
         if heldout and all(path.exists() and not path.stat().st_size for path in heldout):
-            cfg["test_datasets"] = cfg["eval_steps"] = None  # prepared with --holdout 0: nothing to validate on
+            for key in ("test_datasets", "eval_steps", "load_best_model_at_end"):  # --holdout 0: nothing to validate on
+                cfg[key] = None
         self.recipe = Path(cfg.get("axolotl_config_path") or "")
         self.settings = json.loads(json.dumps(cfg, default=str))
         # Axolotl reuses its cache of tokenised rows when the rows have changed: a folder for each version of them.

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import load_from_disk
 
 from prep.common import SEAL, BadInput, atomic_write, is_whole, reason, seal
-from train.gate import checkpoints, read
+from train.gate import checkpoints, kept_checkpoint, read
 from train.stages import Stage
 
 
@@ -74,7 +74,7 @@ def at_the_end(stage: Stage) -> bool:
 
 
 def take_weights(stage: Stage) -> None:
-    """Copy the last checkpoint's model into the output folder, as the end of the training would have done.
+    """Copy the last (or best) checkpoint's model into the output folder, as the end of the training would have done.
 
     The Trainer itself cannot: resumed at `max_steps` it trains one step more.
     """
@@ -90,7 +90,7 @@ def take_weights(stage: Stage) -> None:
         SEAL,
     )
     shutil.copytree(
-        checkpoints(stage.output_dir)[-1],
+        kept_checkpoint(stage),
         stage.output_dir,
         ignore=shutil.ignore_patterns(*only_to_resume),
         dirs_exist_ok=True,

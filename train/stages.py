@@ -81,14 +81,14 @@ def load_recipe(path: Path) -> dict[str, Any]:
     return config
 
 
-def load_chain(recipes: Path) -> list[Stage]:
-    """Every recipe of the folder (`*.yml`), each after the one it builds on, otherwise by name.
+def load_chain(recipes: Path, curriculum: str = "") -> list[Stage]:
+    """Every recipe of the folder, each after the one it builds on, otherwise by name: those named `curriculum`*.yml.
 
-    Raises BadInput on an empty folder, two recipes with one output, or recipes that build on each other in a circle.
+    Raises BadInput if there are none, two recipes with one output, or recipes that build on each other in a circle.
     """
-    configs = {path: load_recipe(path) for path in sorted(recipes.glob("*.yml"))}
+    configs = {path: load_recipe(path) for path in sorted(recipes.glob(f"{curriculum}*.yml"))}
     if not configs:
-        raise BadInput(f"no recipe (*.yml) in {recipes.absolute()}")
+        raise BadInput(f"no recipe ({curriculum}*.yml) in {recipes.absolute()}")
     made_by: dict[Path, str] = {}
     for path, config in configs.items():
         output = Path(config["output_dir"])
