@@ -45,10 +45,14 @@ class Row(NamedTuple):
     part: str  # where in the document the row is; unique within a document
     windows: int
     tail: int
+    conversations: tuple[dict[str, str], ...] = ()  # of {from, value}, where the row is one
 
     def line(self) -> str:
         """The row as one line of JSON, newline included."""
-        return json.dumps(dict(zip(self._fields[:6], self[:6], strict=True)), ensure_ascii=False) + "\n"
+        fields: dict[str, Any] = dict(zip(self._fields[:6], self[:6], strict=True))
+        if self.conversations:
+            fields["conversations"] = self.conversations
+        return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
 # --- text to rows ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from prep.common import BadInput, is_whole, seal, sha256
 from train import gate
-from train.resume import prepare_output
+from train.resume import prepare_output, take_weights
 from train.stage import check_compiler
 from train.stages import load_chain
 
@@ -104,11 +104,11 @@ def train_adapter(name: str, b: float, **config: object) -> None:
 @pytest.fixture(autouse=True)
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    base = Path("models/base")
-    write_weights(base, base_tensors())
-    (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 49}}, "added_tokens": []}))
-    (base / "config.json").write_text('{"vocab_size": 50}')
-    (base / "source.json").write_text(json.dumps({"files": gate.described(base)}))
+    for base in (Path("models/base"), Path("models/instruct")):
+        write_weights(base, base_tensors())
+        (base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 49}}, "added_tokens": []}))
+        (base / "config.json").write_text('{"vocab_size": 50}')
+        (base / "source.json").write_text(json.dumps({"files": gate.described(base)}))
     for name in CHAIN:
         write_rows(name)
     return tmp_path
@@ -280,6 +280,91 @@ def test_files_that_are_not_what_they_were(change: Callable[[], None], message: 
         judge("2a")
 
 
+# --- full copies of embedding and head beside an adapter, and the best checkpoint --------------------------------------
+
+COPIES = ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight")
+
+
+def train_with_copies(name: str, b: float, *shifts: float, **config: object) -> None:
+    """3a or 3b, with copies of head and embedding that are `shifts` from zero."""
+    copies = {copy: torch.full((50, 8), shift) for copy, shift in zip(COPIES, shifts, strict=True)}
+    output = CHAIN[name].output_dir
+    write_weights(output, adapter_tensors(b) | copies, "adapter_model.safetensors")
+    if name == "3a":
+        new = adapter_tensors(0.0) | {copy: torch.zeros(50, 8) for copy in COPIES}
+        write_weights(output / "start", new, "adapter_model.safetensors")
+    settings = {
+        "r": 128,
+        "lora_alpha": 256,
+        "use_rslora": True,
+        "modules_to_save": ["embed_tokens", "lm_head"],
+    } | config
+    (output / "adapter_config.json").write_text(json.dumps(settings))
+    write_checkpoint(name)
+    start(name)
+
+
+def test_copies_that_moved_and_then_did_not_pass() -> None:
+    train_with_copies("3a", 0.01, 1e-3, 1e-3)
+    verdict = judge("3a")
+    assert verdict["movement"][COPIES[0].removesuffix(".weight")]["changed"] == 1.0
+    assert "2 full copies, at least 100.0% changed" in gate.describe(verdict)
+    train_with_copies("3b", 0.02, 1e-3, 1e-3)
+    verdict = judge("3b")
+    assert verdict["movement"][COPIES[1].removesuffix(".weight")]["changed"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "shifts", "config", "message"),
+    [
+        ("3a", (1e-3, 0.0), {}, r"hardly trained .*embed_tokens: 0\.00%"),
+        ("3a", (0.0, 1e-3), {}, "hardly trained .*lm_head"),
+        ("3b", (1e-3, 2e-3), {}, "changed .*embed_tokens, which its `unfrozen_parameters` freezes"),
+        (
+            "3b",
+            (1e-3, 1e-3),
+            {"modules_to_save": None},
+            r"has full copies of \[\], but .*3b\.yml says lora_modules_to_save",
+        ),
+    ],
+)
+def test_copies_that_did_not_do_what_their_recipe_says(name: str, shifts: tuple, config: dict, message: str) -> None:
+    train_with_copies("3a", 0.01, 1e-3, 1e-3)
+    if name == "3b":
+        judge("3a")
+    train_with_copies(name, 0.02, *shifts, **config)
+    with pytest.raises(BadInput, match=message):
+        judge(name)
+
+
+def test_a_stage_may_end_with_its_best_checkpoint() -> None:
+    train_with_copies("3a", 0.01, 1e-3, 1e-3)
+    judge("3a")
+    train_with_copies("3b", 0.02, 1e-3, 1e-3)
+    output = CHAIN["3b"].output_dir
+    (output / "checkpoint-20").rename(output / "checkpoint-10")
+    train_with_copies("3b", 0.03, 1e-3, 1e-3)
+    with pytest.raises(BadInput, match="is not what checkpoint-10 saved at the best step"):
+        state = output / "checkpoint-20/trainer_state.json"
+        state.write_text(
+            json.dumps(json.loads(state.read_text()) | {"best_model_checkpoint": str(output / "checkpoint-10")})
+        )
+        judge("3b")
+    take_weights(CHAIN["3b"])
+    assert judge("3b")["steps"] == judge("3b")["steps"] | {"reached": 20, "kept": 10}
+
+
+def test_tied_copies_need_the_key_that_keeps_them_one() -> None:
+    Path("models/instruct/config.json").write_text('{"vocab_size": 50, "tie_word_embeddings": true}')
+    gate.check_tying(CHAIN["3a"])
+    CHAIN["3a"].config.pop("peft_ensure_weight_tying")
+    try:
+        with pytest.raises(BadInput, match="would drift apart: say `peft_ensure_weight_tying: true`"):
+            gate.check_tying(CHAIN["3a"])
+    finally:
+        CHAIN["3a"].config["peft_ensure_weight_tying"] = True
+
+
 # --- a verdict that was given before ---------------------------------------------------------------------------------
 
 
@@ -290,7 +375,7 @@ def test_a_damaged_verdict(trained: None, text: str) -> None:
         check("2c")
 
 
-@pytest.mark.parametrize("name", CHAIN)
+@pytest.mark.parametrize("name", ["2a", "2b", "2c"])
 def test_a_verdict_does_not_hold_for_other_data_or_weights(trained: None, name: str) -> None:
     write_rows(name, "Il pleuvait.")
     with pytest.raises(BadInput, match=f"data of stage {name} changed"):

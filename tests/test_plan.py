@@ -109,6 +109,19 @@ def test_optimiser_states_are_those_of_the_real_optimiser(name: str) -> None:
     assert optimizer_state(name, kinds) == pytest.approx(real, rel=0.01)
 
 
+def test_copies_of_embeddings_are_counted_as_trained_or_frozen() -> None:
+    """What full copies of both embeddings of an 8 B Llama, vocabulary of 128,256, add to its weights and optimiser."""
+    llama_8b = load_config(ROOT / "train/instruct-8b.json")
+    trained, frozen, none = (plan(llama_8b, RECIPES[name]) for name in ("3a", "3b", "3c"))
+    copies = 2 * 128_256 * 4096
+    assert trained.adapter == frozen.adapter == pytest.approx(none.adapter + 2 * copies)  # bf16
+    assert trained.all_gradients == pytest.approx(none.all_gradients + 2 * copies)
+    assert frozen.all_gradients == none.all_gradients and frozen.optimizer == none.optimizer
+    assert trained.optimizer == pytest.approx(none.optimizer + 2 * copies * (1 + 4 / 256), rel=1e-3)  # 8 bits
+    tied = llama(tie_word_embeddings=True, vocab_size=1024)
+    assert plan(tied, RECIPES["3a"]).adapter == pytest.approx(plan(tied, RECIPES["3c"]).adapter + 2 * 1024 * 256)
+
+
 @pytest.mark.parametrize("double", [True, False])
 def test_nf4_takes_what_bitsandbytes_makes_of_a_weight(double: bool) -> None:
     import bitsandbytes

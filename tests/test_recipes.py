@@ -13,6 +13,7 @@ from train.stages import Stage, line_of, load_chain
 
 ROOT = Path(__file__).parent.parent
 CHAIN = load_chain(ROOT / "recipes")
+FIRST = load_chain(ROOT / "recipes", "2")
 
 
 @pytest.mark.parametrize("stage", CHAIN, ids=lambda stage: stage.name)
@@ -35,20 +36,23 @@ def test_axolotl_accepts_it_and_ignores_no_key(stage: Stage, axolotl_validates: 
 
 def test_what_every_stage_shares() -> None:
     for name, config in ((stage.name, stage.config) for stage in CHAIN):
-        assert [dataset["path"] for dataset in config["datasets"]] == [f"data/{name}.jsonl"]
-        assert [dataset["path"] for dataset in config["test_datasets"]] == [f"data/{name}.heldout.jsonl"]
+        rows = "3b" if name == "3c" else name  # the ablation reads what 3b reads
+        assert [dataset["path"] for dataset in config["datasets"]] == [f"data/{rows}.jsonl"]
+        assert [dataset["path"] for dataset in config["test_datasets"]] == [f"data/{rows}.heldout.jsonl"]
         assert config["output_dir"] == f"outputs/{name}" and config["dataset_prepared_path"] == f"data/prepared/{name}"
-        assert config["min_sample_len"] == config["sequence_len"]  # drops tails, and false ends of text with them
+        # Drops the tails of passages, and false ends of text with them; an article's end is a true one.
+        assert config.get("min_sample_len") == (config["sequence_len"] if name in ("2a", "2b", "2c") else None)
         assert config["auto_resume_from_checkpoints"] and config["use_tensorboard"] and config["curriculum_sampling"]
         assert config["val_set_size"] == 0 and config["eval_sample_packing"] is False
-        assert all(dataset["type"] == "completion" for dataset in [*config["datasets"], *config["test_datasets"]])
+        kind = "chat_template" if rows == "3b" else "completion"
+        assert all(dataset["type"] == kind for dataset in [*config["datasets"], *config["test_datasets"]])
         assert "train.plugins.Gate" in config["plugins"]
         assert not {"special_tokens", "trust_remote_code", "wandb_project", "use_wandb", "hub_model_id"} & set(config)
 
 
 def test_the_chain_continues_one_adapter_with_its_settings() -> None:
     """PEFT takes them from the saved adapter, whatever the later recipe says."""
-    first, second, third = line_of("2c", CHAIN)
+    first, second, third = line_of("2c", FIRST)
     assert first.parent is None and first.adapter is None
     assert second.parent == "2a" and second.base_model == first.output_dir and second.adapter == "qlora"
     assert third.parent == "2b" and third.base_model == first.output_dir and third.adapter_from == second.output_dir
@@ -57,10 +61,21 @@ def test_the_chain_continues_one_adapter_with_its_settings() -> None:
     assert len(shared) >= 8 and all(second.config.get(key) == third.config.get(key) for key in shared)
 
 
+def test_the_ablation_is_equal_in_all_but_what_it_leaves_out() -> None:
+    articles, tuned = line_of("3b", CHAIN)
+    (alone,) = line_of("3c", CHAIN)
+    left_out = {"lora_model_dir", "unfrozen_parameters", "lora_modules_to_save", "peft_ensure_weight_tying"}
+    own = {"output_dir", "dataset_prepared_path", "plugins"}
+    keys = {key for key in {**tuned.config, **alone.config} if tuned.config.get(key) != alone.config.get(key)}
+    assert keys == left_out | own and not left_out & set(alone.config)
+    pattern = re.compile(r"lora_(?!model_dir)|peft_|adapter|load_in|bnb_|base_model")
+    assert all(value == tuned.config[key] for key, value in articles.config.items() if pattern.match(key))
+
+
 def test_rows_are_prepared_in_the_recipes_lengths() -> None:
     """Axolotl drops shorter windows and cuts longer rows elsewhere."""
     for commands in ((ROOT / "Makefile").read_text(), (ROOT / "demo/demo.sh").read_text().replace("\\\n", " ")):
-        for stage in CHAIN:
+        for stage in FIRST:
             lengths = re.findall(rf"--sequence-len (\d+) [^\n]*--out data/{stage.name}\.jsonl", commands)
             assert lengths == [str(stage.config["sequence_len"])], stage.name
 

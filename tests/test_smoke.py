@@ -20,7 +20,7 @@ from train.stages import load_chain
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-CHAIN = {stage.name: stage for stage in load_chain(RECIPES)}
+CHAIN = {stage.name: stage for stage in load_chain(RECIPES, "2")}
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])  # record_windows
 RECORDED = [*load_profile("smoke", "2b")[1]["plugins"], "record_windows.RecordWindows"]
