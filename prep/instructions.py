@@ -95,7 +95,9 @@ class Preparation:
     def conversation(self, record: dict[str, Any]) -> Row | str:
         """The row of a conversation, or why there is none."""
         turns = [turn if isinstance(turn, dict) else {} for turn in record["conversations"] or []]
-        messages = [{"role": ROLES.get(turn.get("from")), "content": turn.get("value") or ""} for turn in turns]
+        messages: list[Any] = [
+            {"role": ROLES.get(turn.get("from") or ""), "content": turn.get("value") or ""} for turn in turns
+        ]
         if any(message["role"] is None for message in messages):
             return "role that is neither human, gpt nor system"
         said = messages[1:] if messages and messages[0]["role"] == "system" else messages
