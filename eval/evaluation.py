@@ -16,6 +16,7 @@ Paths are relative to the working directory, as in the recipes.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -23,7 +24,6 @@ import sys
 import time
 import warnings
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from eval import generation, intervals, logs, metrics, models, report, scoring
+from eval import generation, intervals, logs, metrics, models, questions, report, scoring
 from eval.tasks.texts import read_rows
 from prep.common import (
     BadInput,
@@ -128,6 +128,7 @@ def measure(
     tokenizer: Any,
     tasks: dict[str, Any],
     prompts: list[dict[str, str]],
+    asked: list[dict[str, str]],
     trained_on: metrics.CopyFinder | None,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -149,13 +150,15 @@ def measure(
         for index, sample in enumerate(drawn):
             copied = trained_on.longest(sample["text"]) if trained_on else None
             written.append({"prompt": prompt["name"], "seed": args.seed, "index": index, **sample, "copied": copied})
+    answers = [] if row.form else questions.ask(model, tokenizer, asked, args.max_new_tokens)
     times.append(time.perf_counter())
-    seconds = [round(end - start, 1) for start, end in pairwise(times)]
+    seconds = [round(end - start, 1) for start, end in itertools.pairwise(times)]
     return {
         "scores": scores,
         "positions": positions,
         "memorisation": metrics.memorisation(scores),
         "samples": written,
+        **({"answers": answers} if answers else {}),
         "degeneration": metrics.degeneration(written) if written else None,
         "seconds": dict(zip(("scoring", "positions", "sampling"), seconds, strict=True)),
     }
@@ -201,7 +204,8 @@ def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, An
 
 
 def differences(stages: dict[str, Any]) -> dict[str, Any]:
-    """Each measured stage against what it builds on, and each adapter against the full model below it, text by text."""
+    """Each measured stage against what it builds on, text by text; each adapter also against the full model below it, and
+    against the next stage that was trained on the same rows, as an ablation is."""
 
     def compared(stage: dict[str, Any], against: str) -> dict[str, Any]:
         before = stages[against]["scores"]
@@ -219,6 +223,10 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
         below = full.get(stage["model"]) if stage and stage["adapter"] else None
         if below and below != stage["parent"]:
             result[f"{name} - {below}"] = compared(stage, below)
+    rows = {name: stage["gate"]["data"] for name, stage in stages.items() if stage and stage["gate"]}
+    for name, other in itertools.combinations(rows, 2):
+        if rows[name] == rows[other]:
+            result[f"{name} - {other}"] = compared(stages[name], other)
     return result
 
 
@@ -272,7 +280,9 @@ def main() -> None:
 
     rows = models.with_forms(models.candidates(load_chain(args.recipes, args.curriculum)))
     chosen = models.present(rows, args.stages)
-    prompts = generation.load_prompts(args.prompts)
+    entries = generation.load_prompts(args.prompts)
+    asked = [entry for entry in entries if "question" in entry]
+    prompts = [entry for entry in entries if "question" not in entry]
     tasks = scoring.load_tasks(args.tasks)
     described = describe_tasks(tasks, args.limit)
     paths = {name: description["path"] for name, description in described.items()}
@@ -295,7 +305,7 @@ def main() -> None:
     where = environment(args.device, args.dtype)
     hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
     gates = {row.name: gate(row, hashes[row.name]) for row in chosen}
-    same_for_all = [settings, described, prompts, where["versions"], SCORES_VERSION]
+    same_for_all = [settings, described, prompts, where["versions"], SCORES_VERSION, *asked]
     inputs = {
         row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
         for row in chosen
@@ -305,8 +315,8 @@ def main() -> None:
     before = previous(target)
     there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
     others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}
-    now = {"arguments": settings, "tasks": described, "prompts": prompts}
-    if others and (differing := [key for key in now if before[key] != now[key]]):
+    now = {"arguments": settings, "tasks": described, "prompts": prompts, "questions": asked}
+    if others and (differing := [key for key in now if before.get(key, []) != now[key]]):
         raise BadInput(
             f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
             "evaluate all stages (without --stages)"
@@ -345,6 +355,7 @@ def main() -> None:
             "environment": where,
             "tasks": described,
             "prompts": prompts,
+            **({"questions": asked} if asked else {}),
             "reference": author,
             "stages": stages,
             "style": styles(stages, paths),
@@ -358,7 +369,7 @@ def main() -> None:
 
     waiting = [row for row in chosen if row.name not in measured]
     for row, model, tokenizer in models.loaded(waiting, args.device, models.DTYPES[args.dtype]):
-        measured[row.name] = measure(row, model, tokenizer, tasks, prompts, trained_on, args)
+        measured[row.name] = measure(row, model, tokenizer, tasks, prompts, asked, trained_on, args)
         write()  # after each, so that an interrupted run continues where it was
     result = write()
     page = report.write(result, args.out)

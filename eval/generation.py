@@ -18,6 +18,8 @@ from prep.common import BadInput, reason
 def load_prompts(path: Path) -> list[dict[str, str]]:
     """The prompts of a YAML file, as {name, text}. An entry gives its `text`, or `tail_of` a file and how many `words`.
 
+    One that gives a `question` stays as it is (eval/questions.py).
+
     Raises BadInput when the file, or one it names, is missing or empty, or when an entry says neither.
     """
     if not path.is_file():
@@ -31,6 +33,9 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
     prompts = []
     for entry in entries:
         name, text = entry.get("name"), entry.get("text", "")
+        if name and entry.get("question"):
+            prompts.append(entry)
+            continue
         if "tail_of" in entry:
             source = Path(entry["tail_of"])
             if not source.is_file():

@@ -5,6 +5,7 @@ text = plots.svg(figure, "demo.bpb.svg")
 """
 
 import io
+import json
 import math
 from typing import Any
 
@@ -77,16 +78,25 @@ def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens"
 
 
 def draw_losses(report: dict[str, Any]) -> Figure | None:
-    """Training and validation loss of every stage that left a log, side by side; None when none did."""
-    trained = {name: stage["training"] for name, stage in measured(report).items() if stage["training"]}
+    """Training and validation loss of every stage that left a log, side by side; None when none did.
+
+    Stages that were trained on the same rows share an axis.
+    """
+    trained = {name: stage for name, stage in measured(report).items() if stage["training"]}
     if not trained:
         return None
-    picture = figure(3.6 * len(trained) + 0.6, 3.2)
-    axes = picture.subplots(1, len(trained), squeeze=False, sharey=True)[0]
-    for axis, (name, log) in zip(axes, trained.items(), strict=True):
-        unit = logs.unit(log)
-        plot_losses(axis, {"": logs.curve(log, unit)}, unit)
-        axis.set_title(name)
+    shared: dict[str, list[str]] = {}
+    for name, stage in trained.items():
+        rows = json.dumps(stage["gate"]["data"], sort_keys=True) if stage["gate"] else name
+        shared.setdefault(rows, []).append(name)
+    picture = figure(3.6 * len(shared) + 0.6, 3.2)
+    axes = picture.subplots(1, len(shared), squeeze=False, sharey=True)[0]
+    for axis, names in zip(axes, shared.values(), strict=True):
+        series = {name: trained[name]["training"] for name in names}
+        unit = "tokens" if all(logs.unit(log) == "tokens" for log in series.values()) else "step"
+        curves = {"" if len(names) == 1 else name: logs.curve(log, unit) for name, log in series.items()}
+        plot_losses(axis, curves, unit)
+        axis.set_title(", ".join(names))
         if axis.lines:
             axis.legend(frameon=False)
     axes[0].set_ylabel(LOSS)

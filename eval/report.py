@@ -70,7 +70,8 @@ def about(report: dict[str, Any]) -> str:
 def decoding(report: dict[str, Any]) -> str:
     """How the samples were drawn."""
     parameters = ", ".join(f"{key} {value}" for key, value in report["arguments"]["decoding"].items())
-    return f"Same prompts, seed and decoding for every stage: {parameters.replace('_', ' ')}."
+    greedy = "; questions greedy" if report.get("questions") else ""
+    return f"Same prompts, seed and decoding for every stage: {parameters.replace('_', ' ')}{greedy}."
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
@@ -94,7 +95,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
             "The difference on the same text, in bits per byte, with its paired 95 % interval; a star where that excludes zero.",
             table=tables.changes(report),
         ),
-        Section("Loss", "As the trainer logged it.", "loss"),
+        Section("Loss", "As the trainer logged it; stages with the same rows on one axis.", "loss"),
         Section(
             "By position in the context",
             "The same chunks of text in bits per byte, with this many tokens before them: lower on the right means that far "
@@ -116,6 +117,12 @@ def sections(report: dict[str, Any]) -> list[Section]:
             "that are not French (proper names count), lines like page numbers or running headers. The novel's own held-out "
             "pages, cut to a sample's length, show what is normal.",
             table=tables.degeneration(report),
+        ),
+        Section(
+            "Questions",
+            "Asked in the model's own chat template, greedy decoding; the answers are below. Right: the reference is among the "
+            "words, or is a number of its own. The language is py3langid's guess for answers of 20 letters or more.",
+            table=tables.questions(report),
         ),
         Section(
             "Style",
@@ -141,9 +148,17 @@ def shown(sections: list[Section], drawn: Container[str | None]) -> list[Section
 
 
 def samples_by_prompt(report: dict[str, Any]) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
-    """Each prompt with the samples of every stage."""
-    samples = [{"stage": name, **sample} for name, stage in measured(report).items() for sample in stage["samples"]]
-    return [(prompt, [s for s in samples if s["prompt"] == prompt["name"]]) for prompt in report["prompts"]]
+    """Each prompt with the samples of every stage, and each question with its answers."""
+    stages = measured(report).items()
+    samples = [{"stage": name, **sample} for name, stage in stages for sample in stage["samples"]]
+    answer = {"seed": None, "index": 0, "copied": None}
+    samples += [
+        {"stage": name, "prompt": said["question"], **answer, **said}
+        for name, stage in stages
+        for said in stage.get("answers", ())
+    ]
+    asked = [{"name": each["name"], "text": each["question"]} for each in report.get("questions", ())]
+    return [(prompt, [s for s in samples if s["prompt"] == prompt["name"]]) for prompt in report["prompts"] + asked]
 
 
 def versions(report: dict[str, Any]) -> str:
@@ -172,8 +187,8 @@ def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
         parts += [f"### {prompt['name']}", "The prompt:", quoted(prompt["text"])]
         for sample in samples:
             end = ", ended by the model" if sample["ended"] else ""
-            number = f"seed {sample['seed']}, no. {sample['index'] + 1}"
-            parts.append(f"**{sample['stage']}**, {number}, {sample['tokens']} tokens{end}:")
+            number = "" if sample["seed"] is None else f"seed {sample['seed']}, no. {sample['index'] + 1}, "
+            parts.append(f"**{sample['stage']}**, {number}{sample['tokens']} tokens{end}:")
             parts.append(quoted(sample["text"]) if sample["text"].strip() else "> (nothing)")
     return "\n\n".join(part for part in [*parts, versions(report)] if part) + "\n"
 

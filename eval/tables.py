@@ -162,6 +162,20 @@ def memorisation(report: dict[str, Any]) -> Table | None:
     return (head.split("|"), rows) if rows else None
 
 
+def questions(report: dict[str, Any]) -> Table | None:
+    """The share of answers that are right, in the questions' language, ended, and without the template; None without any."""
+    rows = []
+    for name, stage in measured(report).items():
+        if answers := stage.get("answers"):
+            cells = []
+            for key in ("right", "own_language", "ended", "template"):
+                known = [answer[key] for answer in answers if answer[key] is not None]
+                cells.append(f"{percent(sum(known) / len(known))} of {len(known)}" if known else "–")
+            rows.append([name, *cells, f"{sum(answer['tokens'] for answer in answers) / len(answers):.0f}"])
+    head = ["answers of", "right", "in the questions' language", "stops by itself", "repeats the template", "tokens"]
+    return (head, rows) if rows else None
+
+
 def texts(report: dict[str, Any]) -> Table:
     """What each task scored."""
     rows = [

@@ -5,7 +5,7 @@ for stage, line in verdict.lines(report).items(): ...
 
 from typing import Any
 
-HELDOUT = ("gallica_heldout", "novel_heldout")
+HELDOUT = "_heldout"  # how the names of the tasks end that say whether a stage learned
 EXTRACTABLE = 0.05  # share of the trained chunks of 50 tokens; stock phrases do not explain one in twenty
 # Those below are calibrated on novels by people: bench/calibrate_verdicts.py, false alarms in bench/reports/verdicts.md.
 COPY_WORDS = 15  # 46 of 49 novels repeat no sequence of so many words; two novels of one author share at most 9
@@ -28,13 +28,18 @@ EXPLAINED = (
 )
 
 
+def heldout(difference: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The differences on held-out texts, where there are any."""
+    return {task: score for task, score in difference["scores"].items() if task.endswith(HELDOUT) and score}
+
+
 def change(task: str, difference: dict[str, Any]) -> str:
     return f"{task} {difference['bits_per_byte']:+.3f} bits per byte"
 
 
 def sides(difference: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Held-out texts on which it is surely better, and on which it is surely worse."""
-    scores = {task: score for task in HELDOUT if (score := difference["scores"].get(task)) and score["interval"]}
+    scores = {task: score for task, score in heldout(difference).items() if score["interval"]}
     better = [change(task, score) for task, score in scores.items() if score["interval"][1] < 0]
     worse = [change(task, score) for task, score in scores.items() if score["interval"][0] > 0]
     return better, worse
@@ -61,7 +66,7 @@ def price(name: str, report: dict[str, Any]) -> str:
     difference = report["differences"].get(name)
     if not difference:
         return "not compared"
-    figures = [change(task, score) for task in HELDOUT if (score := difference["scores"].get(task))]
+    figures = [change(task, score) for task, score in heldout(difference).items()]
     form = "with its adapter before the first step" if report["stages"][name]["form"] == "start" else "in another form"
     return f"the weights of {difference['against']} {form}: {', '.join(figures) or 'not compared'}"
 
@@ -86,9 +91,11 @@ def alarms(found: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     return [key for key, (limit, _) in DEGENERATED.items() if (found[key] or 0) > limit + (usual.get(key) or 0)]
 
 
-def degenerated(stage: dict[str, Any], report: dict[str, Any]) -> str:
-    """From the samples, against the author's own pages."""
+def degenerated(stage: dict[str, Any], report: dict[str, Any]) -> str | None:
+    """From the samples, against the author's own pages; None without samples."""
     found = stage["degeneration"]
+    if not found:
+        return None
     raised = alarms(found, report["reference"]["degeneration"] if report["reference"] else {})
     reasons = [DEGENERATED[key][1].format(found[key]) for key in raised]
     return f"degenerated ({', '.join(reasons)})" if reasons else "did not degenerate"

@@ -1,0 +1,163 @@
+"""The second curriculum once, small: real Axolotl, real 4-bit, the shipped recipes, on a tiny Llama that is a chat model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_curriculum import save_base
+from transformers import AutoTokenizer
+
+from eval.questions import has, language
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def python(*arguments: object, cwd: Path) -> str:
+    """Run a script as a user would; what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
+
+
+def said(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model, collected; ninety of the demo's articles and conversations, and some that must not be trained on."""
+    cwd = tmp_path_factory.mktemp("second")
+    tokenizer = AutoTokenizer.from_pretrained(save_base(cwd / "tiny"))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(cwd / "tiny")
+    python(ROOT / "prep/collect.py", "base", "--source", "tiny", "--out", "models/instruct", cwd=cwd)
+    for name in ("articles", "instructions"):
+        lines = (ROOT / f"demo/corpus/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:90]
+        write(cwd / f"{name}.jsonl", [json.loads(line) for line in lines])
+    return cwd
+
+
+def prepare(cwd: Path, source: Path | str, out: str, *more: str) -> str:
+    command = [ROOT / "prep/instructions.py", "--source", source, "--tokenizer", "models/instruct", "--out", out, *more]
+    return python(*command, cwd=cwd)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_what_is_not_trained_on_is_counted(place: Path) -> None:
+    good = said("Quelle est la couleur du ciel ?", "Bleu, quand il n'y a pas de nuages au-dessus de la ville.")
+    bad: list[dict[str, list]] = [
+        said("Et la mer ?", "  "),
+        said("Et la nuit ?", "Désolé, je ne peux pas répondre à cette question."),
+        said("Et le mur ?", "</s>"),
+        said("Et la forêt ?", "Verte. " * 2000),
+        {"conversations": good["conversations"][:1]},
+        {"conversations": good["conversations"][::-1]},
+        {"conversations": [{"from": "bard", "value": "Oyez !"}, *good["conversations"]]},
+        said("Dis-moi : quelle est la couleur du ciel ?", good["conversations"][1]["value"]),
+    ]
+    printed = prepare(place, write(place / "bad.jsonl", [good, *bad]), "bad/rows.jsonl", "--holdout", "0")
+    assert rows(place / "bad/rows.jsonl")[0]["conversations"] == good["conversations"]
+    manifest = json.loads((place / "bad/rows.manifest.json").read_text())
+    assert manifest["train"]["rows"] == 1 and manifest["documents"]["rejected"] == {
+        "empty turn": 1, "refusal": 1, "special token in text": 1, "longer than the window": 1, "fewer than two turns": 1,
+        "turns out of order": 1, "role that is neither human, gpt nor system": 1, "near-duplicate": 1,
+    }  # fmt: skip
+    assert "1 refusal" in printed
+
+
+def test_held_out_by_title_and_by_first_question(place: Path) -> None:
+    article = {"title": "Le sel", "text": "Le sel se tire de la mer ou de la mine. On le met dans la soupe."}
+    others = [{"title": f"Ville {n}", "text": f"La ville {n} a {n * n} habitants et {n + 7} ponts."} for n in range(40)]
+    source = write(place / "some.jsonl", [article, *others, {**article, "text": "Une autre histoire du même sel."}])
+    prepare(place, source, "some/rows.jsonl", "--holdout", "0.3", "--template", "Titre : {title}\\nTexte : {text}")
+    train, held = rows(place / "some/rows.jsonl"), rows(place / "some/rows.heldout.jsonl")
+    assert len(train) + len(held) == 42 and 5 < len(held) < 22
+    assert not {row["title"] for row in train} & {row["title"] for row in held}
+    assert any(row["text"] == f"Titre : Le sel\nTexte : {article['text']}" for row in train + held)
+
+
+@pytest.mark.slow
+def test_the_three_stages(place: Path) -> None:
+    """The gate is asked after each; the copies of the embeddings move in 3a and not in 3b; 3c has none."""
+    prepare(place, "articles.jsonl", "data/3a.jsonl", "--holdout", "0.02")
+    prepare(place, "instructions.jsonl", "data/3b.jsonl", "--holdout", "0.02")
+    for name in ("3a", "3b", "3c"):
+        printed = python(ROOT / "train/stage.py", name, "--recipes", RECIPES, "--profile", "smoke", cwd=place)
+        assert f"{name}: trained, 4 of 4 steps" in printed
+    before, after, alone = (
+        load_file(place / f"outputs/{name}/adapter_model.safetensors") for name in ("3a", "3b", "3c")
+    )
+    copies = {name for name in before if "lora_" not in name}
+    assert before.keys() == after.keys() and len(copies) == 2 and not copies & alone.keys()
+    assert all(torch.equal(before[name], after[name]) == (name in copies) for name in before)
+    started = load_file(place / "outputs/3a/start/adapter_model.safetensors")
+    assert not any(torch.equal(started[name], before[name]) for name in copies)
+
+    # The loss is on the answer and its end alone, in the base's own template.
+    tokenizer = AutoTokenizer.from_pretrained(place / "models/instruct")
+    (turns,) = [row["conversations"] for row in rows(place / "data/3b.heldout.jsonl")][:1]
+    caches = [datasets.load_from_disk(path.parent) for path in (place / "data/prepared").glob("3b-*/*/state.json")]
+    held = min(caches, key=len)
+    question, answer = turns[0]["value"], turns[1]["value"]
+    row = next(row for row in held if answer in tokenizer.decode(row["input_ids"]))
+    asked = tokenizer(f"user: {question}\nassistant:", add_special_tokens=False).input_ids
+    answered = tokenizer(f"user: {question}\nassistant: {answer}</s>", add_special_tokens=False).input_ids
+    assert row["input_ids"] == answered and answered[: len(asked)] == asked and answered[-1] == tokenizer.eos_token_id
+    assert row["labels"] == [-100] * len(asked) + answered[len(asked) :]
+    # An article ends in EOS, and is learned from its first token.
+    article = min(
+        (datasets.load_from_disk(path.parent) for path in (place / "data/prepared").glob("3a-*/*/state.json")), key=len
+    )[0]
+    text = rows(place / "data/3a.heldout.jsonl")[0]["text"]
+    assert article["input_ids"] == article["labels"] == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    saved, own = (place / folder / "chat_template.jinja" for folder in ("outputs/3b", "models/instruct"))
+    assert saved.read_text() == own.read_text()
+
+    evaluation = [ROOT / "eval/evaluation.py", "--recipes", RECIPES, "--curriculum", "3", "--run", "second"]
+    tasks = ["--tasks", "articles_heldout", "conversations_heldout", "--prompts", ROOT / "demo/corpus/questions.yml"]
+    python(*evaluation, "--out", "reports", "--limit", "1", "--max-new-tokens", "4", *tasks, cwd=place)
+    report = json.loads((place / "reports/second.json").read_text())
+    names = ["base", "base (nf4)", "3a (start)", "3a", "3b", "3b (merged)", "3c (start)", "3c", "3c (merged)"]
+    assert list(report["stages"]) == names and "3b - 3c" in report["differences"]
+    bits = {name: stage["scores"]["articles_heldout"]["bits_per_byte"] for name, stage in report["stages"].items()}
+    assert abs(bits["3b (merged)"] - bits["3b"]) < 0.001
+    assert len(report["stages"]["3b"]["answers"]) == 24 and "answers" not in report["stages"]["3b (merged)"]
+    page = (place / "reports/second.md").read_text()
+    assert "repeats the template" in page and "Combien font 56 et 27" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "right"),
+    [
+        ("Il en reste 16.", "16", True), ("Il en reste 160.", "16", False), ("Elle vaut 3,16.", "16", False),
+        ("C’est ROME.", "Rome", True), ("Antoine de Saint-Exupery", "Saint-Exupéry", True), ("la tablette", "table", False),
+    ],
+)  # fmt: skip
+def test_an_answer_is_right_by_its_words(text: str, answer: str, right: bool) -> None:
+    assert has(text, answer) is right
+
+
+def test_the_language_of_a_short_answer_is_not_guessed() -> None:
+    assert language("La capitale de l’Italie est Rome.") == "fr" and language("83") is None
