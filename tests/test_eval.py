@@ -619,10 +619,6 @@ def other_modules(place: Path) -> None:
     save_file({**tensors, key.replace("layers.0.", "layers.7."): tensors[key].clone()}, path)
 
 
-def other_base(place: Path) -> None:
-    (place / "recipes/3a.yml").write_text("base_model: models/other\noutput_dir: outputs/3a\ndatasets: [{path: x}]\n")
-
-
 def no_bos(place: Path) -> None:
     path = place / "models/base/tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -646,7 +642,6 @@ def long_prompt(place: Path) -> None:
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
         (other_modules, ["--stages", "2b"], "2b does not fit outputs/2a: 1 of its tensors"),
         (lambda p: save_gpt2_like(p / "outputs/2b"), ["--stages", "2b"], "another vocabulary"),
-        (other_base, [], "several bases"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(place, monkeypatch, spoil, arguments, message):
