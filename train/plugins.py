@@ -110,7 +110,7 @@ class Gate(BasePlugin):
         """The first call after the rows were loaded."""
         if os.environ.get("RANK", "0") == "0":
             seal_rows(Path(self.rows))
-        if found := checkpoints(self.stage.output_dir):
+        if found := checkpoints(Path(cfg.output_dir)):
             # Axolotl would find it as well, but only once it has made what goes on counting the tokens.
             cfg["resume_from_checkpoint"] = str(found[-1])
 
