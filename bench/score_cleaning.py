@@ -10,26 +10,31 @@ the truth (words aligned by the fewest edits).
 
 --scan cleans and scores real scans (a *.txt or a folder of them, form feeds between pages) against another edition's text
 of the same name. Recognition errors do not count: only cut words wrongly joined or kept (of those that the truth has;
-compounds apart), page numbers and headers left within the work, and words left before and after it.
+compounds apart), page numbers and headers left within the work, words left before and after it, noise (figures, capitals
+that are no words, other lines without a word, blots inside paragraphs, words split in two), and the truth's words lost by the
+rule against noise: those that are found when the scan is cleaned without it.
 """
 
 import argparse
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
 from prep.common import BadInput, run
+from prep.filters import lexicon
 from prep.front_matter import letters_of
 from prep.page_layout import clean_pages, without_marks
 from prep.typography import to_convention
 
 Score = Counter[str]  # sums, so that the scores of several books add up
+NOISE = ("figures", "capitals", "other", "inside", "split words")
 
 
 def f1(score: Score) -> float:
@@ -49,12 +54,14 @@ def described(score: Score) -> str:
 
 def described_scan(score: Score) -> str:
     """The line of a scan."""
-    pages = max(1, score["pages"])
+    pages, text = max(1, score["pages"]), max(1, score["length"])
     return (
         f"{score['pages']} pages  line ends right {1 - score['cut'] / max(1, score['cuts']):.2%} of {score['cuts']}, "
         f"compounds {1 - score['compound'] / max(1, score['compounds']):.2%} of {score['compounds']}  "
         f"per 100 pages: numbers {100 * score['number'] / pages:.2f} headers {100 * score['header'] / pages:.2f}  "
-        f"words before {score['before']} after {score['after']}  legal {score['legal']}"
+        f"words before {score['before']} after {score['after']}  legal {score['legal']}  "
+        f"noise lines per 100,000 characters: {', '.join(f'{kind} {1e5 * score[kind] / text:.2f}' for kind in NOISE)}  "
+        f"words lost {score['lost'] / max(1, score['words']):.4%}"
     )
 
 
@@ -123,6 +130,48 @@ def _around(words: list[str], at: int) -> str:
 # --- real scans -------------------------------------------------------------------------------------------------------
 
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+_NUMERAL = re.compile(r"\W*[IVXLC]+\W*")
+_SENTENCE_MARK = re.compile(r"^[—«]|[.?!…,;:»]$")  # an unknown word may be a name: a reply, the end of a paragraph
+_SHORT = {
+    *[
+        "à",
+        "y",
+        "ah",
+        "ai",
+        "au",
+        "ce",
+        "ci",
+        "da",
+        "de",
+        "du",
+        "eh",
+        "en",
+        "es",
+        "et",
+        "eu",
+        "fi",
+        "ha",
+        "hé",
+        "ho",
+        "il",
+        "je",
+        "la",
+        "le",
+        "lu",
+        "ma",
+        "me",
+        "ne",
+        "ni",
+        "nu",
+        "oh",
+        "on",
+        "or",
+        "os",
+        "ou",
+        "où",
+    ]
+}
+_SHORT |= {*["pu", "qu", "sa", "se", "si", "su", "ta", "te", "tu", "un", "us", "va", "vu", "a", "ça", "ô"]}
 _CUT = re.compile(r"([^\W\d_]+)-\s*\n(?:.{0,45}\n){0,4}?\s*([^\W\d_]+)")
 
 
@@ -145,6 +194,9 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
     halves = [(head.lower(), tail.lower()) for head, tail in _CUT.findall(raw)]
     cuts = Counter(head + tail for head, tail in halves)
     midline = set(_WORD.findall(raw.lower()))
+    known = lexicon() | set(_WORD.findall(" ".join(clean).lower()))
+    result = Score(kind for paragraph in found if (kind := noise(paragraph, known)))
+    limits = {0, *itertools.accumulate(len(paragraph.split()) for paragraph in found)}
     titles, figures, pages = _page_edges(raw)
 
     def hyphen_wrong(extra: list[str], joined: str, right: str) -> bool:
@@ -175,7 +227,6 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
             and not any(fuzz.partial_ratio(key, less) >= 85 for key in titles if len(key) <= len(less))
         )
 
-    result = Score()
     for equal, run_ in itertools.groupby(opcodes, key=lambda op: op.tag == "equal"):
         ops = list(run_)
         a, b, c, d = ops[0].src_start, ops[-1].src_end, ops[0].dest_start, ops[-1].dest_end
@@ -187,8 +238,11 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
         if re.sub("[- ]", "", joined) == re.sub("[- ]", "", right):
             if hyphen_wrong(extra, joined, right):
                 here = ["compound" if "-" in right else "cut"]
+            elif len(extra) > len(wanted) and "-" not in right and re.fullmatch(r"[^\W\d_]+ [^\W\d_]+\W*", joined):
+                here = ["split words"]
         elif len(extra) > len(wanted):
             here = ["number"] * number_left(a, b, extra, wanted) + ["header"] * header_left(extra, wanted)
+            here += ["inside"] * bool(not wanted and not {a, b} <= limits and noise(" ".join(extra), known))
         result.update(here)
         if here:
             context = " ".join(clean[max(0, c - 4) : c])
@@ -198,7 +252,31 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
     result["compounds"] = sum(n for key, n in of_forms.items() if True in forms[key])
     result["cuts"] = of_forms.total() - result["compounds"]
     legal = sum("gallica" in word.lower() for word in words)
-    return result + Score(pages=pages, before=begins, after=len(words) - ends, legal=legal)
+    with_noise = " ".join(clean_pages(raw, keep_debris=True).paragraphs).split()
+    lost = sorted(_equal(Levenshtein.opcodes(with_noise, clean)) - _equal(opcodes))
+    differences += [f"lost: {' '.join(clean[max(0, i - 3) : i])} [{clean[i]}]" for i in lost]
+    return result + Score(
+        pages=pages, before=begins, after=len(words) - ends, legal=legal, length=sum(map(len, found)), lost=len(lost),
+        words=len(clean),
+    )  # fmt: skip
+
+
+def _equal(opcodes: Iterable[Any]) -> set[int]:
+    """The truth's words that the text has, too."""
+    return {i for op in opcodes if op.tag == "equal" for i in range(op.dest_start, op.dest_end)}
+
+
+def noise(text: str, known: Set[str]) -> str | None:
+    """The kind of noise that a line is: figures without a word, capitals or other letters of which most are in no known word."""
+    words = [word for part in _WORD.findall(text) for word in part.split("-")]
+    if _NUMERAL.fullmatch(text):
+        return None
+    if not any(len(word) >= 2 for word in words):
+        return "figures" if any(map(str.isdigit, text)) else None if _SENTENCE_MARK.search(text) else "other"
+    good = sum(len(word) for word in words if word.lower() in known and (len(word) > 2 or word.lower() in _SHORT))
+    if 2 * good >= sum(map(len, words)):
+        return None
+    return "capitals" if text.upper() == text else None if _SENTENCE_MARK.search(text) else "other"
 
 
 def _page_edges(raw: str) -> tuple[list[str], dict[int, list[tuple[float, set[str]]]], int]:

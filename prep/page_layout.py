@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from rapidfuzz import fuzz
 
+from prep.debris import drop_debris
 from prep.front_matter import drop_edition, drop_front_matter, drop_notice, letters_of
 from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
 from prep.typography import clean_characters, to_convention
@@ -35,7 +36,7 @@ class Cleaned(NamedTuple):
     counts: dict[str, int]
 
 
-def clean_pages(text: str) -> Cleaned:
+def clean_pages(text: str, keep_debris: bool = False) -> Cleaned:
     """The paragraphs of a book's text, whose pages end in form feeds if it has any.
 
     A header with a number counts as `page_numbers` and as `running_headers`; `missing_text`, `hyphens_joined`,
@@ -49,6 +50,8 @@ def clean_pages(text: str) -> Cleaned:
     lines = drop_notice(drop_edition(lines, counts), counts)
     if PAGE_END in lines or _chain(lines):
         lines, gaps = drop_headers_and_footers(drop_front_matter(lines, counts), counts)
+        if not keep_debris:
+            lines, gaps = drop_debris(lines, gaps, counts)
     else:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)

@@ -112,6 +112,37 @@ def test_what_only_looks_like_a_page_number_or_a_header_stays(novel):
     assert found.counts["page_numbers"] == len(sheets) and "running_headers" not in found.counts
 
 
+NO_TEXT = (
+    "' 4",
+    "2 &",
+    "*, 4 >",
+    "71",
+    "LL LR RETES <",
+    "« NIVARAC LH VAI",
+    "+",
+    "= É DE ET LL",
+    "mn nm me A",
+    "| LS 2 |",
+)
+TEXT = ("XIV", "LE RETOUR", "— Eh bien ?", "— Wabimdam !", "1848", "UNE NUIT", "— ...", "Le marquis de ***")
+
+
+def test_lines_of_a_scan_that_are_no_text_go_and_headings_and_replies_stay(novel):
+    """Also between two halves of a sentence; a blot after a line goes alone, and a cut word finds its lost hyphen."""
+    sheets = [
+        list(sheet) for sheet in pages([*novel[:40], *TEXT, *novel[40:60], "Il restait providentiellement là."], 12)
+    ]
+    expected = " ".join(clean_pages("\f".join("\n".join(sheet) for sheet in sheets)).paragraphs)
+    assert all(to_convention(line) in expected for line in TEXT)
+    for i, line in enumerate(NO_TEXT):
+        sheets[i + 1][5:5] = [line]
+        sheets[i + 1][3] += " |_"
+    raw = "\f".join("\n".join(sheet) for sheet in sheets).replace("providentiellement", "providen\ntiellement")
+    found = clean_pages(raw)
+    assert " ".join(found.paragraphs) == expected and found.counts["debris"] == len(NO_TEXT)
+    assert " ".join(clean_pages("\n".join([*novel[:10], *NO_TEXT])).paragraphs).endswith(to_convention(NO_TEXT[-1]))
+
+
 def test_missing_text_goes_and_the_sentence_goes_on():
     raw = (
         "La barque passa si vite \n[texte_manquant] \nsous le pont neuf. \nOn l'attendit [texte_manquant] longtemps. \n"
@@ -356,7 +387,7 @@ def test_a_pages_own_number_tells_a_header_that_was_read_as_rubbish(novel):
     assert " ".join(found.paragraphs) == " ".join(itertools.chain.from_iterable(sheets))
     assert found.counts["page_numbers"] == len(sheets) - 1  # a dash before it, and it is a header that has one
     for mine, another in (("p4 206", "p4 216"), ("\f274", "\f259")):
-        assert another.strip() in " ".join(clean_pages(raw.replace(mine, another)).paragraphs)
+        assert another.strip() in " ".join(clean_pages(raw.replace(mine, another), keep_debris=True).paragraphs)
 
 
 @pytest.mark.parametrize("start", ["*** START OF THIS", "*** START OF THE", "The"])

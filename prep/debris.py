@@ -1,0 +1,84 @@
+"""Drops what is no text in a scan: ornaments, stamps, pictures and margins that were read as letters.
+
+    drop_debris(lines, gaps, counts)     ["# 4 >", "LL LR RETES <", "— Parbleu ! |"] -> ["— Parbleu !"]
+
+A line is judged by its words: those of the book itself and of a French lexicon count for it, other letters, figures and signs
+against it. Headings, replies and lines of verse are words, so they stay.
+"""
+
+import re
+from collections import Counter
+
+from prep.filters import lexicon
+from prep.paragraphs import DASHES, breaks_off, full_width
+
+_WORD = re.compile(r"[^\W\d_]+")
+_SENTENCE = re.compile(r"[a-zà-ÿœ]{4,}.*?[a-zà-ÿœ]{4,}.*?[a-zà-ÿœ]{4,}")  # three words in small letters: no debris
+_SIGNS = re.compile(r"[^\w\s.,;:!?…'’\"«»“”—–()-]|_")  # those that no sentence has
+_BLOTS = re.compile(  # beside words; a lone figure after a sentence is a blot or calls a note
+    r"(?:\s[|_~^<>=+#\\{}°•]+|(?<=[.!?…»])\s+\W{0,3}\d{1,2}\W{0,2})+$|^(?:[|_~^<>=+#\\{}°]+\s)+"
+)
+_HEAD, _TAIL = re.compile(r"[^\W\d_]{2,}$"), re.compile(r"[a-zà-ÿœ]{2,}")
+_NUMERAL = re.compile(r"\W*(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\W*")
+_MARKS = re.compile(
+    r"[—–-]?[ .?!…]*(?:[.?!…]{2}|(?<=[—–-] )[?!])[ .?!…]*|(?:\* ?){3}"
+)  # "— ?...", and between sections
+_YEAR = re.compile(r"\W{0,2}1[5-9]\d\d\W{0,2}")
+# May be a word of no lexicon: a name, dialect.
+_LIKELY = re.compile(r"(?=.*[aeiouyà-ÿœ])(?!.*[b-df-hj-np-tv-xz]{4})[A-ZÀ-Ý]?[a-zà-ÿœ]{3,}")
+_SHORT = frozenset(  # words of one or two letters; a lexicon has most pairs of letters
+    re.findall(
+        r"\w+",
+        "a à y ô ah ai an as au bu ça ce çà da de dû du eh en es et eu fi fû ha hé ho if il je la là le lu ma me mû ne né ni nu"
+        " oh on or os ou où pu qu sa se si su ta te tu un us va vu m mm mr l d j c n s t",
+    )
+)
+
+
+def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tuple[list[str], list[int]]:
+    """The lines that are text, without blots beside them, and what stood before each; `lines` has no blank ones.
+
+    A word that was cut at a line's end gets its hyphen back where the scan has lost it: "providen", "tielle".
+    """
+    width = full_width(lines)
+    doubtful = {i for i, line in enumerate(lines) if not _SENTENCE.search(line)}
+    book = Counter(_WORD.findall("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower()))
+    short = Counter(_WORD.findall("\n".join(lines[i] for i in doubtful).lower()))
+    known = lexicon() | {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
+    kept: list[str] = []
+    before: list[int] = []
+    for i, line in enumerate(lines):
+        if i in doubtful and _is_debris(line, kept[-1] if kept else "", width, known):
+            counts["debris"] += 1
+            continue
+        line = _BLOTS.sub("", line)
+        head, tail = _HEAD.search(kept[-1]) if kept else None, _TAIL.match(line)
+        if head and tail and not {head[0].lower(), tail[0]} <= known and (head[0] + tail[0]).lower() in known:
+            kept[-1] += "-"
+        kept.append(line)
+        before.append(gaps[i])
+    return kept, before
+
+
+def _is_figure(line: str, before: str, width: int) -> bool:
+    """Whether a line without a letter is neither a year nor the figure that ends the sentence of the line before."""
+    ends = line[-1] in ".;!?" and line[:1].isdigit()
+    return not (_YEAR.fullmatch(line) or (ends and len(before) > 0.8 * width and breaks_off(before)))
+
+
+def _is_debris(line: str, before: str, width: int, known: frozenset[str] | set[str]) -> bool:
+    if _NUMERAL.fullmatch(line) or _MARKS.fullmatch(line):
+        return False
+    words = _WORD.findall(line)
+    if not words:
+        return _is_figure(line, before, width)
+    head = _WORD.findall(before[-20:]) if words[0].islower() else []
+    if head and (before[-1] == "-" or (head[-1] + words[0]).lower() in known):  # the rest of a cut word
+        return False
+    marked = line[0] in DASHES + "«" or line[-1] in ".!?…,;:»"  # the line of a sentence
+    long = [word for word in words if len(word) >= 3]
+    good = sum(len(w) for w in long if w.lower() in known or (marked and _LIKELY.fullmatch(w)))
+    if good or (marked and all(w.lower() in _SHORT for w in words)):
+        good += sum(len(w) for w in words if len(w) <= 2 and w.lower() in _SHORT)
+    figures = sum(map(str.isdigit, line)) if not marked else 0
+    return sum(map(len, words)) - good + figures + 2 * len(_SIGNS.findall(line)) > good
