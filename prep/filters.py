@@ -3,12 +3,19 @@
     French(rejected)     a step of datatrove's pipeline; what it rejects is in <rejected>/not French/<task>.jsonl.gz
 
 The rules run before the cleaning, which costs ten times more, on ten samples of 3,000 characters from all over the book.
-Fiction is told from law, botany, history, verse and drama by eight figures that a person could count, weighted by a
-logistic regression on 263 labelled texts (bench/fit_fiction_filter.py fits and measures them).
+Fiction is told from law, botany, memoirs, verse and drama by the rates of common words, a few figures, the layout of verse
+and drama, and the words of the title: a logistic regression whose weights are in fiction.json (bench/fit_fiction_filter.py
+fits and measures them).
 """
 
 import functools
+import itertools
+import json
+import math
+import operator
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +27,21 @@ from datatrove.pipeline.writers import JsonlWriter
 SHORTEST = 4_000  # characters; below, it is a leaflet or a failed scan
 KNOWN = 0.75  # the smallest share of words in a French lexicon: novels have 0.90 to 0.95, a third of it misread 0.6
 SAMPLES, SAMPLE = 10, 3_000  # characters
-FICTION = -1.0  # the smallest score
-SHORT_FICTION = -4.0  # the same for a text below SAMPLES * SAMPLE characters, whose figures scatter
-WEIGHTS = {  # times the figure per 1,000 words; verse and talk: per 100 lines
-    "past": 0.09,  # a verb in the tenses of a narrative, simple past and imperfect
-    "first": 0.02,  # I, you, and what is theirs
-    "marks": 0.19,  # ! and ?
-    "digits": -0.06,
-    "verse": -0.03,  # short lines with a capital
-    "talk": 0.33,  # lines that a dash or quotation mark opens
-    "present": -0.2,  # is, are, can, must: the tense of a treatise
-    "nominal": -0.03,  # of, the, by: its syntax
-}
-BIAS = 1.8
-
 _WORD = re.compile(r"[^\W\d_]+")
 _CUT = re.compile(r"[^\W\d_]*-\s*\n\s*[^\W\d_]*")
-_RATES = {
-    "past": re.compile(
-        r"\b(?:\w{2,}(?:aient|èrent|irent|urent|inrent)|fut|eut|fit|vit|dit|prit|mit|vint|tint|put|sut|voulut|était|avait"
-        r"|allait|faisait|disait|\w{3,}(?:issait|llait|ndait|rdait|ntait|rtait|gnait|sait))\b"
-    ),
-    "first": re.compile(r"\b(?:je|j|me|m|moi|tu|te|t|toi|mon|ma|mes|ton|ta|tes|vous|votre|vos)\b"),
-    "marks": re.compile("[!?]"),
-    "present": re.compile(r"\b(?:est|sont|peut|doit|être|faut|ont)\b"),
-    "nominal": re.compile(r"\b(?:de|des|du|la|les|par)\b"),
+_PAST = re.compile(  # verbs in the tenses of a narrative, simple past and imperfect
+    r"\b(?:\w{2,}(?:aient|èrent|irent|urent|inrent)|fut|eut|fit|vit|dit|prit|mit|vint|tint|put|sut|voulut|était|avait"
+    r"|allait|faisait|disait|\w{3,}(?:issait|llait|ndait|rdait|ntait|rtait|gnait|sait))\b"
+)
+_SPEAKER = re.compile(r"\W{0,3}([A-ZÀ-Ý][A-ZÀ-Ý' -]{1,30})(?:[.,:]|$| [—–-])")
+_TITLES = {
+    "play": r"com[ée]die|trag[ée]die|\bdrame|vaudeville|op[ée]ra|proverbe|\bactes?\b|pastorale|farce",
+    "verse": r"po[ée]s|po[eèë]me|chanson|\bvers\b|\bodes?\b|\bfables?|sonnet|saty?res?\b|[ée]l[ée]gies|hymnes",
+    "treatise": r"trait[ée]|rapport|\bcours\b|manuel|\bessais?\b|discours|sermon|dictionnaire|catalogue|\bcode\b|\blois?\b"
+    r"|notice|bulletin|annuaire|recherches|[ée]tudes?\b|recueil|th[èe]se|principes|[ée]l[ée]ments|description|r[ée]flexions"
+    r"|critique|litt[ée]ra|philosoph|histoire (?:d[ue]s? |de la |de l'|de france)|voyages? (?:en|dans|au|aux|de|autour)\b",
+    "memoirs": r"m[ée]moires|souvenirs|correspondance|journal|lettres (?:de|à|d')",
+    "novel": r"\bromans?\b|nouvelles\b|\bcontes?\b|aventures|amours|r[ée]cits",
 }
 _YEAR = re.compile(r"(?<!\d)(1[4-9]\d\d|20\d\d)(?!\d)")
 
@@ -82,24 +79,53 @@ def not_french(text: str) -> bool:
     return len(text) > 500 and french_share(text) == 0 and known_share(text) < 0.6
 
 
-def figures(text: str) -> dict[str, float]:
-    """The figures that `WEIGHTS` weighs, in its order, of a sample of a raw text in lines."""
+def features(text: str, title: str, words: Sequence[str]) -> list[float]:
+    """What the classifier weighs: the rates of `words`, figures of the sample, its layout, and kinds of book that the title names.
+
+    Roots of rates, since a word's rate scatters with its size.
+    """
     sample = "\n".join(samples(text))
     small = sample.lower()
-    words = max(1, len(_WORD.findall(small)))
-    lines = [line.strip() for line in sample.split("\n") if line.strip()] or [""]
-    found = {name: 1000 * len(pattern.findall(small)) / words for name, pattern in _RATES.items()} | {
-        # Not in short lines: they hold page numbers, headers and the dates of letters.
-        "digits": 1000 * sum(sum(map(str.isdigit, line)) for line in lines if len(line) >= 40) / words,
-        "verse": 100 * sum(line[:1].isupper() and len(line) < 60 for line in lines) / len(lines),
-        "talk": 100 * sum(line[:1] in ("—", "–", "-", "«") for line in lines) / len(lines),
-    }
-    return {name: found[name] for name in WEIGHTS}
+    found = _WORD.findall(small)
+    per_word = 1 / max(1, len(found))
+    rates = Counter(found)
+    lines = [line.strip() for line in sample.split("\n") if line.strip()] or ["."]
+    per_line = 1 / len(lines)
+    names = Counter(match[1] for match in map(_SPEAKER.match, lines) if match)
+    speakers = [n for n in names.values() if n >= 3]
+    # Verse begins with a capital after lines that end in mid-sentence.
+    unfinished = sum(
+        (a[-1].isalpha() or a[-1] in ",;") and b[0].isupper() and not b.isupper() for a, b in itertools.pairwise(lines)
+    )
+    layout = [
+        len(_PAST.findall(small)) * per_word,
+        (small.count("!") + small.count("?")) * per_word,
+        sum(map(str.isdigit, "".join(line for line in lines if len(line) >= 40))) * per_word,  # not page numbers
+        sum(line[0].isupper() and len(line) < 60 for line in lines) * per_line,
+        sum(line[0] in "—–-«" for line in lines) * per_line,
+        unfinished * per_line,
+        sum(speakers) * per_line,
+    ]
+    named = [3.0 * bool(re.search(pattern, title, re.I)) for pattern in _TITLES.values()]
+    return [
+        *(math.sqrt(rates[word] * per_word) for word in words),
+        *map(math.sqrt, layout),
+        math.log1p(len(speakers)),
+        *named,
+    ]
 
 
-def fiction_score(text: str) -> float:
-    """Above 0 more likely prose fiction than not."""
-    return BIAS + sum(WEIGHTS[name] * value for name, value in figures(text).items())
+@functools.cache
+def classifier() -> tuple[tuple[str, ...], tuple[float, ...], float, float]:
+    """Its words, the weights of its features, the bias, and the smallest score of what is kept."""
+    made = json.loads(Path(__file__).with_name("fiction.json").read_text(encoding="utf-8"))
+    return tuple(made["words"]), tuple(made["weights"]), made["bias"], made["limit"]
+
+
+def fiction_score(text: str, title: str = "") -> float:
+    """Above 0 more likely prose fiction than not, where both are as frequent."""
+    words, weights, bias, _ = classifier()
+    return bias + sum(map(operator.mul, weights, features(text, title, words)))
 
 
 def year_of(date: str) -> int | None:
@@ -192,5 +218,5 @@ class Fiction(Rule):
     name = "not prose fiction"
 
     def filter(self, doc: Document) -> bool:
-        doc.metadata["fiction"] = round(fiction_score(doc.text), 2)
-        return doc.metadata["fiction"] >= (FICTION if len(doc.text) > SAMPLES * SAMPLE else SHORT_FICTION)
+        doc.metadata["fiction"] = round(fiction_score(doc.text, doc.metadata["title"]), 2)
+        return doc.metadata["fiction"] >= classifier()[3]

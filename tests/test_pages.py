@@ -130,7 +130,8 @@ TEXT = ("XIV", "LE RETOUR", "— Eh bien ?", "— Wabimdam !", "1848", "UNE NUIT
 def test_lines_of_a_scan_that_are_no_text_go_and_headings_and_replies_stay(novel):
     """Also between two halves of a sentence; a blot after a line goes alone, and a cut word finds its lost hyphen."""
     sheets = [
-        list(sheet) for sheet in pages([*novel[:40], *TEXT, *novel[40:60], "Il restait providentiellement là."], 12)
+        list(sheet)
+        for sheet in pages([*novel[:40], *TEXT, *novel[40:60], "Il restait providentiellement là."], lines=12)
     ]
     expected = " ".join(clean_pages("\f".join("\n".join(sheet) for sheet in sheets)).paragraphs)
     assert all(to_convention(line) in expected for line in TEXT)
