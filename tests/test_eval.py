@@ -114,7 +114,7 @@ def test_full_copies_of_the_embeddings_are_scored_and_merged(in_four_bits):
     settings.tie_word_embeddings = True
     base = LlamaForCausalLM(settings)
     base.save_pretrained("outputs/2a")
-    copies = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    copies: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
     adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, **copies))
     with torch.no_grad():
         adapted.get_input_embeddings().weight.mul_(1.5)
