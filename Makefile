@@ -10,7 +10,8 @@ FILES ?=#             how many tables of Gallica's fiction, one a year; default:
 HOLDOUT ?= 0.05#      share of the novel held out; 0 for the last run, on the whole book
 PROFILE ?= gpu#       section of train/overrides.yml
 CURRICULUM ?= 2#      stage-a trains recipes/2a.yml
-STAGE ?= 2c#          of `make merge`
+STAGE ?= 2c#          of `make export`, `make merge` and `make push`
+REPO ?=#              on the hub, as you/name, for `make push`
 RUN ?= full#          name of the report
 RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
@@ -21,7 +22,7 @@ ARGS ?=#              more options for the command; words split and quoted as in
 
 # Settings reach the shell as environment variables that recipes quote, never as text of a command: a file name with
 # quotes, $, backticks or ; is a file name. `value` keeps make from expanding a $ in them.
-SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM STAGE RUN RUNS WORDS PORT CORPUS_DIR TORCH ARGS
+SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM STAGE REPO RUN RUNS WORDS PORT CORPUS_DIR TORCH ARGS
 $(foreach name,$(SETTINGS),$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
 export AXOLOTL_DO_NOT_TRACK := 1
 
@@ -40,7 +41,7 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
-        eval merge continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
+        eval export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
@@ -52,13 +53,14 @@ setup: $(READY) ## .venv from the hash-locked requirements (5 GB with the CPU bu
 
 # The locks are complete, so pip resolves nothing. Without an NVIDIA card the CPU build of torch is taken, where the
 # registry offers it (PyPI does not: README says how); with one, or failing that, the CUDA build.
-$(READY): requirements/base.txt requirements/cuda.txt requirements/torch-cpu.txt
+$(READY): requirements/base.txt requirements/cuda.txt requirements/torch-cpu.txt requirements/converter.txt
 	@"$$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null \
 		|| { echo "Python 3.11 is needed, and '$$PYTHON' is not it: install python3.11 (with venv), or say where it is: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up .venv from requirements/ (5 GB with the CPU build of torch, some minutes)"
 	@"$$PYTHON" -m venv .venv
 	@if { [ "$$TORCH" = cpu ] || { [ "$$TORCH" = auto ] && ! command -v nvidia-smi >/dev/null; }; } && $(PIP) -r requirements/torch-cpu.txt; \
 		then $(PIP) -r requirements/base.txt; else $(PIP) -r requirements/base.txt -r requirements/cuda.txt; fi
+	@$(PIP) --upgrade --target .venv/converter -r requirements/converter.txt # apart: it brings another `gguf` than base.txt
 	@$(BIN)/pip check --disable-pip-version-check
 	@echo "$(CURDIR)" > .venv/lib/python3.11/site-packages/chateau.pth # scripts import each other as prep.common
 	@touch $@
@@ -107,8 +109,14 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
 	@$(WITH_ARGS) $(BIN)/python eval/evaluation.py --recipes recipes --curriculum "$$CURRICULUM" --run "$$RUN" --out eval/reports "$${more[@]}"
 
-merge: $(READY) ## STAGE's adapter and its base as one 16-bit model to share -> outputs/2c/merged
-	@$(SHOW) $(BIN)/python eval/merge.py "$$STAGE"
+export: $(READY) ## STAGE to share, and proved: 16-bit model, GGUF files, model card -> outputs/export/2c
+	@$(WITH_ARGS) $(BIN)/python eval/export.py "$$STAGE" --report "eval/reports/$$RUN.json" "$${more[@]}"
+
+merge: $(READY) ## Of these the 16-bit model alone
+	@$(SHOW) $(BIN)/python eval/export.py "$$STAGE" --report "eval/reports/$$RUN.json" --forms model
+
+push: $(READY) ## The export to REPO on the hub, private: lists what would go; ARGS=--yes sends it
+	@$(WITH_ARGS) $(BIN)/python eval/push.py "$$STAGE" "$$REPO" "$${more[@]}"
 
 continue: $(READY) ## Write WORDS more words of the novel with the last stage -> outputs/continuation
 	@$(WITH_ARGS) $(BIN)/python eval/continuation.py --recipes recipes --curriculum "$$CURRICULUM" --words "$$WORDS" "$${more[@]}"

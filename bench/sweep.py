@@ -42,7 +42,7 @@ from bench import sweep_report
 from bench.sweep_report import BASE
 from eval import intervals, logs, metrics, models, scoring
 from eval.evaluation import environment
-from eval.merge import save_merged
+from eval.export import write_model
 from eval.tasks.texts import read_rows
 from prep.common import ROOT, BadInput, atomic_write, digest, run, sha256
 from train.gate import check_steps, checkpoints, movement_of_weights
@@ -226,6 +226,14 @@ def score(row: models.Candidate) -> dict[str, Any]:
     sides = ("train", "heldout")
     probability = {side: memorised[side]["token_probability"] for side in sides} if memorised else None
     return {"nll": nll, "token_probability": probability, "texts": texts}
+
+
+def save_merged(row: models.Candidate, target: Path) -> None:
+    """An adapter and its base as one 16-bit model."""
+    making = target.with_name(f"{target.name}.part")
+    shutil.rmtree(making, ignore_errors=True)
+    write_model(row, models.load_tokenizer(row.model), making)
+    making.rename(target)
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:

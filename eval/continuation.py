@@ -12,6 +12,7 @@ as it would have, and more --words prolong it.
 
     python eval/continuation.py --words 800
     python eval/continuation.py --stage 2a --from "K. ouvrit la porte." --words 300 --candidates 8
+    python eval/continuation.py --stage outputs/export/2c/2c-Q4_K_M.gguf     # with llama.cpp, faster on a CPU
     cd demo/run && python ../../eval/continuation.py --recipes ../../recipes --words 200
 """
 
@@ -45,7 +46,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from eval import evaluation, generation, metrics, models
 from eval.metrics import SENTENCE_END
 from eval.scoring import MAX_LENGTH
-from prep.common import BadInput, atomic_write, digest, lock, positive, run, sha256
+from prep.common import BadInput, atomic_write, digest, lock, positive, run, sha256, versions
 from prep.typography import to_convention
 from train.stages import load_chain
 
@@ -338,7 +339,7 @@ def parse() -> argparse.Namespace:
     option = parser.add_argument
     option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
     option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
-    option("--stage", help="who writes: base, 2a, ... (default: the chain's last)")
+    option("--stage", help="who writes: base, 2a, ..., or an exported .gguf file (default: the chain's last)")
     option("--from", dest="source", metavar="FILE|WORDS", help="go on from this (default: the prepared book)")
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
     for name, kind, text in (
@@ -366,7 +367,12 @@ def main() -> None:
     started = time.perf_counter()
     warnings.filterwarnings("ignore")
     chain = load_chain(args.recipes, args.curriculum)
-    [row, *_] = models.present(models.candidates(chain), [args.stage or chain[-1].name])
+    if args.stage and args.stage.endswith(".gguf"):
+        row, args.device = models.exported(Path(args.stage)), "cpu"
+        if not row.model.is_file():
+            raise BadInput(f"{row.model} is missing (looked from {Path.cwd()}); `make export` makes it")
+    else:
+        [row, *_] = models.present(models.candidates(chain), [args.stage or chain[-1].name])
     book = chain[-1].datasets[0].with_suffix(".txt")  # beside the rows of the last stage
     beginning, source = beginning_of(args.source, book)
     trained_on = metrics.CopyFinder([book.read_text(encoding="utf-8")]) if book.is_file() else None
@@ -376,6 +382,8 @@ def main() -> None:
 
     hashes = {str(path): sha256(path) for path in evaluation.files_of(row)}
     where = evaluation.environment(args.device, args.dtype)
+    if row.form == models.GGUF:
+        where["versions"] |= versions("cyllama")
     about = {
         "stage": row.name,
         "weights": hashes,

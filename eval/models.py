@@ -25,6 +25,7 @@ MERGED_DTYPE = torch.float16  # bfloat16 keeps 8 bits of a weight, and loses a p
 # Forms in which weights are measured besides as trained: full weights quantised, an adapter before its first step, an
 # adapter merged into its base.
 QUANTISED, START, MERGED = "quantised", "start", "merged"
+GGUF = "gguf"  # an exported file, which llama.cpp runs
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Candidate:
 
     @property
     def weights(self) -> list[Path]:
-        """The safetensors files that make this row, adapter or model."""
+        """The files that make this row: safetensors of adapter or model, or the one GGUF."""
+        if self.form == GGUF:
+            return [self.model]
         return sorted(self.adapter.glob("adapter_model.safetensors")) if self.adapter else full_weights(self.model)
 
 
@@ -74,6 +77,11 @@ def candidates(chain: list[Stage]) -> list[Candidate]:
 def merged(row: Candidate) -> Candidate:
     """The row of an adapter merged into its base."""
     return replace(row, name=f"{row.name} (merged)", parent=row.name, form=MERGED)
+
+
+def exported(path: Path) -> Candidate:
+    """The row of a GGUF file."""
+    return Candidate(path.stem, path, None, None, None, form=GGUF)
 
 
 def with_forms(rows: list[Candidate]) -> list[Candidate]:
@@ -224,6 +232,11 @@ def loaded(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for row in rows:
+        if row.form == GGUF:
+            from eval import llamacpp
+
+            yield row, *llamacpp.load(row.model)
+            continue
         tokenizer = load_tokenizer(row.model)
         model: Any = load_model(row.model, tokenizer, device, dtype, row.quantization)
         if row.adapter:

@@ -80,7 +80,8 @@ def stages() -> dict[str, str]:
         row for row in models.candidates(load_chain(ROOT / "recipes")) if row.weights and models.full_weights(row.model)
     ]
     whole = {row.name for row in rows if row.stage is None or row.stage.verdict.is_file()}
-    return {row.name if row.name in whole else f"{row.name} (no verdict: half trained?)": row.name for row in rows}
+    named = {row.name if row.name in whole else f"{row.name} (no verdict: half trained?)": row.name for row in rows}
+    return named | {path.name: str(path) for path in sorted(Path("outputs/export").glob("*/*.gguf"))}
 
 
 @dataclass
@@ -108,7 +109,10 @@ class Models:
 
         from eval import models
 
-        [row] = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])
+        if name.endswith(".gguf"):
+            row = models.exported(Path(name))
+        else:
+            [row] = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])
         paths = list(dict.fromkeys([*row.weights, *models.full_weights(row.model)]))
         try:
             files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
@@ -118,7 +122,8 @@ class Models:
             return self.held[name][1:]
         self.held.pop(name, None)
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
-        needed = round(HEADROOM * sum(elements(path) for path in paths) * dtype.itemsize)
+        sizes = (path.stat().st_size if row.form else elements(path) * dtype.itemsize for path in paths)
+        needed = round(HEADROOM * sum(sizes))
         if self.held and needed > self.free():
             say(f"{size(needed)} for {name} are not free beside {', '.join(self.held)}: one model at a time.")
             self.drop()
@@ -128,8 +133,12 @@ class Models:
                 "wait until the training has ended, or stop what else is running"
             )
         say(f"reading {name} ...")
-        tokenizer = models.load_tokenizer(row.model)
-        model: Any = models.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
+        model: Any
+        if row.form == models.GGUF:
+            [(_, model, tokenizer)] = models.loaded([row], self.device, dtype)
+        else:
+            tokenizer = models.load_tokenizer(row.model)
+            model = models.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
         if row.quantization and self.device == "cpu":
             model = model.dequantize()  # the same numbers; a CPU unpacks them too slowly to do it at every token
         if row.adapter:

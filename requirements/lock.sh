@@ -36,5 +36,8 @@ new = [block for name, block in gpu.items() if name not in base]
 open("gpu.txt", "w").write("# Made by requirements/lock.sh; do not edit.\n" + "\n".join(new) + "\n")
 PY
 
+compile converter.in --no-deps --output-file converter.txt >/dev/null
+sed -i '1i # Made by requirements/lock.sh; do not edit.' converter.txt
+
 compile nvcc.in --constraints "$all" --output-file nvcc.txt >/dev/null
 sed -i '1i # Made by requirements/lock.sh; do not edit.' nvcc.txt

@@ -5,7 +5,6 @@ A new case is a row: the script and its arguments, what is done to a small curri
 
 import json
 import os
-import resource
 import runpy
 import shutil
 import sys
@@ -14,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from eval.merge import save_merged
-from eval.models import candidate
-from prep.common import BadInput
-from train.stages import load_chain
 
 ROOT = Path(__file__).parent.parent
 EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 --device cpu"
@@ -148,12 +142,16 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("eval/report.py given.json", write("given.json", "{"), "given.json"),
     ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),
     ("eval/compare.py full other", nothing, "full"),
-    # continuing and merging
+    # continuing and exporting
     (f"{CONTINUE} --stage 9z", nothing, "9z"),
     (CONTINUE, gone("data/2c.txt"), "2c.txt"),
     (CONTINUE, write("data/2c.txt", b"\xff\xfe\xff"), "2c.txt"),
-    ("eval/merge.py 2a", nothing, "is a full model already"),
-    ("eval/merge.py 2c", nothing, "holds no checkpoint"),
+    (f"{CONTINUE} --stage nowhere.gguf", nothing, "nowhere.gguf is missing"),
+    (f"{CONTINUE} --stage given.gguf", write("given.gguf", "GGUF but no more"), "the tokenizer of given.gguf"),
+    ("eval/export.py 9z", nothing, "no recipe 9z.yml"),
+    ("eval/export.py 2c", nothing, "holds no checkpoint"),
+    ("eval/push.py 2c nobody", nothing, "'nobody' is no repository"),
+    ("eval/push.py 2c you/name", nothing, "outputs/export/2c is no finished export"),
     ("eval/serve.py --dir nowhere", nothing, "nowhere"),
 ]
 
@@ -191,7 +189,7 @@ def refused(command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys:
     ("command", "target"),
     [
         ("prep/collect.py book --source data/2c.txt", "data/raw/book"),
-        ("eval/merge.py 2c", "outputs/2c/merged"),
+        ("eval/export.py 2c", "outputs/export/2c"),
         (EVALUATE, "eval/reports/x.json"),
     ],
 )
@@ -205,14 +203,3 @@ def test_the_same_command_twice_at_once(
 ) -> None:
     with locked(target) as other:
         refused(command, f"process {other} is writing {target}", monkeypatch, capsys)
-
-
-def test_merging_on_a_full_disk(place: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(BadInput, match=r"could not be written to outputs/2c/merged: .*File too large"):
-            save_merged(candidate(load_chain(Path("recipes"))[-1]), Path("outputs/2c/merged"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(Path("outputs/2c").glob("merged*"))

@@ -28,7 +28,13 @@ TARGETS = ("base", "gallica", "book", "prep", "stage-a", "check", "eval", "conti
 def project(tmp_path: Path) -> Path:
     """The Makefile in a folder where every command is only recorded."""
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("requirements/base", "requirements/cuda", "requirements/torch-cpu", "data/raw/book/book"):
+    for name in (
+        "requirements/base",
+        "requirements/cuda",
+        "requirements/torch-cpu",
+        "requirements/converter",
+        "data/raw/book/book",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / f"{name}.txt").touch()
     (tmp_path / ".venv/bin").mkdir(parents=True)

@@ -1,0 +1,364 @@
+"""Exports by the real converter and the real llama.cpp, on tiny models; pushes against a server that speaks the hub's protocol.
+
+The whole command runs on a trained chain in test_smoke.py.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_curriculum import tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import export, llamacpp, models
+from eval.generation import decoding, draw, encode
+from prep.common import BadInput, sha256
+from train.stages import line_of, load_chain
+
+ROOT = Path(__file__).parent.parent
+
+
+def save_model(tokenizer: Path, folder: Path) -> Path:
+    """A tiny Llama of 16-bit weights beside a tokenizer."""
+    own = AutoTokenizer.from_pretrained(tokenizer)
+    model: Any = tiny_llama(len(own), seed=0)
+    model.half().save_pretrained(folder)
+    own.save_pretrained(folder)
+    return folder
+
+
+# --- llama.cpp --------------------------------------------------------------------------------------------------------
+
+
+def test_llama_cpp_computes_what_the_model_does(tokenizer: Path, tmp_path: Path) -> None:
+    folder = save_model(tokenizer, tmp_path / "model")
+    llamacpp.convert(folder, folder / "x-F16.gguf")
+    for form in llamacpp.QUANTISED:
+        llamacpp.quantise(folder / "x-F16.gguf", folder / f"x-{form}.gguf", form)
+    own = models.load_tokenizer(folder)
+    ids = encode(own, llamacpp.FRENCH)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits.log_softmax(-1)
+    far = {}
+    for form in ("F16", *llamacpp.QUANTISED):
+        engine, beside = llamacpp.load(folder / f"x-{form}.gguf")  # and checks the tokenizer
+        assert beside.get_vocab() == own.get_vocab()
+        far[form] = float((engine(torch.tensor([ids])).logits.log_softmax(-1) - expected).abs().mean())
+    assert far["F16"] < 0.02 and far["F16"] < far["Q8_0"] < 0.3 and far["Q8_0"] < far["Q4_K_M"]
+
+    # Drawn together from one prompt, then from another: what it remembers of each is what it would compute again.
+    engine, _ = llamacpp.load(folder / "x-F16.gguf")
+    for prompt in (ids, ids[:9] + ids[3:20]):
+        for sample in draw(engine, own, prompt, 3, 1, decoding(12), open_ended=True):
+            alone = llamacpp.Engine(folder / "x-F16.gguf")(torch.tensor([prompt + sample.tokens])).logits[0]
+            chances = alone.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+            assert torch.allclose(chances, torch.tensor(sample.log_probabilities), atol=0.02)
+
+
+def test_a_tokenizer_that_gguf_cannot_carry_is_found(gpt2: Path, tmp_path: Path) -> None:
+    folder = save_model(gpt2, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"]["byte_fallback"] = True  # as a tokenizer that Transformers reads out of a GGUF has it
+    settings["decoder"] = {"type": "Sequence", "decoders": [settings["decoder"]]}
+    path.write_text(json.dumps(settings))
+    llamacpp.convert(folder, folder / "x-F16.gguf")
+    with pytest.raises(BadInput, match=r"x-F16.gguf cuts text into other tokens"):
+        llamacpp.load(folder / "x-F16.gguf")
+
+    export.mend_tokenizer(folder)
+    llamacpp.convert(folder, folder / "x-F16.gguf")
+    llamacpp.load(folder / "x-F16.gguf")
+
+
+def test_what_llama_cpp_cannot_use_is_one_line(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(llama, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"architectures": ["NobodysForCausalLM"]}))
+    with pytest.raises(BadInput, match=r"converter cannot convert .*NobodysForCausalLM"):
+        llamacpp.convert(folder, folder / "x-F16.gguf")
+    (folder / "x-F16.gguf").write_bytes(b"GGUF but no more")
+    with pytest.raises(BadInput, match=r"could not write x-Q8_0.gguf"):
+        llamacpp.quantise(folder / "x-F16.gguf", folder / "x-Q8_0.gguf", "Q8_0")
+    with pytest.raises(BadInput, match=r"llama.cpp cannot open .*x-F16.gguf"):
+        llamacpp.Engine(folder / "x-F16.gguf")
+    monkeypatch.setattr(llamacpp, "CONVERTER", tmp_path)
+    with pytest.raises(BadInput, match="converter is not installed"):
+        llamacpp.convert(folder, folder / "x-F16.gguf")
+    monkeypatch.setitem(sys.modules, "cyllama.llama.llama_cpp", None)
+    with pytest.raises(BadInput, match=r"llama.cpp .* is not installed: `make setup`"):
+        llamacpp.Engine(folder / "x-F16.gguf")
+
+
+# --- steps and proof --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_made_once_whole_and_again_when_its_inputs_or_files_change(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make(text: str) -> Callable[[Path], None]:
+        def write(target: Path) -> None:
+            (target / "a").write_text(text)
+            made.append(text)
+            if text == "broken":
+                raise BadInput("the second file fails")
+
+        return write
+
+    for text, inputs in (("one", 1), ("one", 1), ("two", 2)):
+        export.Folder(tmp_path / "x").step("step", inputs, 9, make(text))
+    assert made == ["one", "two"]
+    with pytest.raises(BadInput):
+        export.Folder(tmp_path / "x").step("step", 3, 9, make("broken"))
+    assert (tmp_path / "x/a").read_text() == "two" and not (tmp_path / "x/.part").exists()
+    (tmp_path / "x/a").write_text("damaged")
+    export.Folder(tmp_path / "x").step("step", 2, 9, make("two"))
+    assert (tmp_path / "x/a").read_text() == "two"
+    with pytest.raises(BadInput, match="GB are needed"):
+        export.Folder(tmp_path / "x").step("step", 4, 10**18, make("large"))
+
+
+def test_a_full_disk_leaves_nothing(place: Path) -> None:
+    row = models.candidate(load_chain(Path("recipes"))[-1])
+    tokenizer = models.load_tokenizer(row.model)
+    folder = export.Folder(Path("out/2c"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(BadInput, match=r"model could not be written to out/2c/.part: .*File too large"):
+            folder.step("model", 1, 9, lambda target: export.write_model(row, tokenizer, target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(Path("out/2c").glob("*"))
+
+
+def test_a_form_that_is_not_the_stage_fails(place: Path) -> None:
+    chain = load_chain(Path("recipes"))
+    line = line_of("2c", chain)
+    line[-1].config["test_datasets"] = [{"path": "data/2c.heldout.jsonl"}]
+    row, tokenizer = models.candidate(line[-1]), models.load_tokenizer(Path("outputs/2a"))
+    folder = export.Folder(Path("out/2c"))
+    folder.step("model", 1, 9, lambda target: export.write_model(row, tokenizer, target))
+    export.prove(folder, row, line, tokenizer, ["model"])
+    found = folder.record["proof"]["forms"]["model"]
+    assert abs(found["difference"]) < 1e-3 and found["greedy_equal"] == export.GREEDY
+
+    other = models.candidate(line_of("2b", chain)[-1])
+    folder.step("model", 2, 9, lambda target: export.write_model(other, tokenizer, target))
+    with pytest.raises(BadInput, match=r"out/2c is not the stage that was measured: model is .* bits per byte from 2c"):
+        export.prove(folder, row, line, tokenizer, ["model"])
+    assert not export.Folder(Path("out/2c")).record["proof"]
+
+
+def test_near_ties_are_no_difference() -> None:
+    logits = [torch.tensor([0.0, 1.0, 0.99])] * export.GREEDY
+    same, other, tie = [1] * export.GREEDY, [1, 0] + [1] * 30, [1, 1, 2] + [1] * 29
+    assert [export.agreed([(same, logits)], [(found, logits)]) for found in (same, other, tie)] == [32, 1, 32]
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(ThreadingHTTPServer):
+    """What of the hub's protocol a push and a download use."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.blobs: dict[str, bytes] = {}  # by sha256, uploaded
+        self.files: dict[str, bytes] = {}  # committed
+        self.private: bool | None = None
+        self.breaks = ""  # sha256 of a file whose upload never ends
+        self.denies, self.swaps = False, False
+        self.puts: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+    def send(self, body: Any, status: int = 200, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(data)), "X-Repo-Commit": "c" * 40, **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        hub, path = self.server, self.path.split("?")[0]
+        if path.startswith("/api/"):
+            told = [
+                {
+                    "rfilename": name,
+                    "lfs": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 1},
+                }
+                for name, data in hub.files.items()
+            ]
+            self.send({"id": "you/name", "sha": "c" * 40, "siblings": told, "private": hub.private is not False})
+        else:
+            data = hub.files[path.split("/", 5)[5]]
+            self.send(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+
+    do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        hub, oid, size = self.server, self.path.rsplit("/", 1)[1], int(self.headers["Content-Length"])
+        if oid == hub.breaks:
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        hub.puts.append(oid)
+        hub.blobs[oid] = self.rfile.read(size)
+        return self.send({})
+
+    def do_POST(self) -> None:
+        hub, path = self.server, self.path.split("?")[0]
+        length = self.headers["Content-Length"]
+        body = self.rfile.read(int(length)) if length else self.chunked()
+        if hub.denies:
+            return self.send({"error": "no write access"}, 403)
+        if path.endswith("/repos/create"):
+            hub.private = hub.private if hub.private is not None else json.loads(body)["visibility"] == "private"
+            return self.send({"url": f"{hub.url}/you/name"})
+        if path.endswith("/preupload/main"):
+            modes = {".gguf": "lfs", ".safetensors": "lfs"}
+            return self.send(
+                {
+                    "files": [
+                        {
+                            "path": file["path"],
+                            "uploadMode": modes.get(Path(file["path"]).suffix, "regular"),
+                            "shouldIgnore": False,
+                        }
+                        for file in json.loads(body)["files"]
+                    ]
+                }
+            )
+        if path.endswith("/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            return self.send(
+                {
+                    "transfer": "basic",
+                    "objects": [
+                        one
+                        | (
+                            {}
+                            if one["oid"] in hub.blobs
+                            else {"actions": {"upload": {"href": f"{hub.url}/put/{one['oid']}"}}}
+                        )
+                        for one in wanted
+                    ],
+                }
+            )
+        if "/commit/" in path:
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[line["value"]["path"]] = b"other" if hub.swaps else hub.blobs[line["value"]["oid"]]
+            return self.send({"commitUrl": f"{hub.url}/you/name/commit/{'c' * 40}", "commitOid": "c" * 40})
+        return self.send({"warnings": [], "errors": []})  # validate-yaml
+
+    def chunked(self) -> bytes:
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path) -> Callable[..., str]:
+    """Runs the script on a finished export, to a good end or to a refusal; what it printed."""
+    folder = export.Folder(tmp_path / "out/2c")
+
+    def write(target: Path) -> None:
+        for name in ("README.md", "model.safetensors", "2c-F16.gguf"):
+            (target / name).write_bytes(name.encode() * 100)
+
+    folder.record |= {"memorised": "did not memorise", "rights": ""}
+    folder.step("card", 1, 9, write)
+    folder.record["proof"] = {"forms": {}}
+    folder.save()
+    (folder.path / export.SUMS).write_text("sums")
+    mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    mine |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT)}
+
+    def call(*words: str, expect: int = 0, **more: str) -> str:
+        command = [sys.executable, str(ROOT / "eval/push.py"), "2c", *(words or ("you/name", "--yes"))]
+        done = subprocess.run(command, cwd=tmp_path, env=mine | more, text=True, capture_output=True, timeout=300)
+        assert done.returncode == expect and "Traceback" not in done.stderr, done.stdout + done.stderr
+        return done.stdout if not expect else done.stderr.strip().splitlines()[-1]
+
+    call_out = tmp_path / "outputs/export"
+    call_out.parent.mkdir()
+    call_out.symlink_to(tmp_path / "out")
+    return call
+
+
+def test_a_push_is_private_whole_resumed_and_comes_back_equal(push: Callable, hub: Hub, tmp_path: Path) -> None:
+    assert "nothing was sent" in push("you/name") and hub.private is None
+
+    hub.breaks = sha256(tmp_path / "out/2c/model.safetensors")
+    assert "broke off" in push(expect=1)
+    assert not hub.files and len(hub.blobs) == 1
+    hub.breaks = ""
+    assert "pushed: " in push()
+    assert hub.private is True and len(hub.puts) == len(set(hub.puts)) == 2  # what had arrived was not sent again
+
+    code = "import sys, huggingface_hub as h; print(h.snapshot_download('you/name', local_dir=sys.argv[1]))"
+    mine = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "other"), "HF_HUB_OFFLINE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "back")], env=mine, check=True, capture_output=True)
+    sent = export.Folder(tmp_path / "out/2c").files()
+    assert len(sent) == 3 and all(sha256(tmp_path / "back" / name) == sha for name, sha in sent.items())
+
+
+def test_what_is_not_pushed(push: Callable, hub: Hub, tmp_path: Path) -> None:
+    assert "no token" in push(expect=1, HF_TOKEN="")
+    assert "nobody stated the rights" in push("you/name", "--public", expect=1)
+    hub.private = False
+    assert "is there already and public" in push(expect=1)
+    hub.private, hub.denies = None, True
+    assert "no right to write there; nothing was committed" in push(expect=1)
+    hub.denies, hub.swaps = False, True
+    assert "changed while it was pushed" in push(expect=1)
+    folder = export.Folder(tmp_path / "out/2c")
+    folder.record["memorised"] = "memorised (9% of trained chunks extractable)"
+    folder.save()
+    assert "--despite-memorisation" in push(expect=1)
+    assert "nothing was sent" in push("you/name", "--despite-memorisation")
+    (folder.path / "2c-F16.gguf").write_text("changed")
+    assert "not the file that was exported" in push(expect=1)
