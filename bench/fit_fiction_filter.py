@@ -158,7 +158,7 @@ def pages(parts: Parts, draw: random.Random) -> str:
 
 def read(clones: Path, row: dict[str, str]) -> str:
     """The sample of a text that the classifier sees; empty where there is less than the shortest book."""
-    command = ["git", "-C", clones / row["repository"], "show", f"{row['commit']}:{row['path']}"]
+    command = ["git", "-C", str(clones / row["repository"]), "show", f"{row['commit']}:{row['path']}"]
     try:
         data = subprocess.run(command, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
@@ -269,8 +269,8 @@ def main() -> None:
             (HERE.parent / "prep" / "fiction.json", json.dumps(made, ensure_ascii=False) + "\n"),
             (HERE / "reports" / "fiction_filter.md", report),
         ):
-            with atomic_write(path) as file:
-                file.write(content)
+            with atomic_write(path) as output:
+                output.write(content)
 
 
 if __name__ == "__main__":
