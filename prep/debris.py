@@ -13,6 +13,7 @@ from prep.filters import lexicon
 from prep.paragraphs import DASHES, breaks_off, full_width
 
 _WORD = re.compile(r"[^\W\d_]+")
+SCAN = 0.003  # of the lines, at least, are letters that make no word: below, no scanner's letters were read here
 _SENTENCE = re.compile(r"[a-zà-ÿœ]{4,}.*?[a-zà-ÿœ]{4,}.*?[a-zà-ÿœ]{4,}")  # three words in small letters: no debris
 _SIGNS = re.compile(r"[^\w\s.,;:!?…'’\"«»“”—–()-]|_")  # those that no sentence has
 _BLOTS = re.compile(  # beside words; a lone figure after a sentence is a blot or calls a note
@@ -45,6 +46,9 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
     book = Counter(_WORD.findall("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower()))
     short = Counter(_WORD.findall("\n".join(lines[i] for i in doubtful).lower()))
     known = lexicon() | {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
+    found = [lines[i] for i in doubtful if _is_debris(lines[i], lines[i - 1] if i else "", width, known)]
+    if sum(bool(_WORD.search(line)) for line in found) < SCAN * len(lines):
+        return lines, gaps  # a PDF's or a typist's text, whose lone figures are chapters
     kept: list[str] = []
     before: list[int] = []
     for i, line in enumerate(lines):

@@ -291,7 +291,9 @@ def test_replies_between_blank_lines_stay_where_pages_are_numbered(novel):
     assert found.counts["running_headers"] == len(sheets)
 
 
-@pytest.mark.parametrize("heading", ["Chapitre {}", "CHAPITRE {}", "LETTRE {}.", "{}. Le retour", "CHAPITRE PREMIER"])
+@pytest.mark.parametrize(
+    "heading", ["Chapitre {}", "CHAPITRE {}", "LETTRE {}.", "{}. Le retour", "{}", "CHAPITRE PREMIER"]
+)
 def test_headings_at_the_top_of_pages_stay(novel, heading):
     """They recur at page edges as headers do, but count on by one over several pages, or are far apart."""
     sheets, expected = [], []
