@@ -50,6 +50,10 @@ step "3. Evaluate base, 2a, 2b, 2c"
 # A fresh demo measures every row itself: the committed report may hold some of them, of equal weights.
 "$bin/python" $root/eval/evaluation.py --recipes $root/recipes --run demo --out $root/eval/reports --max-new-tokens 80 $fresh
 
+step "4. Export 2c: a 16-bit model, GGUF files, a model card; each is scored"
+"$bin/python" $root/eval/export.py 2c --recipes $root/recipes --report $root/eval/reports/demo.json \
+    --rights "Trained on texts written for the demo of Le Château (CC0)." --license apache-2.0
+
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
 "$bin/python" - $root/eval/reports/demo.json <<'PY'
 import json
@@ -67,5 +71,5 @@ sample = next(sample["text"] for sample in stages["2c"]["samples"] if sample["pr
 tales, novella = bits("gallica_heldout", "base", "2a", "2b"), bits("novel_heldout", "base", "2a", "2b", "2c", "2c (merged)")
 print(f"Learned (bits per byte of held-out text, lower is better): tales: {tales}; novella: {novella}")
 print(f"Writes, after the novella's last line: {textwrap.shorten(sample, 160, placeholder=' ...')}")
-print("Look at eval/reports/demo.html, or at running models: make notebook")
+print("Look at eval/reports/demo.html and demo/run/outputs/export/2c, or at running models: make notebook")
 PY
