@@ -119,9 +119,10 @@ def undisturbed(work: Path, last: int) -> dict[str, tuple[Path, Path, float]]:
     place, before = work / "place", work / "before"
     if not before.exists():
         sys.path.append(str(ROOT / "tests"))  # their tiny Llama
-        from tiny_curriculum import save_base
+        from tiny_curriculum import save_base, save_chat_base
 
         save_base(place / "tiny")
+        save_chat_base(place / "chat")
         corpus: list[str | Path] = [sys.executable, ROOT / "demo/corpus.py", "--out", place / "sources"]
         subprocess.run(corpus, env=ENVIRONMENT, check=True)
         place.rename(before)

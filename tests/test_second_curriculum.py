@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_curriculum import save_base
+from tiny_curriculum import save_chat_base
 from transformers import AutoTokenizer
 
 from eval.questions import has, language
@@ -18,10 +18,6 @@ from eval.questions import has, language
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
 
 
 def python(*arguments: object, cwd: Path) -> str:
@@ -46,9 +42,7 @@ def write(path: Path, records: list[dict]) -> Path:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model, collected; ninety of the demo's articles and conversations, and some that must not be trained on."""
     cwd = tmp_path_factory.mktemp("second")
-    tokenizer = AutoTokenizer.from_pretrained(save_base(cwd / "tiny"))
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(cwd / "tiny")
+    save_chat_base(cwd / "tiny")
     python(ROOT / "prep/collect.py", "base", "--source", "tiny", "--out", "models/instruct", cwd=cwd)
     for name in ("articles", "instructions"):
         lines = (ROOT / f"demo/corpus/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:90]

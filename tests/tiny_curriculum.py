@@ -15,6 +15,10 @@ RECIPES = {
     "2c": "base_model: outputs/2a\nadapter: qlora\nlora_model_dir: outputs/2b\noutput_dir: outputs/2c\n"
     "datasets: [{path: data/2c.jsonl}]\n",
 }
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' else '\n') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 
 
 def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM:
@@ -48,6 +52,14 @@ def save_base(folder: Path, hidden: int = 64, layers: int = 2, seed: int = 0) ->
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def save_chat_base(folder: Path) -> Path:
+    """The same with a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(save_base(folder))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
 
 
