@@ -23,23 +23,23 @@ import random
 import re
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from prep.common import BadInput, run, source_files
 from prep.filters import not_french
 from prep.formats import BookText, read_book
-from prep.page_layout import Cleaned, clean_pages
+from prep.page_layout import Cleaned, clean_pages, clean_paragraphs
 from prep.rows import Cutter, Row, Tokens, holdout_share, jsonl_path, write_prepared
-from prep.typography import to_convention
 
 
 def clean_book(book: BookText) -> Cleaned:
     """The paragraphs of a book in the project's convention; page rules apply where its format has pages or lines."""
-    if book.paragraphs is None:
-        cleaned = clean_pages(book.text)
-        return Cleaned(cleaned.paragraphs, {**book.counts, **cleaned.counts})
-    return Cleaned([p for p in to_convention("\n".join(book.paragraphs)).split("\n") if p], dict(book.counts))
+    if book.paragraphs is not None:
+        return clean_paragraphs(book.paragraphs, Counter(book.counts))
+    cleaned = clean_pages(book.text)
+    return cleaned._replace(counts=book.counts | cleaned.counts)
 
 
 # A figure glued to a word, to the mark after it or to a one-letter name ("K15"); "1,5", "10.30", "n.3", "km2" are none.

@@ -53,7 +53,8 @@ _GOOGLE = re.compile(
 )
 _EXPORTED = re.compile(
     r"Export[ée]e? de Wikisource le \d.{4,20}$|La Bibliothèque électronique du Québec$|Collection À tous les vents$"
-    r"|Volume \d+ : version \d[\d.]*$|(?:https?://)?www\.(?:feedbooks|ebooksgratuits|bibebook)\.com/?$"
+    r"|Volume \d+ : version \d[\d.]*$|BeQ$|Note ?: This book is brought to you by Feedbooks$|Strictly for personal use, do not"
+    r"|Publication ?: \d{4}$|Catégorie\(s\) ?: |Source ?: http\S+$|(?:https?://)?www\.(?:feedbooks|ebooksgratuits|bibebook)\.com/?$"
 )
 _CREDITS = re.compile(
     r"(?:Produced|Credits|Transcribed|E-?text (?:prepared|produced)).{0,12}\b(?:by|:)|\W?Transcriber'?s'? note|\W?Notes? du transcript",

@@ -10,6 +10,7 @@ import itertools
 import re
 from bisect import bisect
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,13 +21,19 @@ from prep.front_matter import drop_edition, drop_front_matter, drop_notice, lett
 from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
 from prep.typography import clean_characters, to_convention
 
-# What editions leave in plain text: "[Illustration: le bac]", "le bac[12]", "_Le Temps_".
-_ILLUSTRATION = re.compile(r"\[(?:Illustration\b|(?:Image|Gravure|Vignette) ?:)[^\]\f]{0,600}\]", re.I)
-_NOTE = re.compile(r"\[(?:Foot)?note \d{1,3} ?:[^\]\f]{0,3000}\]", re.I)
-_NOTE_PARAGRAPH = re.compile(r"↑ ?\S|\[(\d{1,3})\] ?\S")  # Wikisource's, or a number that a word above calls
+# What editions leave in plain text: "[Illustration: le bac]", "le bac[12]", "_Le Temps_", "**Le Temps**".
+_ILLUSTRATION = re.compile(
+    r"\[(?:Illustration\b|(?:Image|Gravure|Vignette) ?:)(?:[^\[\]\f]|\[[^\[\]\f]*\]){0,600}\]", re.I
+)
+_NOTE = re.compile(r"\[(?:Foot)?note \w{1,3} ?:(?:[^\[\]\f]|\[[^\[\]\f]*\]){0,3000}\]", re.I)
 _TAG = re.compile(r"</?(?:i|b|u|em|strong|small|sup|span|center)>", re.I)
 _BRACKETED = re.compile(r"\[(?<=[^\n]\[)(\d{1,3})\](?!\w)")
+_LABEL = r"[(\[](\d{1,3}|\*{1,3}|[a-z])[)\]]"
+_CALL = re.compile(rf"(?:(?<=[\w.,;!?»*=\"']) ?|(?<=:)){_LABEL}(?!\w)")  # after ": " a list begins
+_LABELLED = re.compile(rf"{_LABEL} ?\S")
 _ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]{1,300}?)(?<=\S)_(?![\w_])")
+_EMPHASIS = re.compile(r"(?<![\w*=])(\*{1,3}|=)(?=[\w«\"'—])([^*=\n]{1,300}?)(?<=[\w.,;:!?»\"'])\1(?![\w*=])")
+_UNPAIRED = re.compile(r"(?<![\w*=])[*=]+(?=\w)")
 
 
 class Cleaned(NamedTuple):
@@ -49,18 +56,30 @@ def clean_pages(text: str, keep_debris: bool = False) -> Cleaned:
     lines = [line.strip() for line in text.split("\n")]
     lines = drop_notice(drop_edition(lines, counts), counts)
     if PAGE_END in lines or _chain(lines):
-        lines, gaps = drop_headers_and_footers(drop_front_matter(lines, counts), counts)
+        lines, gaps = _drop_footnotes(*drop_headers_and_footers(drop_front_matter(lines, counts), counts), counts)
         if not keep_debris:
             lines, gaps = drop_debris(lines, gaps, counts)
     else:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)
-    paragraphs = _without_notes(join_lines(lines, gaps, counts), counts)
+    return clean_paragraphs(join_lines(lines, gaps, counts), counts, gaps)
+
+
+def clean_paragraphs(paragraphs: list[str], counts: Counter[str], gaps: Sequence[int] = (BREAK,)) -> Cleaned:
+    """Paragraphs in the convention, without notes, their calls and the signs that editions leave in them."""
+    if BREAK in gaps:  # else a note may have been joined to what follows it
+        paragraphs = _without_notes(paragraphs, counts)
     text = without_marks("\n".join(paragraphs), counts)
-    if PAGE not in gaps:  # italics of several paragraphs; in a scan such signs are blots
-        text = re.sub(r"^_(?=[^\W_])|(?<=[^\W_])_$|(?<=[.,;:!?»])_$", "", text, flags=re.M)
+    if PAGE not in gaps:  # in a scan such signs are blots
+        text = re.sub(
+            r"^_(?=[^\W_])|(?<=[^\W_])_$|(?<=[.,;:!?»])_$", "", text, flags=re.M
+        )  # italics of several paragraphs
+        plain, pairs = _EMPHASIS.subn(r"\2", text)
+        if pairs > len(_UNPAIRED.findall(plain)):
+            text, counts["emphasis"] = plain, pairs
+        text = re.sub(r"^#{1,6} +(?=\w)", "", text, flags=re.M)  # Markdown's headings
     text = to_convention(text)
-    return Cleaned(text.split("\n") if text else [], dict(sorted((+counts).items())))
+    return Cleaned([line for line in text.split("\n") if line], dict(sorted((+counts).items())))
 
 
 def without_marks(text: str, counts: Counter[str]) -> str:
@@ -71,19 +90,45 @@ def without_marks(text: str, counts: Counter[str]) -> str:
 
 
 def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:
-    """Without the notes that a call such as "mot[12]" names, and their heading where nothing else follows it."""
-    called: set[str] = set()
+    """Without the notes that a call such as "mot[12]" or "mot (1)" names, these calls, and the heading of notes at the end."""
+    calls: dict[str, list[int]] = {}  # label -> the paragraphs that have it
     kept: list[str] = []
     for paragraph in paragraphs:
-        note = _NOTE_PARAGRAPH.match(paragraph)
-        if note and (note[1] is None or note[1] in called):
-            counts["notes"] += 1
-            continue
-        called.update(_BRACKETED.findall(paragraph))
-        kept.append(paragraph)
+        note = _LABELLED.match(paragraph)
+        if note and calls.get(note[1]):
+            at = calls[note[1]].pop()
+            kept[at] = _without_call(kept[at], note[1])
+        elif not re.match(r"↑ ?\S", paragraph):  # Wikisource's notes
+            for label in _CALL.findall(paragraph):
+                calls.setdefault(label, []).append(len(kept))
+            kept.append(paragraph)
+    counts["notes"] += len(paragraphs) - len(kept)
     if len(kept) < len(paragraphs) and kept and kept[-1].strip(" .:").lower() in ("note", "notes"):
         kept.pop()
     return kept
+
+
+def _without_call(text: str, label: str) -> str:
+    """Without the first call of this label, also at a line's beginning."""
+    return re.sub(rf" ?[(\[]{re.escape(label)}[)\]](?!\w)", "", text, count=1).strip()
+
+
+def _drop_footnotes(lines: list[str], gaps: list[int], counts: Counter[str]) -> tuple[list[str], list[int]]:
+    """Without notes at a page's foot such as "(1) Voir ...", of which the page has the call "mot (1)", and without the call."""
+    kept = list(lines)
+    starts = [i for i, gap in enumerate(gaps) if gap == PAGE or not i]
+    for start, end in pairwise([*starts, len(lines)]):
+        calls: dict[str, int] = {}  # label -> its line
+        for i in range(start, end):
+            note = _LABELLED.match(lines[i])
+            if note and note[1] in calls:
+                at = calls.pop(note[1])
+                kept[at] = _without_call(kept[at], note[1])
+                counts["notes"] += 1
+                kept[i:end] = [""] * (end - i)
+            elif kept[i]:
+                calls.update((label, i) for label in [*_CALL.findall(lines[i]), *([note[1]] if note else [])])
+    return [line for line in kept if line], [gap for line, gap in zip(kept, gaps, strict=True) if line]
 
 
 # --- page numbers ---------------------------------------------------------------------------------------------------

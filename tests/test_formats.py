@@ -14,7 +14,9 @@ from reportlab.pdfgen.canvas import Canvas
 from prep.castle import clean_book
 from prep.common import BadInput
 from prep.formats import BookText, read_book, read_bytes
+from prep.page_layout import clean_pages
 from prep.readers import read_books, source_paths
+from prep.typography import to_convention
 
 PROSE = [
     "CHAPITRE PREMIER",
@@ -123,6 +125,9 @@ def test_paragraphs_that_a_format_knows_come_out_as_they_went_in(tmp_path, name,
     (tmp_path / "livre").write_bytes(data)  # no suffix: what it is is in its content
     book = read_book(tmp_path / "livre")
     assert book.paragraphs == LONG
+    cleaned = [to_convention(p) for p in LONG]
+    assert clean_book(book).paragraphs == clean_pages(book.whole()).paragraphs == cleaned
+    assert clean_book(BookText("", cleaned, {}, [])).paragraphs == cleaned
 
 
 def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
@@ -235,6 +240,8 @@ def test_a_folder_of_books_in_any_format_is_a_corpus(tmp_path, capsys):
 def test_castle_keeps_the_words_of_known_paragraphs():
     paragraphs = ["12", "CHAPITRE I", "« Oui. »", "Le com-", "Jamais !", "« Oui. »", "et il s'en alla", "13"] * 5
     assert clean_book(BookText("", paragraphs, {}, [])).paragraphs == paragraphs
+    marked = ["_Le Temps_ parut[1].", "Il lut **Les Débats** (2).", "[1] Une note.", "(2) Une autre."]
+    assert clean_book(BookText("", marked, {}, [])).paragraphs == ["Le Temps parut.", "Il lut Les Débats."]
 
 
 # --- PDFs ------------------------------------------------------------------------------------------------------------

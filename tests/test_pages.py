@@ -308,6 +308,27 @@ def test_headings_at_the_top_of_pages_stay(novel, heading):
     assert found.counts["running_headers"] == len(sheets) - 10
 
 
+@pytest.mark.parametrize("end", ["", "\f"], ids=["numbers", "form feeds"])
+def test_footnotes_of_a_scan_leave_with_their_calls(novel, end):
+    sheets = []
+    for n, sheet in enumerate(pages(novel), 5):
+        first, second, *others = sheet
+        notes = [
+            f"(1) Voir {novel[n][:30]} et la",
+            f"suite, p. {n}.",
+            f"(2) {novel[n + 20][:30]}",
+            "(3) Rien ne l'appelle.",
+        ]
+        sheets.append([f"{first} (1)", f"(2) {second}", *others, *notes, f"– {n} –"])
+    sheets[2][1] = sheets[2][1].removeprefix("(2) ")
+    sheets[2][0] = sheets[2][0].removesuffix(" (1)")  # this page's notes stay
+    found = clean_pages(f"{end}\n".join(map("\n".join, sheets)))
+    text = " ".join(found.paragraphs)
+    assert found.counts["notes"] == 2 * len(sheets) - 2
+    start, stop = text.index("(1) Voir"), text.index("(2)") + 35
+    assert text[:start] + text[stop:] == " ".join(novel)
+
+
 def test_a_header_below_blots_goes(novel):
     """Blots between a scan's page edge and its header: it proves itself by being there once a page, in capitals."""
 
@@ -421,9 +442,10 @@ def test_googles_first_page_goes(novel):
 )
 def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, made):
     title = "À propos de cette édition électronique"
+    first = ["Exporté de Wikisource le 12 mars 2020", "Publication: 1880\nSource: http://www.ebooksgratuits.com"]
     last = [title, f"Ce livre électronique est {made}.", "Yann\nZephyrus"]
-    found = clean_pages("\n\n".join(["Exporté de Wikisource le 12 mars 2020", *novel, *last]))
-    assert found.paragraphs == novel and found.counts["edition_notes"] == 5
+    found = clean_pages("\n\n".join([*first, *novel, *last]))
+    assert found.paragraphs == novel and found.counts["edition_notes"] == 7
     assert clean_pages("\n\n".join([*novel, title, "Il se tut."])).paragraphs == [*novel, title, "Il se tut."]
 
 
@@ -432,7 +454,7 @@ def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, 
     [
         ("Il lut _Le Temps_, puis _Les\nDébats_.", "Il lut Le Temps, puis Les Débats."),
         ("Le bac[12] et la grille. [13]", "Le bac et la grille."),
-        ("Il vint.\n\n[Illustration: Le bac,\nvu de la rive]\n\nIl vit.", "Il vint.\nIl vit."),
+        ("Il vint.\n\n[Illustration: Le [petit] bac,\nvu de la rive]\n\nIl vit.", "Il vint.\nIl vit."),
         (
             "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
             "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
@@ -445,6 +467,15 @@ def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, 
         ("_Il vint.\n\nIl vit._", "Il vint.\nIl vit."),
         ("Il <i>vint</i>, et 1 < 2 > 0.", "Il vint, et 1 < 2 > 0."),
         ("[Gravure : le bac]\n\nIl vint.", "Il vint."),
+        ("Il vint (1), puis(2).\n\n(1) Une note.\n\n(2) Une autre.\n\nIl vit (1).", "Il vint, puis.\nIl vit (1)."),
+        ("Il vint (*).\n\n(*) Une note.", "Il vint."),
+        ("Il vint (1) [a].\n\n(2) Autre.", "Il vint (1) [a].\n(2) Autre."),
+        ("Deux raisons : (1) le froid.\n\n(1) Le froid.", "Deux raisons : (1) le froid.\n(1) Le froid."),
+        (
+            "## Chapitre 2\n\nIl lut **Le Temps**, *Les\nDébats*, =La Loi=.",
+            "Chapitre 2\nIl lut Le Temps, Les Débats, La Loi.",
+        ),
+        ("***\n\nM. de ***, *** et M. de B*** ; *oui", "***\nM. de ***, *** et M. de B*** ; *oui"),
     ],
 )
 def test_markup_of_plain_texts_goes_and_other_marks_stay(raw, expected):
