@@ -20,7 +20,7 @@ from bench.sweep_plugin import Diagonal, Start, Unweighted
 from eval import intervals, models, scoring
 from eval.tables import markdown
 from eval.tasks.texts import read_rows
-from prep.common import atomic_write, commit, cpu_name, git_state, progress, run, sha256, versions
+from prep.common import commit, cpu_name, git_state, progress, run, sha256, versions, write_text
 from train.adapter_start import calibration_rows, correct, unquantised
 
 REPORT = Path(__file__).with_name("reports") / "adapter_start.json"
@@ -122,9 +122,8 @@ def main() -> None:
     }
     for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):
         report["variants"][name] = measure(VARIANTS[name], args.model, args.rows)
-        for suffix, text in ((".json", json.dumps(report, ensure_ascii=False) + "\n"), (".md", page(report))):
-            with atomic_write(REPORT.with_suffix(suffix)) as file:
-                file.write(text)
+        write_text(REPORT, json.dumps(report, ensure_ascii=False) + "\n")
+        write_text(REPORT.with_suffix(".md"), page(report))
 
 
 if __name__ == "__main__":

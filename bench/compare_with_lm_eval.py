@@ -9,7 +9,6 @@ tokens/s, and the bits per byte of both, which must agree to 1e-3.
 import argparse
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,15 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything evaluated is a local file
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 
 from eval import models, scoring
 from eval.evaluation import environment
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, atomic_write, digest, run
+from prep.common import ROOT, BadInput, digest, run, write_json, write_text
 from train.stages import load_chain
 
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
@@ -129,9 +125,8 @@ def main() -> None:
             "differences": differences,
         },
     }
-    for suffix, text in ((".json", json.dumps(result, ensure_ascii=False, indent=1) + "\n"), (".md", page(result))):
-        with atomic_write(args.out.with_suffix(suffix)) as file:
-            file.write(text)
+    write_json(args.out, result)
+    write_text(args.out.with_suffix(".md"), page(result))
     print(page(result))
     if max(differences.values()) > AGREE:
         raise BadInput(f"ours and lm-eval's differ by {max(differences.values()):.4f} bits per byte: one is wrong")

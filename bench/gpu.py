@@ -38,7 +38,20 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from prep.common import ROOT, BadInput, atomic_write, commit, cpu_name, digest, git_state, progress, run, versions
+from prep.common import (
+    ROOT,
+    BadInput,
+    commit,
+    cpu_name,
+    digest,
+    git_state,
+    progress,
+    read_json,
+    run,
+    versions,
+    write_json,
+    write_text,
+)
 from train import memory as planner
 from train.stage import command, launch_and_wait, load_profile
 from train.stages import Stage, load_chain
@@ -94,13 +107,8 @@ def load_ablations(path: Path, ours: list[Stage]) -> list[Run]:
     recipes = {stage.name: stage.config for stage in ours}
     runs = []
     for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
-        known = {"recipe", "name", "overrides", "environment", "card"}
-        if not {"recipe", "name"} <= set(entry) <= known or not set(entry) & {"overrides", "environment"}:
-            raise BadInput(
-                f"{path}: {entry} needs recipe, name, and overrides or environment; `card: whole` is optional"
-            )
-        if entry["recipe"] not in recipes:
-            raise BadInput(f"{path}: {entry['name']} is of {entry['recipe']}; there are: {', '.join(recipes)}")
+        if unknown := set(entry) - {"recipe", "name", "overrides", "environment", "card"}:
+            raise BadInput(f"{path}, {entry['name']}: unknown keys {', '.join(unknown)}")
         free = None if entry.get("card") == "whole" else CARD
         more = entry.get("environment", {}), entry.get("overrides", {})
         runs.append(Run(entry["recipe"], entry["name"], free, 1, recipes[entry["recipe"]], *more))
@@ -162,10 +170,9 @@ def save_rows(path: Path, tokens: int, sequence_len: int, vocabulary: int) -> No
     """Rows of exactly 16 windows, counting BOS; the EOS that Axolotl adds is a tail of one token, which it drops."""
     generator = random.Random(sequence_len)
     words = [f"w{index}" for index in range(len(SPECIALS), vocabulary)]
-    with atomic_write(path) as handle:
-        for _ in range(max(1, tokens // (WINDOWS_PER_ROW * sequence_len))):
-            text = " ".join(generator.choices(words, k=WINDOWS_PER_ROW * sequence_len - 1))
-            handle.write(json.dumps({"text": text}) + "\n")
+    count = max(1, tokens // (WINDOWS_PER_ROW * sequence_len))
+    texts = (" ".join(generator.choices(words, k=WINDOWS_PER_ROW * sequence_len - 1)) for _ in range(count))
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def make_inputs(work: Path, config: PretrainedConfig, chain: list[Stage], tokens: int) -> Path:
@@ -243,8 +250,7 @@ def measure(item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, limit: 
         "probe_warmup": settings["warmup"],
         "probe_free_gib": item.free_gib,
     }
-    with atomic_write(recipe) as handle:
-        yaml.safe_dump(config, handle, sort_keys=False)
+    write_text(recipe, yaml.safe_dump(config, sort_keys=False))
     record.unlink(missing_ok=True)
     accelerate = load_profile("smoke", item.recipe)[0] if tiny else []
     variables = [f"{name}={value}" for name, value in item.environment.items()]
@@ -283,14 +289,16 @@ def failure(log: str, returncode: int) -> dict[str, Any]:
 def figures(record: dict[str, Any]) -> dict[str, Any]:
     """Speed over the steps after the warm-up that had as many tokens as most: the last one of an epoch may have fewer."""
     steps = list(zip(record["step_seconds"], record["step_tokens"], strict=True))[record["warmup"] :]
-    result: dict[str, Any] = {"status": "ok", "memory": record["memory"], "losses": record["losses"]}
-    if not all(math.isfinite(loss) and loss > 0 for loss in record["losses"]):
-        return result | {"status": "failed", "reason": f"losses of {record['losses']}: nothing is trained"}
+    memory, losses = record["memory"], record["losses"]
+    if not all(math.isfinite(loss) and loss > 0 for loss in losses):
+        return {"status": "failed", "memory": memory, "reason": f"losses of {losses}: nothing is trained"}
     if not steps:
-        return result | {"status": "failed", "reason": f"only {len(record['step_seconds'])} steps, all of them warm-up"}
+        reason = f"only {len(record['step_seconds'])} steps, all of them warm-up"
+        return {"status": "failed", "memory": memory, "reason": reason}
     full = max(tokens for _, tokens in steps)
     times = [seconds for seconds, tokens in steps if tokens == full]
     speed = {"steps": len(times), "tokens_per_step": full, "step_s": statistics.median(times)}
+    result = {"status": "ok", "memory": memory, "losses": losses}
     return result | speed | {"tokens_per_s": full * len(times) / sum(times)}
 
 
@@ -303,24 +311,15 @@ Key = tuple[str, ...]  # recipe, variant, part of the card
 
 def load(path: Path) -> dict[str, Any] | None:
     """The report, or None if there is none yet. Raises BadInput when it is damaged."""
-    if not path.exists():
-        return None
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(report, dict) or set(report) != {"facts", "commit", "peak_flops", "runs"}:
-            raise ValueError("its keys are others")
-    except ValueError as error:
-        raise BadInput(
-            f"{path} is no report of this script, or damaged ({error}); move it away to start again"
-        ) from error
-    return report
+    keys = ("facts", "commit", "peak_flops", "runs")
+    pick = lambda report: {key: report[key] for key in keys}  # noqa: E731
+    return read_json(path, "move it away to start again", pick) if path.exists() else None
 
 
 def save(path: Path, report: dict[str, Any]) -> None:
     """The JSON, and the page beside it."""
-    for suffix, text in ((".json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"), (".md", page(report))):
-        with atomic_write(path.with_suffix(suffix)) as handle:
-            handle.write(text)
+    write_json(path, report)
+    write_text(path.with_suffix(".md"), page(report))
 
 
 def page(report: dict[str, Any]) -> str:

@@ -31,9 +31,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is a local file
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import torch
 import yaml
 from filelock import FileLock, Timeout
@@ -44,7 +41,7 @@ from eval import intervals, logs, metrics, models, scoring
 from eval.evaluation import environment
 from eval.export import write_model
 from eval.tasks.texts import read_rows
-from prep.common import ROOT, BadInput, atomic_write, digest, run, sha256
+from prep.common import ROOT, BadInput, digest, run, sha256, write_json, write_text
 from train.gate import check_steps, checkpoints, movement_of_weights
 from train.resume import prepare_output
 from train.stage import command, launch_and_wait, load_profile
@@ -88,19 +85,11 @@ def load_plan(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} has no {', '.join(missing)}")
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:
-        name, recipe = variant.get("name"), str(variant.get("recipe"))
         others = {variant.get("parent"), variant.get("start"), *variant.get("against", [])} - {None, *known}
-        wrong = {
-            "every variant needs a name of its own": name in (None, BASE, *known),
-            f"unknown key {', '.join(sorted(set(variant) - KEYS))}": set(variant) - KEYS,
-            f"no recipe {recipe}": not (ROOT / recipe).is_file(),
-            f"batch_divisor does not have {Path(recipe).stem}": Path(recipe).stem not in plan["batch_divisor"],
-            f"{', '.join(map(str, others))} must be listed before it": others,
-            "`quantised` needs a parent": "quantised" in variant and not variant.get("parent"),
-        }
-        for message in (message for message, found in wrong.items() if found):
-            raise BadInput(f"{path}, variant {name}: {message}")
-        known[name] = variant
+        for what, found in {"unknown keys": set(variant) - KEYS, "variants not listed before it": others}.items():
+            if found:
+                raise BadInput(f"{path}, variant {variant.get('name')}: {what}: {', '.join(map(str, found))}")
+        known[variant["name"]] = variant
     return plan | {"variants": known}
 
 
@@ -169,7 +158,7 @@ def prepare(plan: dict[str, Any]) -> dict[str, str]:
             environment = os.environ | {"PYTHON": sys.executable, "ROOT": str(ROOT)}
             if subprocess.run(["bash", "-euc", line], env=environment).returncode:
                 raise BadInput(f"this command failed, see above: {line}")
-        store(made_from, done)
+        write_json(done, made_from)
     return {stage: sha256(f"data/{stage}.manifest.json") for stage in plan["batch_divisor"]}
 
 
@@ -256,15 +245,10 @@ def finish(this: Run, plan: dict[str, Any]) -> None:
         trained = train(this, plan)
         row = models.candidate(this.stage)
     scores = apart(score, row)
-    store({**trained, **scores}, this.result)
+    write_json(this.result, {**trained, **scores})
     if trained:  # checkpoints hold optimiser states too; the final weights are beside them
         for checkpoint in checkpoints(this.stage.output_dir):
             shutil.rmtree(checkpoint)
-
-
-def store(value: Any, path: Path) -> None:
-    with atomic_write(path) as file:
-        json.dump(value, file, ensure_ascii=False, allow_nan=False)
 
 
 def claim(runs: list[Run]) -> tuple[Run, FileLock] | None:
@@ -308,8 +292,7 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
         "runs": results,
     }
     with FileLock("report.lock"):
-        with atomic_write(target) as file:
-            file.write(sweep_report.dumped(report))
+        write_text(target, sweep_report.dumped(report))
         sweep_report.write(target)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from eval import intervals, plots
 from eval.tables import changed, markdown, number
-from prep.common import BadInput, atomic_write, commit, run
+from prep.common import BadInput, commit, read_json, run, write_text
 
 FORMAT = 2
 BASE = "base"
@@ -214,21 +214,18 @@ class Sweep:
 
 def load(path: Path) -> Sweep:
     """The sweep of a report. Raises BadInput when there is none, or it has another format."""
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report.get("format") != FORMAT:
-            raise ValueError(f"format {report.get('format')}, not {FORMAT}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); `make bench-{path.stem}` makes it") from error
+    remedy = f"`make bench-{path.stem}` makes it"
+    report = read_json(path, remedy, dict)
+    if report.get("format") != FORMAT:
+        raise BadInput(f"{path} has format {report.get('format')}, not {FORMAT}; {remedy}")
     return Sweep(report)
 
 
 def write(path: Path) -> None:
     """train.md and train.svg beside train.json."""
     sweep = load(path)
-    for suffix, text in ((".md", sweep.page(path.stem)), (".svg", plots.svg(sweep.draw(), path.stem))):
-        with atomic_write(path.with_suffix(suffix)) as file:
-            file.write(text)
+    write_text(path.with_suffix(".md"), sweep.page(path.stem))
+    write_text(path.with_suffix(".svg"), plots.svg(sweep.draw(), path.stem))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from eval import logs, plots, report, tables, verdict
 from eval.plots import Point
 from eval.report import Section
 from eval.tables import Table, bits, measured
-from prep.common import BadInput, atomic_write, run, run_name
+from prep.common import BadInput, run, run_name, write_text
 
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: on a linear axis the short one is a dot
 
@@ -167,8 +167,7 @@ def main() -> None:
     for name, each in zip(names, reports, strict=True):
         each["run"] = name  # a renamed report has its file's name
     target = args.out or args.reports / "compare.html"
-    with atomic_write(target) as file:
-        file.write(html(reports))
+    write_text(target, html(reports))
     print("\n".join(filter(None, [tables.markdown(beside(reports)), warning(reports), f"page: {target}"])))
 
 

@@ -20,8 +20,6 @@ import argparse
 import bisect
 import html
 import itertools
-import json
-import os
 import re
 import sys
 import tempfile
@@ -34,19 +32,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import mkepub
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval import evaluation, generation, metrics, models
+from eval.generation import DynamicCache, Tokenizer
 from eval.metrics import SENTENCE_END
 from eval.scoring import MAX_LENGTH
-from prep.common import BadInput, atomic_write, digest, lock, positive, run, sha256, versions
+from prep.common import (
+    BadInput,
+    atomic_write,
+    digest,
+    lock,
+    positive,
+    read_json,
+    run,
+    sha256,
+    versions,
+    write_json,
+    write_text,
+)
 from prep.typography import to_convention
 from train.stages import load_chain
 
@@ -324,14 +330,11 @@ def read_chunks(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
     """The chunks of the same text begun before, and the seconds they took. Raises BadInput when they are damaged."""
     if not path.is_file():
         return [], 0.0
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["inputs"] == inputs and all(chunk["chosen"]["text"] for chunk in record["chunks"]):
-            return record["chunks"], record["seconds"]
-        reason = "it is of another text"
-    except (ValueError, KeyError, TypeError) as error:
-        reason = repr(error)
-    raise BadInput(f"{path} is damaged ({reason}); remove it, or begin again with --fresh")
+    again = "remove it, or begin again with --fresh"
+    record = read_json(path, again, lambda said: {key: said[key] for key in ("inputs", "chunks", "seconds")})
+    if record["inputs"] != inputs or not all(chunk["chosen"]["text"] for chunk in record["chunks"]):
+        raise BadInput(f"{path} is not of this text; {again}")
+    return record["chunks"], record["seconds"]
 
 
 def parse() -> argparse.Namespace:
@@ -409,8 +412,7 @@ def main() -> None:
 
     def write() -> dict[str, Any]:
         content = text().strip() + "\n"
-        with atomic_write(target.with_suffix(".txt")) as file:
-            file.write(content)
+        write_text(target.with_suffix(".txt"), content)
         record = {
             "format": 1,
             "inputs": inputs,
@@ -421,9 +423,7 @@ def main() -> None:
             "seconds": round(seconds + time.perf_counter() - started, 1),
             "chunks": done,
         }
-        with atomic_write(target) as file:
-            json.dump(record, file, ensure_ascii=False, indent=1)
-            file.write("\n")
+        write_json(target, record)
         return record
 
     print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}{text()}", end="", flush=True)

@@ -1,4 +1,4 @@
-"""What a training logged: from the trainer's state when it is evaluated, from its TensorBoard files while it runs.
+"""What a training logged: from the trainer's state when it is evaluated, from its log while it runs.
 
 A log is a list of points in the order of their steps. A point has `step`, `epoch`, `tokens` (seen so far), `loss` and
 `eval_loss` (nats per token), and None for what was not logged at that step.
@@ -18,25 +18,20 @@ from typing import Any
 
 from tabulate import tabulate
 
-from prep.common import BadInput
+from prep.common import read_json
+from train.stages import LOG
 
-# Our names, and the trainer's in trainer_state.json.
+# Our names, and the trainer's.
 LOGGED = {
-    "epoch": ("epoch",),
-    "tokens": ("tokens/total", "tokens/trainable"),
-    "loss": ("loss",),
-    "eval_loss": ("eval_loss",),
+    "epoch": "epoch",
+    "tokens": "tokens/total",
+    "loss": "loss",
+    "eval_loss": "eval_loss",
+    "learning_rate": "learning_rate",
+    "tokens_per_second": "tokens/train_per_sec_per_gpu",
+    "memory": "memory/device_reserved (GiB)",
 }
-# The trainer's names in its TensorBoard files, and ours.
-SCALARS = {
-    "train/loss": "loss",
-    "eval/loss": "eval_loss",
-    "train/learning_rate": "learning_rate",
-    "train/epoch": "epoch",
-    "train/tokens/total": "tokens",
-    "train/tokens/train_per_sec_per_gpu": "tokens_per_second",
-    "train/memory/device_reserved (GiB)": "memory",
-}
+EVIDENCE = ("epoch", "tokens", "loss", "eval_loss")  # what a report holds of them
 # What the table shows of them, and how.
 SHOWN = {
     "loss": ".3f",
@@ -55,20 +50,15 @@ def training_log(output_dir: Path) -> Log | None:
     """The log of a stage's last checkpoint; None when no state is left. Raises BadInput on a damaged file."""
     states = []
     for path in [*output_dir.glob("trainer_state.json"), *sorted(output_dir.glob("checkpoint-*/trainer_state.json"))]:
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            states.append((state["global_step"], state["log_history"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{path} is damaged ({error!r}); remove it, or train the stage again") from error
+        again = "remove it, or train the stage again"
+        states.append(read_json(path, again, lambda state: (state["global_step"], state["log_history"])))
     if not states:
         return None
     points: dict[int, dict[str, Any]] = {}
     for entry in max(states, key=lambda state: state[0])[1]:
-        point = points.setdefault(entry["step"], {"step": entry["step"], **dict.fromkeys(LOGGED)})
-        for key, names in LOGGED.items():
-            values = [entry[name] for name in names if entry.get(name) is not None]
-            if values and math.isfinite(values[0]):
-                point[key] = values[0]
+        point = points.setdefault(entry["step"], {"step": entry["step"], **dict.fromkeys(EVIDENCE)})
+        found = {key: entry.get(LOGGED[key]) for key in EVIDENCE}
+        point |= {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
     return [point for _, point in sorted(points.items()) if point["loss"] is not None or point["eval_loss"] is not None]
 
 
@@ -95,30 +85,34 @@ class Run:
 
     folder: Path  # outputs/2b
     points: dict[int, dict[str, Any]] = field(default_factory=dict)
-    loaders: dict[Path, Any] = field(default_factory=dict)
+    now: dict[str, Any] = field(default_factory=dict)  # the newest line of the log: `time`, `step`, `max_steps`
+    read: int = 0  # bytes of the log
 
     def refresh(self) -> None:
-        """Read what was added since the last call; from the start when a file that was read is gone."""
-        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-        from tensorboard.util.tensor_util import make_ndarray
+        """Read what was added since the last call; from the start when the log is another."""
+        path = self.folder / LOG
+        if not path.exists() or path.stat().st_size < self.read:
+            self.points, self.now, self.read = {}, {}, 0
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self.read)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    break  # it is being written
+                self.read += len(text)
+                self.add(json.loads(text))
 
-        files = sorted(self.folder.glob("runs/**/events.out.tfevents.*"), key=lambda path: path.name)
-        if any(path not in files for path in self.loaders):
-            self.points, self.loaders = {}, {}
-        for path in files:
-            loader = self.loaders.setdefault(path, EventFileLoader(str(path)))
-            for event in loader.Load():  # up to the last whole record
-                for value in event.summary.value:
-                    name = SCALARS.get(value.tag)
-                    if name == "loss" and self.points and event.step <= next(reversed(self.points)):
-                        # A resumed run repeats the steps after its checkpoint; what was logged for them before is dropped.
-                        self.points = {step: point for step, point in self.points.items() if step < event.step}
-                    if name:
-                        point = self.points.setdefault(
-                            event.step, {"step": event.step, **dict.fromkeys(SCALARS.values())}
-                        )
-                        point[name] = float(make_ndarray(value.tensor))
-                        point["time"] = event.wall_time
+    def add(self, line: dict[str, Any]) -> None:
+        """A line of the log. A resumed run repeats the steps after its checkpoint: what was logged for them is dropped."""
+        step = line["step"]
+        if self.now and step < self.now["step"]:
+            self.points = {each: point for each, point in self.points.items() if each <= step}
+        self.now = line
+        found = {key: line[name] for key, name in LOGGED.items() if name in line}
+        if found:
+            point = self.points.setdefault(step, {"step": step, **dict.fromkeys(LOGGED)})
+            point |= {**found, "time": line["time"]}
 
     @property
     def log(self) -> Log:
@@ -131,19 +125,11 @@ class Run:
 
 def find(outputs: Path, known: dict[Path, Run]) -> list[Run]:
     """Every run under `outputs`, by name, read up to now; `known` runs continue from what they have read."""
-    folders = sorted({path.parent for path in outputs.glob("*/runs")})
+    folders = sorted(path.parent for path in outputs.glob(f"*/{LOG}"))
     runs = [known.get(folder) or Run(folder) for folder in folders]
     for run in runs:
         run.refresh()
     return runs
-
-
-def planned_steps(folder: Path, step: int, epoch: float | None, epochs: float) -> int | None:
-    """How many steps the run will have: its --max_steps, or from the epochs done so far. None before anything tells."""
-    try:
-        return int(json.loads((folder / "started.json").read_text())["settings"]["max_steps"])
-    except (OSError, ValueError, KeyError, TypeError):  # not given, or being written
-        return round(step * epochs / epoch) if epoch else None
 
 
 def duration(seconds: float) -> str:
@@ -161,28 +147,26 @@ def seconds_left(run: Run, planned: int) -> float | None:
     return max(0.0, (planned - losses[-1]["step"]) * statistics.median(paces)) if paces else None
 
 
-def status(run: Run, epochs: float, now: float) -> list[str]:
+def status(run: Run, now: float) -> list[str]:
     """The cells of a run in `table`, at a time in seconds since 1970. Empty where nothing was logged, as GPU memory on a CPU."""
-    last = {name: run.last(name) for name in SCALARS.values()}
-    step = next((point["step"] for point in reversed(run.log) if point["loss"] is not None), run.log[-1]["step"])
-    planned = planned_steps(run.folder, step, last["epoch"], epochs)
-    silent = now - max(point["time"] for point in run.log)
+    last = {name: run.last(name) for name in LOGGED}
+    step, planned, silent = run.now["step"], run.now["max_steps"], now - run.now["time"]
     left = None
     if (run.folder / "trained.json").is_file():
         state = "trained, gate passed"
     elif silent < SILENT:
         state = f"running, last update {duration(silent)} ago"
-        left = seconds_left(run, planned) if planned else None
+        left = seconds_left(run, planned)
     else:
         state = f"stopped: no update for {duration(silent)}, no verdict"
-    of = f" of {planned:,} ({step / planned:.0%})" if planned else ""
     last["memory"] = last["memory"] or None
     cells = ["" if last[name] is None else format(last[name], form) for name, form in SHOWN.items()]
-    return [run.folder.name, state, f"{step:,}{of}", "" if left is None else duration(left), *cells]
+    done = f"{step:,} of {planned:,} ({step / planned:.0%})"
+    return [run.folder.name, state, done, "" if left is None else duration(left), *cells]
 
 
-def table(runs: list[Run], epochs: dict[str, float], now: float | None = None) -> str:
-    """The runs that have logged anything as an HTML table, a row a run; `epochs` has those that their recipes ask for."""
-    rows = [status(run, epochs.get(run.folder.name, 1), now or time.time()) for run in runs if run.points]
+def table(runs: list[Run], now: float | None = None) -> str:
+    """The runs that have logged anything as an HTML table, a row a run."""
+    rows = [status(run, now or time.time()) for run in runs if run.points]
     head = ["run", "state", "step", "time left", "loss", "validation", "learning rate", "tokens", "tokens/s", "GPU GiB"]
     return tabulate(rows, head, tablefmt="html", disable_numparse=True)

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from eval import plots, tables, verdict
 from eval.tables import Table, measured
-from prep.common import BadInput, atomic_write, commit, run
+from prep.common import BadInput, commit, read_json, run, write_text
 
 HERE = Path(__file__).parent
 SCHEMA = HERE / "report.schema.json"
@@ -46,12 +46,7 @@ def check(report: Any, path: Path) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read and check a report. Raises BadInput when it is missing, torn or does not follow the schema."""
-    if not path.is_file():
-        raise BadInput(f"no report {path}: eval/evaluation.py writes it")
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not whole JSON ({error}); run the evaluation again") from error
+    report: dict[str, Any] = read_json(path, "eval/evaluation.py writes it")
     check(report, path)
     return report
 
@@ -245,8 +240,7 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
     contents |= {target: markdown(report, names), target.with_suffix(".html"): html(report, drawn)}
     for path, text in contents.items():
-        with atomic_write(path) as file:
-            file.write(text)
+        write_text(path, text)
     return target
 
 

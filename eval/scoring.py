@@ -190,79 +190,44 @@ def figures(nll: float, tokens: int, bytes: int, words: int) -> dict[str, float 
 
 # --- by position ---
 
-# In pieces of BLOCK tokens: 0-256, 256-512, 512-1024, 1024-2048 tokens.
-RANGES = ((0, 1), (1, 2), (2, 4), (4, 8))
-GROUP = 4  # pieces that share a full window
-
-
-def window_start(piece: int, ahead: int) -> int:
-    """First piece of the window in which `piece` has `ahead` to `2 * ahead - 1` pieces before it (0: none).
-
-    Such windows start at multiples of `ahead`, so that neighbouring pieces share them.
-    """
-    return piece - piece % ahead - ahead if ahead else piece
-
-
-def windows(pieces: list[int]) -> dict[int, int]:
-    """{start: end}, in pieces, of the windows that score these pieces at every range."""
-    ends: dict[int, int] = {}
-    for piece in pieces:
-        for ahead, _ in RANGES:
-            start = window_start(piece, ahead)
-            ends[start] = max(ends.get(start, 0), piece + 1)
-    return ends
-
-
-def choose(counts: list[int], limit: int) -> list[list[int]]:
-    """Which pieces of each text (of so many) to score, in groups of GROUP, at most `limit` in all, spread evenly.
-
-    The first group of a text has nothing before it, and is context only.
-    """
-    groups = [(text, group) for text, count in enumerate(counts) for group in range(1, count // GROUP)]
-    wanted = min(len(groups), limit // GROUP)
-    chosen: list[list[int]] = [[] for _ in counts]
-    for i in range(wanted):
-        text, group = groups[i * len(groups) // wanted]
-        chosen[text] += range(group * GROUP, (group + 1) * GROUP)
-    return chosen
+AHEAD = (0, 256, 768, 1792)  # tokens of text before a chunk of BLOCK tokens; with the last they fill MAX_LENGTH
 
 
 def by_position(scorer: TokenScorer, documents: list[dict[str, str]], limit: int) -> dict[str, Any] | None:
-    """Bits per byte of the same pieces at each range, with intervals; None when no text is long enough (2048 tokens).
+    """Bits per byte of the same chunks with each of AHEAD before them, with intervals; None when no text has MAX_LENGTH tokens.
 
-    `change` is the last range less the second: what context beyond 1024 tokens gives over 256 to 512.
+    At most `limit` chunks, spread evenly. `change` is the last less the second: what context beyond 512 tokens gives.
     """
-    tokens = [scorer.tok_encode(document["text"]) for document in documents]
-    chosen = choose([len(ids) // BLOCK for ids in tokens], limit)
-    jobs = {}
-    for text, pieces in enumerate(chosen):
-        ids = [scorer.prefix_token_id, *tokens[text]]
-        for start, end in windows(pieces).items():
-            first, last = start * BLOCK, end * BLOCK
-            jobs[text, start] = (ids[first:last], ids[first + 1 : last + 1])
-    scored = scorer.window_logprobs(jobs, "by position")
-
-    sides: list[list[dict[str, Any]]] = [[] for _ in RANGES]
-    for text, pieces in enumerate(chosen):
-        sizes = bytes_by_block(documents[text]["text"], scorer.tokenizer)
-        for piece in pieces:
-            for side, (ahead, _) in zip(sides, RANGES, strict=True):
-                start = window_start(piece, ahead)
-                logprobs = scored[text, start][(piece - start) * BLOCK :][:BLOCK]
-                block = {"nll": -float(logprobs.sum(dtype=np.float64)), "bytes": sizes[piece]}
-                side.append({"source": documents[text]["source"], **block, "blocks": [block]})
-    if not sides[0]:
+    tokens = [[scorer.prefix_token_id, *scorer.tok_encode(document["text"])] for document in documents]
+    starts = [(text, start) for text, ids in enumerate(tokens) for start in range(AHEAD[-1], len(ids) - BLOCK, BLOCK)]
+    count = min(limit, len(starts))
+    if not count:
         return None
+    chosen = [starts[i * len(starts) // count] for i in range(count)]
+    sizes = [bytes_by_block(document["text"], scorer.tokenizer) for document in documents]
+    sides = []
+    for ahead in AHEAD:
+        jobs = {
+            (text, start): (tokens[text][start - ahead : start + BLOCK], tokens[text][start + 1 : start + BLOCK + 1])
+            for text, start in chosen
+        }
+        scored = scorer.window_logprobs(jobs, f"after {ahead} tokens")
+        side: list[dict[str, Any]] = []
+        for text, start in chosen:
+            nll = -float(scored[text, start].sum(dtype=np.float64))
+            block = {"nll": nll, "bytes": sizes[text][start // BLOCK]}
+            side.append({"source": documents[text]["source"], **block, "blocks": [block]})
+        sides.append(side)
     return {
-        "tokens": len(sides[0]) * BLOCK,
+        "tokens": count * BLOCK,
         "ranges": [
             {
-                "from": low * BLOCK,
-                "to": high * BLOCK,
+                "from": ahead,
+                "to": ahead + BLOCK,
                 "bits_per_byte": sum(s["nll"] for s in side) / np.log(2) / sum(s["bytes"] for s in side),
                 "interval": interval(side)["bits_per_byte"],
             }
-            for (low, high), side in zip(RANGES, sides, strict=True)
+            for ahead, side in zip(AHEAD, sides, strict=True)
         ],
         "change": difference(sides[1], sides[-1]),
     }

@@ -21,12 +21,8 @@ from typing import Any
 
 import psutil
 
-from eval import logs
-from prep.common import BadInput
-from train.stages import load_chain
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from prep.common import BadInput, read_json
+from train.stages import LOG, load_chain
 
 ROOT = Path(__file__).resolve().parent.parent
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
@@ -43,7 +39,7 @@ def places() -> list[Path]:
     found = [path for path in (ROOT, ROOT / "demo/run") if path == ROOT or (path / "outputs").is_dir()]
 
     def latest(path: Path) -> float:
-        return max(newest_first(path.glob("outputs/*/runs/**/events.out.tfevents.*")).values(), default=0.0)
+        return max(newest_first(path.glob(f"outputs/*/{LOG}")).values(), default=0.0)
 
     return sorted(found, key=latest, reverse=True)
 
@@ -55,12 +51,6 @@ def newest_first(paths: Iterable[Path]) -> dict[Path, float]:
         with contextlib.suppress(FileNotFoundError):
             times[path] = path.stat().st_mtime
     return dict(sorted(times.items(), key=lambda item: item[1], reverse=True))
-
-
-def table(runs: list[logs.Run]) -> str:
-    """The state of each run that has logged anything, as an HTML table."""
-    epochs = {stage.name: float(stage.config.get("num_epochs", 1)) for stage in load_chain(ROOT / "recipes")}
-    return logs.table(runs, epochs)
 
 
 def free_memory() -> int:
@@ -264,15 +254,15 @@ def latest_pages(path: Path) -> str:
 
     Raises BadInput when the record is damaged, or of another version.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+
+    def pick(record: dict[str, Any]) -> tuple[list[str], str]:
         parts = "".join(chunk["chosen"]["text"] for chunk in record["chunks"]).strip().split("\n\n")
-        by = (
+        return parts, (
             f"{record['stage']} continues {record['beginning']['source']}, seed {record['settings']['seed']}: "
             f"{record['words']:,} words in {len(record['chunks'])} steps, {record['chunks_with_faults']} with a fault. "
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged ({error!r}): remove it, and `make continue` starts again") from error
+
+    parts, by = read_json(path, "remove it, and `make continue` starts again", pick)
     words, start = 0, len(parts)
     while start and words < PAGES:
         start -= 1

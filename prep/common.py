@@ -63,6 +63,27 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """`atomic_write` of a whole text."""
+    with atomic_write(path) as handle:
+        handle.write(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`atomic_write` of a value as JSON, a key a line."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str, pick: Callable[[Any], Any] = lambda value: value) -> Any:
+    """`pick` of a JSON file. Raises BadInput, ending in `remedy`, when it is missing or damaged."""
+    try:
+        return pick(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing; {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} is damaged; {remedy}") from error
+
+
 def lock(target: Path) -> None:
     """Hold a file or folder for this process until it ends, however it ends. Raises BadInput naming the process that has it."""
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
 """What several test files start from."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any
 import pytest
 from small_tokenizers import save_gpt2_like, save_llama_like
 from tiny_curriculum import save_curriculum
+
+from eval.logs import LOGGED
+from train.stages import LOG
 
 
 @pytest.fixture(scope="session")
@@ -69,19 +74,13 @@ def axolotl_validates(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, An
 
 @pytest.fixture(scope="session")
 def log_step() -> Callable[..., None]:
-    """Writes to TensorBoard what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
+    """Writes to a stage's log what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
 
-    def log(writer: Any, step: int, loss: float, at: float | None = None, memory: float = 0, steps: int = 40) -> None:
-        for name, value in (
-            ("train/loss", loss),
-            ("train/learning_rate", 1e-4),
-            ("train/epoch", step / steps),
-            ("train/tokens/total", step * 2048),
-            ("train/tokens/train_per_sec_per_gpu", 150.0),
-            ("train/memory/device_reserved (GiB)", memory),
-        ):
-            writer.add_scalar(name, value, step, walltime=at)
-        writer.flush()
+    def log(folder: Path, step: int, steps: int = 40, at: float | None = None, **values: float | None) -> None:
+        named = {LOGGED[name]: value for name, value in values.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / LOG).open("a") as file:
+            file.write(json.dumps({"time": at or time.time(), "step": step, "max_steps": steps, **named}) + "\n")
 
     return log
 

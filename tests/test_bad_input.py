@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,11 @@ def setting(path: str, **changes: object) -> Callable[[], object]:
     return damage
 
 
+def listen(port: int) -> Callable[[], object]:
+    return lambda: SERVERS.append(socket.create_server(("127.0.0.1", port)))
+
+
+SERVERS: list[socket.socket] = []  # closed, a port would be free
 CASES: list[tuple[str, Callable[[], object], str]] = [
     # recipes
     ("train/stage.py 9z", nothing, "no recipe 9z.yml; there are: 2a, 2b, 2c"),
@@ -144,7 +150,13 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("eval/compare.py full other", nothing, "full"),
     # continuing and exporting
     (f"{CONTINUE} --stage 9z", nothing, "9z"),
-    (CONTINUE, gone("data/2c.txt"), "2c.txt"),
+    (CONTINUE, gone("data/2c.txt"), "make prep-c"),
+    (f"{CONTINUE} --from nowhere.txt", nothing, "nowhere.txt is missing"),
+    (f"{CONTINUE} --from empty.txt", write("empty.txt", " \n"), "empty.txt is empty"),
+    (f"{CONTINUE} --from latin.txt", write("latin.txt", b"\xe9t\xe9"), "latin.txt is not UTF-8"),
+    (f"{CONTINUE} --window 100 --chunk-tokens 90", nothing, "does not do"),
+    (f"{CONTINUE} --window 9000", nothing, "8192 positions"),
+    (f"{CONTINUE} --window 160 --chunk-tokens 24 --keep 500", nothing, "lower --keep"),
     (CONTINUE, write("data/2c.txt", b"\xff\xfe\xff"), "2c.txt"),
     (f"{CONTINUE} --stage nowhere.gguf", nothing, "nowhere.gguf is missing"),
     (f"{CONTINUE} --stage given.gguf", write("given.gguf", "GGUF but no more"), "the tokenizer of given.gguf"),
@@ -153,6 +165,8 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("eval/push.py 2c nobody", nothing, "'nobody' is no repository"),
     ("eval/push.py 2c you/name", nothing, "outputs/export/2c is no finished export"),
     ("eval/serve.py --dir nowhere", nothing, "nowhere"),
+    ("eval/serve.py --port 70000", nothing, "between 1 and 65535"),
+    ("eval/serve.py --port 47111", listen(47111), "choose another port: make notebook PORT=47112"),
 ]
 
 

@@ -47,26 +47,18 @@ def runs_of(folder: Path, *variants: dict[str, Any], data: dict[str, str] = DATA
 @pytest.mark.parametrize(
     ("variants", "said"),
     [
-        ([OURS, OURS], "a name of its own"),
-        ([OURS | {"name": "base"}], "a name of its own"),
-        ([OURS | {"override": {}}], "unknown key override"),
-        ([OURS | {"recipe": "recipes/9z.yml"}], r"no recipe recipes/9z\.yml"),
-        ([{"name": "x"}], "no recipe None"),
-        ([ADAPTER, OURS], "ours must be listed before it"),
-        ([OURS | {"against": ["theirs"]}], "theirs must be listed"),
-        ([OURS | {"quantised": {"load_in_8bit": True}}], "`quantised` needs a parent"),
+        ([OURS | {"override": {}}], "unknown keys: override"),
+        ([ADAPTER, OURS], "not listed before it: ours"),
+        ([OURS | {"against": ["theirs"]}], "not listed before it: theirs"),
     ],
 )
 def test_a_bad_variant_is_refused(variants: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=rf"plan\.yml, variant .*: .*{said}"):
         plan_of(tmp_path, *variants)
-
-
-@pytest.mark.parametrize("text", ["", "- a\n", "all: [\n", "profile: cpu\n"])
-def test_a_file_that_is_no_plan_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "plan.yml").write_text(text)
-    with pytest.raises(BadInput, match=r"plan\.yml"):
-        sweep.load_plan(tmp_path / "plan.yml")
+    for text in ("", "- a\n", "all: [\n", "profile: cpu\n"):
+        (tmp_path / "plan.yml").write_text(text)
+        with pytest.raises(BadInput, match=r"plan\.yml"):
+            sweep.load_plan(tmp_path / "plan.yml")
 
 
 def test_the_batch_is_divided_exactly() -> None:
@@ -135,11 +127,11 @@ def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
     Path("results").mkdir()
     assert [claim(), claim()] == ["base", None]
-    sweep.store({}, by_name["base"].result)
+    by_name["base"].result.write_text("{}")
     assert [claim(), claim(), claim()] == ["ours-1", "ours-2", None]
     locks.pop("ours-1")[1].release()  # as when its process is killed
     assert [claim(), claim()] == ["ours-1", None]
-    sweep.store({}, by_name["ours-1"].result)
+    by_name["ours-1"].result.write_text("{}")
     assert [claim(), claim()] == ["adapter-1", None]
 
 
@@ -187,14 +179,7 @@ def test_figures_are_means_over_seeds_and_what_was_not_measured_is_a_dash() -> N
     scale = report["validation"]["2c"]["tokens"] / report["validation"]["2c"]["bytes"] / math.log(2)
     assert tokens == 0 and bits == pytest.approx(sum(losses) / 2 * scale) and found.curve("2c-full") == []
 
-    lines = [line.split("|")[1:-1] for line in found.page("train").splitlines() if line.startswith("| `")]
-    rows = [[cell.strip(" `") for cell in line] for line in lines]
-    first: dict[str, list[str]] = {}
-    for row in rows:
-        first.setdefault(row[0], row)
-    assert first["2c-full"] == ["2c-full", "2b-ours-8bit", "1e-4", "–", "0", *["–"] * 4]
-    assert first["2b-rank-16"][4] == "1" and first["2a-ours-8bit"][1:4] == ["2a-ours", "–", "–"]
-    assert ["2c-full", "2c-ours-8bit", "–", "–", "0"] in rows
+    assert re.search(r"`2c-full` *\| *`2b-ours-8bit` \| *1e-4 \| *– \| *0 \| *– \|", found.page("train"))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])

@@ -24,17 +24,6 @@ def test_hadolint() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_packages_are_installed_by_hash_before_anything_but_locks_is_copied() -> None:
-    """So no recipe or script invalidates those layers."""
-    last = max(number for number, (_, value) in enumerate(STEPS) if "pip install" in value)
-    copied = [value for instruction, value in STEPS[:last] if instruction == "COPY" and "--from" not in value]
-    assert copied and all(word.startswith("requirements/") for value in copied for word in value.split())
-    calls = re.findall(r"pip (?:install|wheel)[^&;]*", TEXT)
-    assert len(calls) >= 5
-    for call in calls:
-        assert "--no-deps" in call and ("--require-hashes" in call or "/tmp/wheels" in call), call
-
-
 def test_compose_fits_the_image() -> None:
     volumes = json.loads(next(value for instruction, value in STEPS if instruction == "VOLUME"))
     arguments = {value.partition("=")[0] for instruction, value in STEPS if instruction == "ARG"}

@@ -18,7 +18,7 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from tiny_curriculum import RECIPES, save_adapter, tiny_llama, write_rows
+from tiny_curriculum import RECIPES, always, save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import evaluation, generation, intervals, logs, metrics, models, report, scoring, verdict
@@ -209,27 +209,29 @@ def test_an_unwritable_folder_is_refused_before_scoring(place, monkeypatch):
 
 def test_positions_are_those_of_the_text(place):
     """Each range holds what the model says of the same tokens with just that context, computed one by one."""
-    assert scoring.choose([8, 3, 12], 8) == [[4, 5, 6, 7], [], [4, 5, 6, 7]]  # spread over the texts
     tokenizer = AutoTokenizer.from_pretrained("models/base")
     model = LlamaForCausalLM.from_pretrained("models/base").eval()
     scorer = scoring.TokenScorer(model, tokenizer, 3, "test")
-    text = tales()[1][:15_000]
-    result = scoring.by_position(scorer, [{"text": text, "source": "a"}, {"text": "court", "source": "b"}], 4)
-    assert result is not None and result["tokens"] == 1024
+    text, short = tales()[1][:15_000], {"text": "court", "source": "b"}
     ids = tokenizer.encode(text, add_special_tokens=False)
-    size = sum(scoring.bytes_by_block(text, tokenizer)[4:8])
-    for part, starts in zip(result["ranges"], ([4, 5, 6, 7], [3, 4, 5, 6], [2, 2, 4, 4], [0, 0, 0, 0]), strict=True):
+    starts = range(1792, len(ids) - 255, 256)  # all the chunks that have 1,792 tokens before them
+    result = scoring.by_position(scorer, [{"text": text, "source": "a"}, short], 99)
+    assert result is not None and result["tokens"] == 256 * len(starts) >= 512
+    size = sum(scoring.bytes_by_block(text, tokenizer)[7 : 7 + len(starts)])
+    for part, ahead in zip(result["ranges"], (0, 256, 768, 1792), strict=True):
         nll = 0.0
-        for piece, start in zip((4, 5, 6, 7), starts, strict=True):
-            before = [ids[start * 256 - 1] if start else tokenizer.bos_token_id]
-            logits = model(torch.tensor([before + ids[start * 256 : piece * 256 + 255]])).logits[0, -256:]
+        for start in starts:
+            before = [([tokenizer.bos_token_id, *ids])[start - ahead], *ids[start - ahead : start + 255]]
+            logits = model(torch.tensor([before])).logits[0, -256:]
             nll += float(
-                torch.nn.functional.cross_entropy(logits, torch.tensor(ids[piece * 256 :][:256]), reduction="sum")
+                torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start : start + 256]), reduction="sum")
             )
         assert part["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
     first, last = result["ranges"][1]["bits_per_byte"], result["ranges"][-1]["bits_per_byte"]
     assert result["change"]["bits_per_byte"] == pytest.approx(last - first, abs=1e-6)
-    assert scoring.by_position(scorer, [{"text": "court", "source": "b"}], 4) is None
+    one = scoring.by_position(scorer, [{"text": text, "source": "a"}], 1)
+    assert one is not None and one["tokens"] == 256
+    assert scoring.by_position(scorer, [short], 4) is None
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -474,9 +476,6 @@ def test_a_damaged_report_is_refused(tmp_path, damage, message):
     path.write_text(json.dumps(demo))
     with pytest.raises(BadInput, match=message):
         report.load(path)
-    path.write_text('{"format": 1, "run"')
-    with pytest.raises(BadInput, match="not whole JSON"):
-        report.load(path)
 
 
 def judged(**changes: Any) -> str:
@@ -558,45 +557,29 @@ def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_overfitted_model_is_called_memorised(place):
-    """2c by every weight, a hundred times over one page, through the command line: it would recite the page, and 2b not."""
+def test_a_model_that_memorised_or_loops_is_called_so(place):
+    """2c by every weight, a hundred times over one page: it would recite the page. 2a says one word for ever."""
     tokenizer = AutoTokenizer.from_pretrained("models/base")
     page = tales()[3][:2_000]
     write_rows(place / "data/2c.jsonl", [page])
     Path("data/2c.txt").write_text(page, encoding="utf-8")
     Path("recipes/2c.yml").write_text(
-        "base_model: outputs/2a\noutput_dir: outputs/2c\ndatasets: [{path: data/2c.jsonl}]\n"
+        "base_model: models/base\noutput_dir: outputs/2c\ndatasets: [{path: data/2c.jsonl}]\n"
     )
     Path("prompts.yml").write_text(json.dumps([{"name": "page", "text": page[:300]}], ensure_ascii=False))
     shutil.rmtree("outputs/2c")
     shutil.copytree("outputs/2a", "outputs/2c")
     know_by_heart(tokenizer, page).save_pretrained("outputs/2c")
-
-    arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1")
+    always(
+        tiny_llama(len(tokenizer), seed=1), tokenizer.encode("la porte", add_special_tokens=False)[-1]
+    ).save_pretrained("outputs/2a")
+    arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1", "--stages", "base", "2a", "2c")
     lines = verdict.lines(evaluate("--tasks", "novel_heldout", "novel_train", *arguments))
     assert re.search(
         r"; memorised \((9\d|100)% of trained chunks extractable, a sample copies \d\d words\)", lines["2c"]
     )
-    for name in ("base", "2a", "2b"):
-        assert "did not memorise" in lines[name]
-
-
-@pytest.mark.slow
-def test_a_model_that_loops_is_called_looping(place):
-    """2a's samples say one word for ever, and the report says so of it and not of the base."""
-    tokenizer = AutoTokenizer.from_pretrained("outputs/2a")
-    always = tiny_llama(len(tokenizer), seed=1).eval()
-    with torch.no_grad():
-        always.model.embed_tokens.weight[:] = always.model.embed_tokens.weight[5].clone()
-        hidden = always.model(input_ids=torch.tensor([[5]])).last_hidden_state[0, 0]
-        always.lm_head.weight.zero_()
-        token = tokenizer.encode("la porte", add_special_tokens=False)[-1]
-        always.lm_head.weight[token] = 200 * hidden / hidden.dot(hidden)
-    always.save_pretrained("outputs/2a")
-    result = evaluate("--stages", "base", "2a", "--tasks", "novel_heldout", "--limit", "1", "--max-new-tokens", "40")
-    lines = verdict.lines(result)
+    assert "did not memorise" in lines["base"] and "did not memorise" in lines["2a"] and "loop" not in lines["base"]
     assert "degenerated (100% of samples loop, " in lines["2a"] and "of 4-grams are repeated" in lines["2a"]
-    assert "loop" not in lines["base"]
     assert "100% of samples loop" in Path("eval/reports/tiny.html").read_text(encoding="utf-8")
 
 

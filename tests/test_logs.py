@@ -1,15 +1,13 @@
-"""A training watched while it runs: from the TensorBoard files that the trainer writes."""
+"""A training watched while it runs: from the log that the plugin writes."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from eval import logs, plots
+from train.stages import LOG
 
 
 def losses(run: logs.Run) -> list[float]:
@@ -19,62 +17,38 @@ def losses(run: logs.Run) -> list[float]:
 
 def test_a_run_is_read_while_it_grows(tmp_path: Path, log_step: Callable[..., None]) -> None:
     run = logs.Run(tmp_path / "outputs/2a")
-    run.refresh()
-    assert run.points == {}
-    with SummaryWriter(str(run.folder / "runs/x")) as writer:
-        log_step(writer, 1, 4.0)
-        assert losses(run) == [4.0]
-        log_step(writer, 2, 3.5)
-        writer.add_scalar("eval/loss", 3.75, 2)
-        writer.add_scalar("eval/loss", 3.5, 3)  # without a token count: it gets the one before
-        writer.add_text("args", "{}")
-        writer.flush()
-        run.refresh()
-    assert logs.unit(run.log) == "tokens"
+    assert losses(run) == []
+    log_step(run.folder, 1, loss=4.0, tokens=2048)
+    assert losses(run) == [4.0]
+    log_step(run.folder, 2)
+    log_step(run.folder, 2, loss=3.5, tokens=4096)
+    log_step(run.folder, 2, eval_loss=3.75)
+    log_step(run.folder, 3, eval_loss=3.5)  # without a token count: it gets the one before
+    assert losses(run) == [4.0, 3.5] and logs.unit(run.log) == "tokens"
     assert logs.curve(run.log, "tokens") == [(2048, 4.0, None), (4096, 3.5, 3.75), (4096, None, 3.5)]
 
-
-def test_a_record_that_is_being_written_waits(tmp_path: Path, log_step: Callable[..., None]) -> None:
-    with SummaryWriter(str(tmp_path / "whole/runs/x")) as writer:
-        log_step(writer, 1, 4.0)
-        log_step(writer, 2, 3.5)
-    source = next(tmp_path.glob("whole/runs/x/events*"))
-    content = source.read_bytes()
-    target = tmp_path / "2a/runs/x" / source.name
-    target.parent.mkdir(parents=True)
-    run = logs.Run(tmp_path / "2a")
-    seen = []
-    for start in range(0, len(content), 40):
-        with target.open("ab") as file:
-            file.write(content[start : start + 40])
-        seen.append(len(losses(run)))
-    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 2
+    whole = (run.folder / LOG).read_bytes()  # a line that is being written waits
+    other = logs.Run(tmp_path / "other")
+    other.folder.mkdir()
+    for start in range(0, len(whole), 40):
+        with (other.folder / LOG).open("ab") as file:
+            file.write(whole[start : start + 40])
+        assert losses(other) in ([], [4.0], [4.0, 3.5])
+    assert other.log == run.log
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path, log_step: Callable[..., None]) -> None:
     run = logs.Run(tmp_path / "2a")
-    for part, steps, loss in (("a", range(1, 8), 4.0), ("b", range(5, 7), 3.0), ("c", range(6, 10), 2.0)):
-        with SummaryWriter(str(run.folder / f"runs/{part}")) as writer:
-            for step in steps:
-                log_step(writer, step, loss)
-            writer.add_scalar("eval/loss", loss, steps[0])
-        (file,) = run.folder.glob(f"runs/{part}/*")
-        file.rename(file.with_name(f"events.out.tfevents.{part}"))
-        run.refresh()
+    for checkpoint, end, loss in ((0, 7, 4.0), (4, 6, 3.0), (5, 9, 2.0)):
+        log_step(run.folder, checkpoint)
+        for step in range(checkpoint + 1, end + 1):
+            log_step(run.folder, step, loss=loss)
     assert losses(run) == [4.0] * 4 + [3.0] + [2.0] * 4
-    assert [point["eval_loss"] for point in run.log if point["eval_loss"]] == [4.0, 3.0, 2.0]
-    shutil.rmtree(run.folder / "runs/c")
-    assert losses(run) == [4.0] * 4 + [3.0] * 2
-    shutil.rmtree(run.folder / "runs")
+    (run.folder / LOG).write_text("")  # another training begins
+    log_step(run.folder, 1, loss=5.0)
+    assert losses(run) == [5.0]
+    (run.folder / LOG).unlink()
     assert losses(run) == []
-
-
-def test_planned_steps(tmp_path: Path) -> None:
-    """From --max_steps; else from the epochs."""
-    assert logs.planned_steps(tmp_path, 5, None, 1) is None
-    assert logs.planned_steps(tmp_path, 5, 0.5, 2) == 20
-    (tmp_path / "started.json").write_text(json.dumps({"settings": {"bf16": False, "max_steps": 7}}))
-    assert logs.planned_steps(tmp_path, 5, 0.5, 2) == 7
 
 
 @pytest.mark.parametrize(
@@ -88,23 +62,22 @@ def test_planned_steps(tmp_path: Path) -> None:
 )
 def test_time_left(tmp_path: Path, times: dict[int, float], planned: int, left: float | None) -> None:
     run = logs.Run(tmp_path)
-    empty: dict[str, float | None] = dict.fromkeys(logs.SCALARS.values())
-    run.points = {step: {**empty, "step": step, "loss": 1.0, "time": at} for step, at in times.items()}
+    run.points = {step: {"step": step, "loss": 1.0, "time": at} for step, at in times.items()}
     assert logs.seconds_left(run, planned) == (None if left is None else pytest.approx(left))
 
 
 def test_table_and_plot_of_several_runs(tmp_path: Path, log_step: Callable[..., None]) -> None:
     for name, gib in (("2a", 0.0), ("2<b>", 7.5)):
-        with SummaryWriter(str(tmp_path / f"{name}/runs/x")) as writer:
-            for step in (1, 2, 3):
-                log_step(writer, step, 4.0 - step, at=1000.0 + 10 * step, memory=gib)
-            writer.add_scalar("eval/loss", 3.25, 2, walltime=1020.0)
-    (tmp_path / "2c").mkdir()  # prepared, not begun
+        for step in (1, 2, 3):
+            speed = {"tokens": 2048 * step, "tokens_per_second": 150.0, "learning_rate": 1e-4}
+            log_step(tmp_path / name, step, at=1000.0 + 10 * step, loss=4.0 - step, memory=gib, **speed)
+        log_step(tmp_path / name, 3, at=1030.0, eval_loss=3.25)
+    (tmp_path / "2c").mkdir()  # not begun
     runs = logs.find(tmp_path, {})
     assert [run.folder.name for run in runs] == ["2<b>", "2a"]
     assert logs.find(tmp_path, {run.folder: run for run in runs}) == runs and len(runs[0].points) == 3
     (tmp_path / "2a/trained.json").write_text("{}")
-    page = "".join(logs.table([*runs, logs.Run(tmp_path / "2c")], {}, now) for now in (1090.0, 1931.0))
+    page = "".join(logs.table([*runs, logs.Run(tmp_path / "2c")], now) for now in (1090.0, 1931.0))
     for words in ("running, last update 60 s ago", "stopped: no update for 15 min, no verdict", "trained, gate passed",
                   "3 of 40 (8%)", "1.000", "3.250", "1.00e-04", "6,144", "150", "7.5", "6 min", "2&lt;b&gt;"):  # fmt: skip
         assert words in page, words
@@ -116,7 +89,7 @@ def test_table_and_plot_of_several_runs(tmp_path: Path, log_step: Callable[..., 
     upper, lower = figure.axes
     drawn = {line.get_label(): (np.asarray(line.get_xdata()).tolist(), line.get_color()) for line in upper.lines}
     assert list(drawn) == ["2<b>, training", "2<b>, validation", "2a, training", "2a, validation"]
-    assert drawn["2a, training"][0] == [2048, 4096, 6144] and drawn["2a, validation"][0] == [4096]
+    assert drawn["2a, training"][0] == [2048, 4096, 6144] and drawn["2a, validation"][0] == [6144]
     assert drawn["2a, training"][1] == drawn["2a, validation"][1] != drawn["2<b>, training"][1]
     assert len(lower.lines) == 2 and lower.get_xlabel() == "tokens"
     runs[0].points[1]["tokens"] = None  # one whose trainer did not count

@@ -1,15 +1,13 @@
 """The second curriculum once, small: real Axolotl, real 4-bit, the shipped recipes, on a tiny Llama that is a chat model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_curriculum import run_script as python
 from tiny_curriculum import save_chat_base
 from transformers import AutoTokenizer
 
@@ -17,16 +15,6 @@ from eval.questions import has, language
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def python(*arguments: object, cwd: Path) -> str:
-    """Run a script as a user would; what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600
-    )
-    assert done.returncode == 0, f"{arguments}: {done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout + done.stderr
 
 
 def said(question: str, answer: str) -> dict[str, list[dict[str, str]]]:

@@ -1,7 +1,6 @@
 """The whole curriculum once, small: real Axolotl, real 4-bit, the shipped recipes, on a tiny Llama and the demo's texts."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,33 +11,23 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_curriculum import save_base
+from tiny_curriculum import ENVIRONMENT, save_base
+from tiny_curriculum import run_script as python
 from transformers import AutoModelForCausalLM
 
+from eval.logs import LOGGED
 from train.stage import as_arguments, load_profile
-from train.stages import load_chain
+from train.stages import LOG, load_chain
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 CHAIN = {stage.name: stage for stage in load_chain(RECIPES, "2")}
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])  # record_windows
 RECORDED = [*load_profile("smoke", "2b")[1]["plugins"], "record_windows.RecordWindows"]
 
 
-def python(*arguments: object, cwd: Path, expect: int = 0) -> str:
-    """Run a script as a user would; what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600
-    )
-    assert done.returncode == expect, f"{arguments}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout + done.stderr
-
-
-def stage(name: str, cwd: Path, *more: str, expect: int = 0) -> str:
-    command = [ROOT / "train/stage.py", name, "--recipes", RECIPES, "--profile", "smoke", *more]
-    return python(*command, cwd=cwd, expect=expect)
+def stage(name: str, cwd: Path, *more: str) -> str:
+    return python(ROOT / "train/stage.py", name, "--recipes", RECIPES, "--profile", "smoke", *more, cwd=cwd)
 
 
 def accelerate(name: str, cwd: Path, **more: Any) -> str:
@@ -71,7 +60,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(workdir: Path) -> dict[str, str]:
     """The three stages, each in a way people use: undisturbed, killed and resumed, by the plain command. What they printed."""
-    output = {"2b too early": stage("2b", workdir, expect=1), "2a": stage("2a", workdir)}
+    output = {"2a": stage("2a", workdir)}
 
     # 2b by the plain command, as the yardstick; then again by ours, killed after its first checkpoint, and resumed.
     accelerate("2b", workdir, plugins=RECORDED)
@@ -88,7 +77,6 @@ def trained(workdir: Path) -> dict[str, str]:
     process.kill()
     process.wait()
     output["trainers left"] = still_running(workdir)
-    output["2c on half of 2b"] = stage("2c", workdir, expect=1)
     output["2b"] = stage("2b", workdir, *recorded)
 
     output["2c"] = accelerate("2c", workdir)
@@ -112,10 +100,6 @@ def still_running(folder: Path) -> str:
     return "\n".join(found)
 
 
-def test_a_missing_stage_is_named(trained: dict[str, str]) -> None:
-    assert "make stage-a" in trained["2b too early"] and "Traceback" not in trained["2b too early"]
-
-
 def test_every_launch_is_judged(trained: dict[str, str], workdir: Path) -> None:
     for name, stage in CHAIN.items():
         line = f"{name}: trained, 4 of 4 steps"
@@ -133,7 +117,6 @@ def test_our_command_prints_a_screen_and_logs_the_rest(trained: dict[str, str], 
 def test_killed_and_resumed_it_ends_in_the_same_bytes(trained: dict[str, str], workdir: Path) -> None:
     """So does a run from the start with the same seed: A is drawn by it."""
     assert trained["trainers left"] == ""
-    assert "2b stopped at step 2 of 4" in trained["2c on half of 2b"]
     log = (workdir / "outputs/2b/train.log").read_text()
     assert "checkpoint-2" in log and log.count("adapter start:") == 1  # not again when it resumes
     name = "adapter_model.safetensors"
@@ -168,7 +151,9 @@ def test_validation_loss_is_logged(trained: dict[str, str], workdir: Path) -> No
         state = json.loads((workdir / f"outputs/{name}/checkpoint-4/trainer_state.json").read_text())
         losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
         assert len(losses) >= 2 and losses[-1] < losses[0], name
-        assert list((workdir / f"outputs/{name}/runs").glob("**/events.out.tfevents.*"))
+        logged = [json.loads(line) for line in (workdir / f"outputs/{name}" / LOG).read_text().splitlines()]
+        known = {key for line in logged for key in line}
+        assert set(LOGGED.values()) - known <= {LOGGED["memory"]} and logged[-1]["max_steps"] == 4  # no GPU here
 
 
 def test_the_rows_are_cached_by_what_they_are(trained: dict[str, str], workdir: Path) -> None:

@@ -1,7 +1,10 @@
 """A working directory as the curriculum leaves it, with tiny models of random weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +12,10 @@ from peft import LoraConfig, get_peft_model
 from small_tokenizers import llama_like, save_llama_like, tales
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+)  # record_windows
 RECIPES = {
     "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
     "2b": "base_model: outputs/2a\nadapter: qlora\noutput_dir: outputs/2b\ndatasets: [{path: data/2b.jsonl}]\n",
@@ -37,6 +44,16 @@ def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM
         eos_token_id=2,
     )
     return LlamaForCausalLM(config)
+
+
+def always(model: LlamaForCausalLM, token: int) -> LlamaForCausalLM:
+    """The model, made to write one token for ever, whatever it reads."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[5].clone()
+        hidden = model.eval().model(input_ids=torch.tensor([[5]])).last_hidden_state[0, 0]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[token] = 200 * hidden / hidden.dot(hidden)
+    return model
 
 
 def save_base(folder: Path, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
@@ -72,6 +89,14 @@ def save_adapter(
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
     adapted.peft_config["default"].base_model_name_or_path = trained_on
     adapted.save_pretrained(str(folder))
+
+
+def run_script(*arguments: object, cwd: Path) -> str:
+    """Run Python as a user would; what it printed."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
+    assert not done.returncode, f"{arguments}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
 
 
 def write_rows(path: Path, texts: list[str]) -> None:

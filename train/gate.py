@@ -17,17 +17,16 @@ train/plugins.py calls it at the end of every training. The command checks what 
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prep.common import BadInput, atomic_write, digest, hashed, run, versions
+from prep.common import BadInput, digest, hashed, read_json, run, versions, write_json
 from train.stages import Stage, line_of, load_chain
 
 # Least movement of a full-weight stage, by kind of tensor: fraction of elements that changed, and norm of the change
@@ -54,16 +53,6 @@ def make(step: str, stage: Stage) -> str:
     if number == "2":
         return f"`make {step}-{letter}`"
     return f"`make {step}-{letter} CURRICULUM={number}`" if step == "stage" else f"the command in {stage.recipe}'s head"
-
-
-def read(path: Path, remedy: str, pick: Callable[[Any], Any]) -> Any:
-    """`pick` of a JSON file. Raises BadInput, ending in `remedy`, when it is missing or damaged."""
-    try:
-        return pick(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing; {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged; {remedy}") from error
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -161,7 +150,7 @@ def check_data(stage: Stage) -> dict[str, str]:
     files: dict[str, str] = {}
     for rows in stage.datasets + stage.heldout:
         manifest = manifest_of(rows)
-        train, heldout, text = read(
+        train, heldout, text = read_json(
             manifest,
             remedy,
             lambda said: (said["train"]["sha256"], said["heldout"]["sha256"], said.get("documents", {}).get("text")),
@@ -190,7 +179,7 @@ def check_inputs(stage: Stage, chain: list[Stage]) -> dict[str, dict[str, str]]:
             raise BadInput(f"stage {stage.name} needs {folder}, which is missing; {remedy}")
         if maker and not record.exists():
             raise BadInput(f"stage {stage.name} needs {folder}, which has not passed its gate; `make check` says why")
-        expected = read(record, remedy, lambda said: {file["name"]: file["sha256"] for file in said["files"]})
+        expected = read_json(record, remedy, lambda said: {file["name"]: file["sha256"] for file in said["files"]})
         inputs[str(folder)] = {path.name: hashed(path) for path in weight_files(folder)}
         for name, found in inputs[str(folder)].items():
             if expected.get(name) != found:
@@ -203,24 +192,24 @@ def check_tokenizer(stage: Stage, chain: list[Stage]) -> None:
     base = line_of(stage.name, chain)[0].base_model
     tokenizer, remedy = base / "tokenizer.json", "`make data` collects the base model"
     # added_tokens has the added tokens of tokenizer_config.json too.
-    highest = read(
+    highest = read_json(
         tokenizer,
         remedy,
         lambda said: max([*said["model"]["vocab"].values(), *(token["id"] for token in said.get("added_tokens", []))]),
     )
-    vocabulary = read(base / "config.json", remedy, lambda config: config["vocab_size"])
+    vocabulary = read_json(base / "config.json", remedy, lambda config: config["vocab_size"])
     if highest >= vocabulary:
         raise BadInput(f"{base}: the tokenizer has a token {highest}, but the model's vocabulary is {vocabulary}")
     for rows in stage.datasets + stage.heldout:
         manifest, again = manifest_of(rows), f"{make('prep', stage)} makes it again"
-        if read(manifest, again, lambda said: said["tokenizer"]["sha256"]) != hashed(tokenizer):
+        if read_json(manifest, again, lambda said: said["tokenizer"]["sha256"]) != hashed(tokenizer):
             raise BadInput(f"{rows} was cut into windows with another tokenizer than {tokenizer}; {again}")
 
 
 def check_adapter_settings(stage: Stage, folder: Path) -> None:
     """The adapter in `folder` has the rank, alpha and scaling that the recipe states. Raises BadInput."""
     path = folder / "adapter_config.json"
-    saved = read(path, f"{folder} holds no adapter", dict)
+    saved = read_json(path, f"{folder} holds no adapter", dict)
     for key, name in ADAPTER_SETTINGS.items():
         stated = stage.config.get(key, False)
         if saved.get(name) != stated:
@@ -241,7 +230,7 @@ def check_tying(stage: Stage) -> None:
     if not stage.config.get(COPIES) or stage.config.get("peft_ensure_weight_tying"):
         return
     remedy = "the base model is not whole"
-    if read(stage.base_model / "config.json", remedy, lambda said: said.get("tie_word_embeddings")):
+    if read_json(stage.base_model / "config.json", remedy, lambda said: said.get("tie_word_embeddings")):
         raise BadInput(
             f"{stage.base_model} ties its head to its embedding, and the copies that {stage.recipe} trains "
             "would drift apart: say `peft_ensure_weight_tying: true`"
@@ -272,7 +261,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def kept_checkpoint(stage: Stage) -> Path:
     """The checkpoint whose weights the stage ends with: the last, or with `load_best_model_at_end` the best."""
     last = checkpoints(stage.output_dir)[-1]
-    best = stage.config.get("load_best_model_at_end") and read(
+    best = stage.config.get("load_best_model_at_end") and read_json(
         last / "trainer_state.json", f"train {stage.name} again", lambda state: state.get("best_model_checkpoint")
     )
     return stage.output_dir / Path(best).name if best else last
@@ -285,7 +274,9 @@ def check_steps(stage: Stage) -> dict[str, Any]:
         raise BadInput(f"{stage.output_dir} holds no checkpoint; {make('stage', stage)} trains {stage.name}")
     last, resume = found[-1], f"train {stage.name} again, it resumes"
     keys = ("global_step", "max_steps", "epoch", "log_history")
-    reached, planned, epoch, history = read(last / "trainer_state.json", resume, lambda state: [state[k] for k in keys])
+    reached, planned, epoch, history = read_json(
+        last / "trainer_state.json", resume, lambda state: [state[k] for k in keys]
+    )
     if reached != planned:
         raise BadInput(f"stage {stage.name} stopped at step {reached} of {planned}; {resume} from {last.name}")
     kept = kept_checkpoint(stage)
@@ -335,7 +326,7 @@ def check_movement(stage: Stage) -> dict[str, dict[str, Any]]:
 def check_same(stage: Stage, record: Path, now: dict[str, Any]) -> dict[str, Any]:
     """Everything in `record`, in which `now` must still be true. Raises BadInput naming what changed."""
     again = f"remove {stage.output_dir} and train {stage.name} again"
-    then = read(record, again, lambda said: said | {key: said[key] for key in now})
+    then = read_json(record, again, lambda said: said | {key: said[key] for key in now})
     changed = [key for key in now if then[key] != now[key]]
     if changed:
         raise BadInput(f"{' and '.join(changed)} of stage {stage.name} changed since {record} was written; {again}")
@@ -358,9 +349,7 @@ def judge(stage: Stage, chain: list[Stage]) -> dict[str, Any]:
         "movement": check_movement(stage),
         "versions": versions("axolotl", "torch", "transformers", "peft", "bitsandbytes"),
     }
-    with atomic_write(stage.verdict) as handle:
-        json.dump(verdict, handle, indent=1, ensure_ascii=False)
-        handle.write("\n")
+    write_json(stage.verdict, verdict)
     return verdict
 
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ from transformers import TrainerCallback, set_seed
 from prep.common import BadInput, end_with_parent, lock, need_room, seal
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
-from train.stage import PROGRESS
-from train.stages import line_of, load_chain
+from train.stages import LOG, line_of, load_chain
 
 # What a run may say differently when it is resumed: where it logs, what it keeps, how the rows are read.
 NOT_THE_RUN = re.compile(
@@ -122,7 +122,7 @@ class Gate(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         with self.refusals():
             need_room(self.stage.output_dir, checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit))
-        return [Progress(self.stage.output_dir / PROGRESS)]
+        return [Progress(self.stage.output_dir / LOG)]
 
     def post_train_unload(self, cfg: Any) -> None:
         """The last call of a training that was not interrupted."""
@@ -148,27 +148,24 @@ def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None) -
 
 
 class Progress(TrainerCallback):
-    """Writes {"step", "max_steps", "loss", "tokens_per_s"} to a file after each step, and seals each checkpoint."""
+    """Appends time, step, `max_steps` and what is logged to the stage's log, a line of JSON, and seals each checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.logs: dict[str, Any] = {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        self.logs |= logs or {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            now = {"step": state.global_step, "max_steps": state.max_steps, "loss": self.logs.get("loss")}
-            self.path.write_text(json.dumps(now | {"tokens_per_s": self.logs.get("tokens/train_per_sec_per_gpu")}))
+            line = {"time": time.time(), "step": state.global_step, "max_steps": state.max_steps, **(logs or {})}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    on_train_begin = on_step_end = on_log
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    on_train_begin = on_step_end
 
 
 def unknown_keys(config: dict[str, Any], plugins: Iterable[str] = ()) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from prep.common import SEAL, BadInput, atomic_write, is_whole, reason, seal
-from train.gate import checkpoints, kept_checkpoint, read
-from train.stages import Stage
+from prep.common import SEAL, BadInput, is_whole, read_json, reason, seal, write_json
+from train.gate import checkpoints, kept_checkpoint
+from train.stages import LOG, Stage
 
 
 def drop_torn_rows(cache: Path) -> None:
@@ -42,7 +42,9 @@ def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
     started = stage.output_dir / "started.json"
     if checkpoints(stage.output_dir):
         remedy = f"remove {stage.output_dir} to train the stage again"
-        earlier = read(started, f"nothing says which run the checkpoints in {stage.output_dir} are of; {remedy}", dict)
+        earlier = read_json(
+            started, f"nothing says which run the checkpoints in {stage.output_dir} are of; {remedy}", dict
+        )
         changed = [name for key in plan for name in differences(key, earlier.get(key), plan[key])]
         if changed:
             raise BadInput(
@@ -52,9 +54,8 @@ def prepare_output(stage: Stage, plan: dict[str, Any]) -> None:
         return
     # Logs of a run that never reached a checkpoint would be drawn as if they were this one's.
     shutil.rmtree(stage.output_dir / "runs", ignore_errors=True)
-    with atomic_write(started) as handle:
-        json.dump(plan, handle, indent=1)
-        handle.write("\n")
+    (stage.output_dir / LOG).unlink(missing_ok=True)
+    write_json(started, plan)
 
 
 def differences(name: str, before: Any, now: Any) -> list[str]:

@@ -11,7 +11,6 @@ do so.
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -26,12 +26,12 @@ from typing import IO, Any
 import yaml
 from tqdm import tqdm
 
+from eval.logs import Run
 from prep.common import BadInput, end_with_parent, progress, run
 from train.gate import check_ready, describe, recall
 from train.stages import Stage, line_of, load_chain
 
 OVERRIDES = Path(__file__).with_name("overrides.yml")
-PROGRESS = "progress.json"  # in the output folder: the plugin's Progress writes it
 
 
 def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[str], dict[str, Any]]:
@@ -94,18 +94,18 @@ def launch_and_wait(
 
 def follow(stage: Stage, arguments: list[str]) -> None:
     """Train with one bar on the terminal and everything else in train.log. Raises BadInput with the reason of a failure."""
-    log, state = stage.output_dir / "train.log", stage.output_dir / PROGRESS
+    log, training, started = stage.output_dir / "train.log", Run(stage.output_dir), time.time()
     log.parent.mkdir(parents=True, exist_ok=True)
-    state.unlink(missing_ok=True)
     print(f"{stage.name}: training {stage.output_dir}, log in {log}", flush=True)
     bar: tqdm | None = None
 
     def show() -> None:
         nonlocal bar
-        with contextlib.suppress(OSError, ValueError):  # not there yet, or being written
-            now = json.loads(state.read_text())
+        training.refresh()
+        now = training.now
+        if now and now["time"] > started:  # not of the run that is resumed
             bar = bar or progress(total=now["max_steps"], initial=now["step"], desc=stage.name, unit="step")
-            shown = {"loss": now["loss"], "tokens/s": now["tokens_per_s"]}
+            shown = {"loss": training.last("loss"), "tokens/s": training.last("tokens_per_second")}
             bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items() if value}, refresh=False)
             bar.update(now["step"] - bar.n)
 

@@ -12,6 +12,8 @@ import yaml
 
 from prep.common import BadInput, reason
 
+LOG = "log.jsonl"  # in an output folder: a line a step (train/plugins.py)
+
 
 @dataclass(frozen=True)
 class Stage:
