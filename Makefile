@@ -42,7 +42,8 @@ override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
         eval export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
-        bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
+        bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow \
+        test-others test-smoke test-second_curriculum lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -166,14 +167,19 @@ clean-demo: ## Remove what the demo made; texts that you kept or continued stay 
 	@[ ! -d demo/run ] || find demo/run -depth -type d -empty -delete
 
 test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds those that need a corpus)
-	@echo "Two halves side by side; each prints when it ends, in some minutes"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-fast test-slow
+	@echo "Four parts, two at a time; each prints when it ends, in some minutes"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-others test-smoke test-second_curriculum test-fast
 
 test-fast: $(READY) ## The tests that train and evaluate nothing
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY) ## The others: training, evaluation, the browser
 	$(BIN)/python -m pytest -m slow
+
+test-smoke test-second_curriculum: test-%: $(READY)
+	$(BIN)/python -m pytest -m slow tests/test_$*.py
+test-others: $(READY)
+	$(BIN)/python -m pytest -m slow --ignore=tests/test_smoke.py --ignore=tests/test_second_curriculum.py
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check --quiet .

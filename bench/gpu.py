@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 import yaml
-from tabulate import tabulate
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from eval.tables import markdown
 from prep.common import (
     ROOT,
     BadInput,
@@ -335,7 +335,7 @@ def page(report: dict[str, Any]) -> str:
         f"{facts['what']} {facts['parameters']:,} parameters. {where}. {used}. {commit(report['commit'])}.\n",
         f"Achievable peak: {report['peak_flops'] / 1e12:,.3g} TFLOP/s, by large matrix products. "
         "What the columns mean: [bench/README.md](../README.md).\n",
-        tabulate([row(key, found, report["peak_flops"]) for key in found], HEAD, "pipe", disable_numparse=True),
+        markdown((HEAD, [row(key, found, report["peak_flops"]) for key in found])),
     ]
     return "\n".join(lines) + "\n"
 

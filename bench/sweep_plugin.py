@@ -13,7 +13,7 @@ ORDER = 42
 
 
 class Plugin(SeedAdapter):
-    """Listed under `plugins` in bench/train.yml, where it stands for the recipes' own, Liger's being for CUDA."""
+    """Listed under `plugins` in bench/train.yml, in place of the recipes' own: Liger's is for CUDA."""
 
     def get_training_args(self, cfg: Any) -> dict[str, bool]:
         """What Axolotl hands on to the trainer besides its own: it has no key for `use_cpu`, without which no bf16."""

@@ -217,7 +217,7 @@ def judged(
 
 
 def best(candidates: list[Drawn]) -> Drawn:
-    """The candidate that breaks fewest rules; of those, the likeliest to the model, a token."""
+    """The candidate that breaks fewest rules; of those, the one with the highest mean log-probability per token."""
     return min(candidates, key=lambda drawn: (not drawn.text.strip(), len(drawn.faults), -drawn.log_probability))
 
 
@@ -305,7 +305,7 @@ def write_epub(path: Path, title: str, note: str, text: str, words: int = CHAPTE
 
 
 def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
-    """What to go on from, and its name: the book, a file, or the words themselves, in the typographic convention.
+    """The text to continue, and its name: the book, a file, or the words themselves, in the typographic convention.
 
     Raises BadInput when the file is missing, empty or no UTF-8 text.
     """
@@ -318,11 +318,11 @@ def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     elif source is None:
-        raise BadInput(f"{path} is missing: prepare the book (make prep-c), or say what to go on from: --from")
+        raise BadInput(f"{path} is missing: prepare the book (make prep-c), or name a text to continue: --from")
     elif re.fullmatch(r"\S+\.\w{1,5}", source):
         raise BadInput(f"{path} is missing (looked from {Path.cwd()}): name a text file")
     if not text.strip():
-        raise BadInput(f"{path if is_file else '--from'} is empty: there is nothing to go on from")
+        raise BadInput(f"{path if is_file else '--from'} is empty: there is nothing to continue")
     return "\n\n".join(paragraphs(to_convention(text))), name
 
 
@@ -343,7 +343,7 @@ def parse() -> argparse.Namespace:
     option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
     option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--stage", help="who writes: base, 2a, ..., or an exported .gguf file (default: the chain's last)")
-    option("--from", dest="source", metavar="FILE|WORDS", help="go on from this (default: the prepared book)")
+    option("--from", dest="source", metavar="FILE|WORDS", help="continue this (default: the prepared book)")
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
     for name, kind, text in (
         ("seed", int, "of the draws"),
@@ -452,8 +452,8 @@ def main() -> None:
     spent = seconds + time.perf_counter() - started
     print(
         f"\n\n{words()} words in {len(done)} chunks, {record['chunks_with_faults']} of which break a rule: "
-        f"{target.with_suffix('')}.txt, .epub, .json\n{spent:.0f} s, {drawn / spent:.0f} tokens drawn a second, "
-        f"{words() / spent:.1f} words kept"
+        f"{target.with_suffix('')}.txt, .epub, .json\n{spent:.0f} s, {drawn / spent:.0f} tokens/s drawn, "
+        f"{words() / spent:.1f} words/s kept"
     )
 
 

@@ -1,6 +1,6 @@
 """Score the base and every stage of a curriculum, let each write, and report.
 
-The chain is read from the recipes; a stage that has no weights yet is left out, and stands as null in the report.
+The chain is read from the recipes; a stage that has no weights yet is left out, and is null in the report.
 Every row is scored on the texts of eval/tasks through lm-eval, in windows of 2048 tokens, and continues the prompts of
 eval/prompts.yml with one seed and one decoding. Adapters are scored on their base as their recipe quantises it (4-bit NF4),
 with which they were trained; full models are scored in the precision of --dtype. Three rows more are scored only: the
@@ -162,12 +162,12 @@ def measure(
 
 
 def reference(path: str | None, trained_on: metrics.CopyFinder | None, max_new_tokens: int) -> dict[str, Any] | None:
-    """The author's own held-out pages, in pieces as long as samples, under the measures that samples get.
+    """The author's own held-out pages, in chunks as long as samples, under the measures that samples get.
 
-    None when there are none, or they do not fill one piece.
+    None when there are none, or they do not fill one chunk.
     """
     length = max(1, round(max_new_tokens * WORDS_A_TOKEN))
-    texts = [piece for row in rows_of(path) for piece in metrics.chunks(row["text"], length)]
+    texts = [chunk for row in rows_of(path) for chunk in metrics.chunks(row["text"], length)]
     if not texts:
         return None
     return {

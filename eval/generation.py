@@ -105,7 +105,7 @@ def draw(
     others = dict(parameters)
     ignored = len(ids) if open_ended else 0
     penalty = RepetitionPenaltyLogitsProcessor(others.pop("repetition_penalty"), prompt_ignore_length=ignored)
-    # The model's own generation settings fill whatever is left unsaid, so they are replaced, not only overridden.
+    # The model's own generation settings fill every setting that is not given, so they are replaced, not only overridden.
     config = GenerationConfig(
         do_sample=True,
         min_new_tokens=others["max_new_tokens"] if open_ended else None,

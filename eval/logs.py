@@ -48,10 +48,10 @@ Log = list[dict[str, Any]]
 
 def training_log(output_dir: Path) -> Log | None:
     """The log of a stage's last checkpoint; None when no state is left. Raises BadInput on a damaged file."""
-    states = []
-    for path in [*output_dir.glob("trainer_state.json"), *sorted(output_dir.glob("checkpoint-*/trainer_state.json"))]:
-        again = "remove it, or train the stage again"
-        states.append(read_json(path, again, lambda state: (state["global_step"], state["log_history"])))
+    states = [
+        read_json(path, "train the stage again", lambda state: (state["global_step"], state["log_history"]))
+        for path in output_dir.glob("checkpoint-*/trainer_state.json")
+    ]
     if not states:
         return None
     points: dict[int, dict[str, Any]] = {}

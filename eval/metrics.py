@@ -69,7 +69,7 @@ def foreign(text: str) -> float | None:
 
 
 def chunks(text: str, length: int) -> list[str]:
-    """The text in pieces of `length` words, signs and all; a shorter rest is left out."""
+    """The text in chunks of `length` words, signs and all; a shorter rest is left out."""
     starts = [match.start() for match in WORD.finditer(text)][::length]
     return [text[start:end] for start, end in itertools.pairwise(starts)]
 
@@ -95,7 +95,7 @@ class CopyFinder:
                 self.starts[gram].append(i)
 
     def longest(self, text: str) -> dict[str, int]:
-        """The longest run of words of `text` that stands here too: {words, start, end}, the last two in characters.
+        """The longest run of words of `text` that is here too: {words, start, end}, the last two in characters.
 
         Runs shorter than SEED words count as none: {0, 0, 0}.
         """
@@ -165,10 +165,10 @@ def memorisation(scores: dict[str, Any]) -> dict[str, Any] | None:
 # --- style ---
 
 FREQUENT = 100  # words that Delta looks at: the most frequent ones carry manner, the others subject
-# Of a text, for a Delta. In pieces of 900 words the demo's held-out pages are nearer to their novel (1.1 to 1.2) than to
-# other authors (1.3 to 1.4); in pieces of 200 they are not (2.3 to 2.5, and 1.8 to 2.4): so few words are noise.
+# Of a text, for a Delta. In chunks of 900 words the demo's held-out pages are nearer to their novel (1.1 to 1.2) than to
+# other authors (1.3 to 1.4); in chunks of 200 they are not (2.3 to 2.5, and 1.8 to 2.4): so few words are noise.
 LEAST_WORDS = 900
-NAME_TIMES = 3  # a name stands in the book so often
+NAME_TIMES = 3  # a name is in the book at least so often
 # A sentence's end; the full stop of an initial (K.) or of M. and MM. is none.
 SENTENCE_END = re.compile(r"(?:[!?…]|(?<!\b[A-ZÀ-Þ])(?<!\bMM)\.)(?: ?»)?(?=\s|$)")
 INSIDE = re.compile(

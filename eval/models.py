@@ -64,13 +64,12 @@ def candidate(stage: Stage, base: str = BASE) -> Candidate:
 
 def candidates(chain: list[Stage]) -> list[Candidate]:
     """The base and every stage, in the chain's order; bases of several curricula are named as their folders."""
-    bases = list(dict.fromkeys(line_of(stage.name, chain)[0].base_model for stage in chain))
-    names = {base: BASE if len(bases) == 1 else base.name for base in bases}
+    bases = {stage.name: line_of(stage.name, chain)[0].base_model for stage in chain}
+    names = {base: BASE if len(set(bases.values())) == 1 else base.name for base in bases.values()}
     rows: list[Candidate] = []
     for base, name in names.items():
         rows.append(Candidate(name, base, None, None, None))
-        own = (stage for stage in chain if line_of(stage.name, chain)[0].base_model == base)
-        rows += [candidate(stage, name) for stage in own]
+        rows += [candidate(stage, name) for stage in chain if bases[stage.name] == base]
     return rows
 
 
@@ -217,7 +216,7 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -
             f"adapter {row.adapter} does not fit {row.model}: {len(stored - loaded)} of its tensors have no place "
             f"there, {len(loaded - stored)} are missing"
         )
-    # Full copies take the place of what they copy: lm-eval ties the weights of a tied base, which PEFT's wrappers do not stand.
+    # Full copies take the place of what they copy: lm-eval ties the weights of a tied base, which PEFT's wrappers do not allow.
     base: Any = adapted.get_base_model()
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):

@@ -1,7 +1,7 @@
 """Perplexity through lm-eval: the tasks of eval/tasks, scored once, with each token's log-probability kept.
 
 lm-eval reads the tasks, cuts the windows and sums up. The one thing done here in its place is the forward pass, since
-lm-eval's own returns a sum a window: intervals, and whatever else looks inside a document, would need a second pass.
+lm-eval's own returns one sum per window: intervals, and whatever else looks inside a document, would need a second pass.
 The formulas are in eval/README.md.
 """
 
@@ -134,7 +134,7 @@ def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict
 
 
 def measured(sample: dict[str, Any], logprobs: np.ndarray, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One document of lm-eval's log as it stands in the report: its sums, and the same by blocks of BLOCK tokens."""
+    """One document of lm-eval's log as the report holds it: its sums, and the same by blocks of BLOCK tokens."""
     loglikelihood, size = sample["bits_per_byte"]
     _, words = sample["word_perplexity"]
     block_bytes = bytes_by_block(sample["doc"]["text"], tokenizer)
@@ -159,7 +159,7 @@ def span_logprobs(logprobs: np.ndarray) -> list[float]:
 
 
 def bytes_by_block(text: str, tokenizer: Tokenizer) -> list[int]:
-    """UTF-8 bytes that each successive BLOCK of tokens stands for."""
+    """UTF-8 bytes of each successive BLOCK of tokens."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ends = [offsets[min(i + BLOCK, len(offsets)) - 1][1] for i in range(0, len(offsets), BLOCK)]
     return [len(text[start:end].encode()) for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -104,6 +104,7 @@ def test_what_is_left_alone(base: Path, tmp_path: Path, why: str, capsys: pytest
     if why == "resumed":
         (tmp_path / "checkpoint-2").mkdir()
     cfg = {
+        "adapter": "qlora",
         "lora_model_dir": None,
         "output_dir": str(tmp_path),
         "load_in_4bit": why != "not quantised",

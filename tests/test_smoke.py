@@ -106,6 +106,7 @@ def test_every_launch_is_judged(trained: dict[str, str], workdir: Path) -> None:
         assert line in trained[name] and line in trained["check"]
         assert json.loads((workdir / stage.verdict).read_text())["steps"]["reached"] == 4
     assert len(json.loads((workdir / CHAIN["2c"].verdict).read_text())["movement"]) == 14  # 2 layers x 7 linear modules
+    assert [name for name, stage in CHAIN.items() if (workdir / stage.output_dir / "start").exists()] == ["2b"]
 
 
 def test_our_command_prints_a_screen_and_logs_the_rest(trained: dict[str, str], workdir: Path) -> None:

@@ -37,8 +37,8 @@ NOT_THE_RUN = re.compile(
 
 
 def starts_an_adapter(cfg: Any) -> bool:
-    """Is the adapter of this run a new one, before its first step? Not a continued one's, nor a resumed run's."""
-    return not (cfg.lora_model_dir or checkpoints(Path(cfg.output_dir)))
+    """Has this run a new adapter, before its first step? Not a continued one, nor a resumed run's."""
+    return bool(cfg.adapter) and not (cfg.lora_model_dir or checkpoints(Path(cfg.output_dir)))
 
 
 class SeedAdapter(BasePlugin):

@@ -60,7 +60,7 @@ def as_arguments(overrides: dict[str, Any]) -> list[str]:
 
 
 def command(stage: Stage, launch: list[str], overrides: dict[str, Any], more: list[str]) -> list[str]:
-    """The plain command that this stage stands for."""
+    """The plain command that trains this stage."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launch]
     return [*accelerate, "-m", "axolotl.cli.train", str(stage.recipe), *as_arguments(overrides), *more]
 

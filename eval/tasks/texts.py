@@ -17,8 +17,8 @@ from datasets import Dataset
 from prep.common import BadInput
 
 # Texts for forgetting, from what every Python 3 installation carries, so that nothing is downloaded and nothing is
-# licensed twice. Neither licences nor famous texts: a model recites those, and reciting is not what is asked here. The
-# choice was made by trying: SmolLM2-135M scores these between 0.8 and 1.2 bits per byte, other modules down to 0.4.
+# licensed twice. Neither licences nor famous texts: a model may have memorised those. The choice was made by trying:
+# SmolLM2-135M scores these between 0.8 and 1.2 bits per byte, other modules down to 0.4.
 ENGLISH_CHARACTERS = 5_000  # of each of two texts: about 2,200 tokens in all
 CODE_MODULES = ("colorsys", "quopri", "tabnanny")
 CODE_CHARACTERS = 2_500  # of each of three modules: about 2,500 tokens in all
@@ -32,7 +32,7 @@ def heldout(path: str, **_: Any) -> dict[str, Dataset]:
 def training(path: str, documents: int, characters: int, **_: Any) -> dict[str, Dataset]:
     """Excerpts of the rows of a training JSONL, spread evenly over it: what memorisation is looked for in.
 
-    Rows that repeat text of an earlier one (the novel stands there in four phases) are left aside.
+    Rows that repeat text of an earlier one (the novel is there in four phases) are left out.
     """
     kept: list[str] = []
     for row in sorted(read_rows(Path(path)), key=lambda row: row["part"]):
