@@ -22,29 +22,21 @@ from prep.common import BadInput, run, run_name, write_text
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: on a linear axis the short one is a dot
 
 
-def curve(stages: dict[str, dict[str, Any]]) -> tuple[list[Point], list[str]]:
-    """A run's losses over all the tokens it has seen, its stages one after another with a NaN between them.
-
-    Second, the stages that are left out because their trainer did not count tokens.
-    """
+def curve(report: dict[str, Any]) -> list[Point]:
+    """A run's losses over all the tokens it has seen, its stages one after another with a NaN between them."""
     points: list[Point] = []
-    uncounted, before = [], 0.0
-    for name, stage in stages.items():
-        if not stage["training"]:
-            continue
-        if logs.unit(stage["training"]) != "tokens":
-            uncounted.append(name)
-            continue
-        if points:
-            points.append((before, math.nan, math.nan))
-        points += [(before + seen, loss, check) for seen, loss, check in logs.curve(stage["training"], "tokens")]
-        before = points[-1][0]
-    return points, uncounted
+    before = 0.0
+    for stage in measured(report).values():
+        if stage["training"]:
+            points += [(before, math.nan, math.nan)] if points else []
+            points += [(before + seen, loss, check) for seen, loss, check in logs.curve(stage["training"])]
+            before = points[-1][0]
+    return points
 
 
 def draw_losses(reports: Sequence[dict[str, Any]]) -> Figure | None:
     """Every run's losses on one axis, a colour a run; None when no run logged a loss with its tokens."""
-    series = {each["run"]: points for each in reports if (points := curve(measured(each))[0])}
+    series = {each["run"]: points for each in reports if (points := curve(each))}
     if not series:
         return None
     figure = plots.figure(8, 4.2)
@@ -110,13 +102,9 @@ def warning(reports: Sequence[dict[str, Any]]) -> str:
 
 def sections(reports: Sequence[dict[str, Any]]) -> list[Section]:
     """The page under the verdicts; what no run measured is left out."""
-    uncounted = [f"{each['run']} {name}" for each in reports for name in curve(measured(each))[1]]
-    note = f" Left out, since the trainer did not count tokens: {', '.join(uncounted)}." if uncounted else ""
     same = "As on each run's own page."
     return [
-        Section(
-            "Loss over tokens", f"Stage after stage; token losses compare only with a shared tokenizer.{note}", "loss"
-        ),
+        Section("Loss over tokens", "Stage after stage; token losses compare only with a shared tokenizer.", "loss"),
         Section("Bits per byte", "Lower is better. In brackets the 95 % bootstrap interval.", table=beside(reports)),
         Section("What each stage changed", "Paired, within its run.", table=merged(reports, tables.changes)),
         Section("Memorisation", same, table=merged(reports, tables.memorisation)),

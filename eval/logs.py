@@ -4,7 +4,7 @@ A log is a list of points in the order of their steps. A point has `step`, `epoc
 `eval_loss` (nats per token), and None for what was not logged at that step.
 
     log = logs.training_log(Path("outputs/2a"))
-    points = logs.curve(log, logs.unit(log))
+    points = logs.curve(log)
 """
 
 import json
@@ -62,19 +62,14 @@ def training_log(output_dir: Path) -> Log | None:
     return [point for _, point in sorted(points.items()) if point["loss"] is not None or point["eval_loss"] is not None]
 
 
-def unit(log: Log) -> str:
-    """`tokens`, or `step` where the trainer did not count tokens at every training loss."""
-    return "step" if any(point["tokens"] is None for point in log if point["loss"] is not None) else "tokens"
-
-
-def curve(log: Log, unit: str) -> list[tuple[float, float | None, float | None]]:
-    """(tokens or step, training loss, validation loss) of each point.
+def curve(log: Log) -> list[tuple[float, float | None, float | None]]:
+    """(tokens, training loss, validation loss) of each point.
 
     Validation is logged without a token count: it gets the count of the training loss before it.
     """
     points, seen = [], 0.0
     for point in log:
-        seen = point[unit] if point[unit] is not None else seen
+        seen = point["tokens"] or seen
         points.append((seen, point["loss"], point["eval_loss"]))
     return points
 

@@ -18,7 +18,7 @@ from eval import logs
 from eval.metrics import EXTRACTABLE
 from eval.tables import measured
 
-Point = tuple[float, float | None, float | None]  # tokens or step, training loss, validation loss
+Point = tuple[float, float | None, float | None]  # tokens, training loss, validation loss
 LOSS = "loss, nats per token"
 # Okabe & Ito's colours, told apart by every kind of eye; enough for as many tasks as there are.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -55,7 +55,7 @@ def aside(axis: Axes) -> None:
     axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens") -> None:
+def plot_losses(axis: Axes, series: dict[str, list[Point]]) -> None:
     """Loss curves on one axis, a colour a name: training solid, validation dashed with marks.
 
     A NaN breaks a line. A single series may have the name "": it needs no name in the legend, and gets a colour a kind.
@@ -72,8 +72,8 @@ def plot_losses(axis: Axes, series: dict[str, list[Point]], unit: str = "tokens"
                     style["marker"] = None
                 dashes = "--" if both and column == 2 else "-"
                 axis.plot(*zip(*line, strict=True), label=label, linestyle=dashes, markersize=4, **style)
-    plain(axis, unit == "tokens")
-    axis.set_xlabel(unit)
+    plain(axis, tokens=True)
+    axis.set_xlabel("tokens")
     axis.grid(alpha=0.3)
 
 
@@ -92,10 +92,7 @@ def draw_losses(report: dict[str, Any]) -> Figure | None:
     picture = figure(3.6 * len(shared) + 0.6, 3.2)
     axes = picture.subplots(1, len(shared), squeeze=False, sharey=True)[0]
     for axis, names in zip(axes, shared.values(), strict=True):
-        series = {name: trained[name]["training"] for name in names}
-        unit = "tokens" if all(logs.unit(log) == "tokens" for log in series.values()) else "step"
-        curves = {"" if len(names) == 1 else name: logs.curve(log, unit) for name, log in series.items()}
-        plot_losses(axis, curves, unit)
+        plot_losses(axis, {"" if len(names) == 1 else name: logs.curve(trained[name]["training"]) for name in names})
         axis.set_title(", ".join(names))
         if axis.lines:
             axis.legend(frameon=False)
@@ -108,17 +105,16 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure | None:
     runs = {name: log for name, log in runs.items() if any(point["loss"] is not None for point in log)}
     if not runs:
         return None
-    unit = "tokens" if all(logs.unit(log) == "tokens" for log in runs.values()) else "step"
     picture = figure(9.2, 4.6)
     upper, lower = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    plot_losses(upper, {name: logs.curve(log, unit) for name, log in runs.items()}, unit)
+    plot_losses(upper, {name: logs.curve(log) for name, log in runs.items()})
     aside(upper)
     for index, log in enumerate(runs.values()):
-        rates = [(point[unit], point["learning_rate"]) for point in log if point["learning_rate"] is not None]
+        rates = [(point["tokens"], point["learning_rate"]) for point in log if point["learning_rate"] is not None]
         lower.plot(*zip(*rates, strict=True), **look(index) | {"marker": None})
-    plain(lower, unit == "tokens")
+    plain(lower, tokens=True)
     upper.set(xlabel="", ylabel=LOSS)
-    lower.set(xlabel=unit, ylabel="learning rate")
+    lower.set(xlabel="tokens", ylabel="learning rate")
     lower.set_ylim(bottom=0)
     lower.grid(alpha=0.3)
     return picture

@@ -37,13 +37,10 @@ def reports() -> list[dict[str, Any]]:
 
 
 def test_losses_are_over_all_tokens_of_the_chain(reports):
-    assert compare.curve(tables.measured(reports[0])) == ([(100, 4.0, None), (200, 3.0, 3.5)], [])
-    points, _ = compare.curve(tables.measured(reports[1]))
+    assert compare.curve(reports[0]) == [(100, 4.0, None), (200, 3.0, 3.5)]
+    points = compare.curve(reports[1])
     assert points[0] == (1000, 3.9, None) and points[-1] == (1500, 2.0, 2.5)  # 2b continues where 2a ended
     assert len(points) == 3 and math.isnan(points[1][1] or 0)  # no line between the stages
-    reports[0]["stages"]["2a"]["training"][0]["tokens"] = None  # left out, and named
-    assert compare.curve(tables.measured(reports[0])) == ([], ["2a"])
-    assert "did not count tokens: small 2a" in compare.html(reports)
 
 
 def test_one_axis_holds_every_run(reports):
