@@ -40,32 +40,11 @@ LONGEST = 250_000  # characters set; of a longer text every n-th stretch
 
 VERSE, SPEAKER, PROSE = range(3)
 Parts = list[tuple[int, str]]
+# What a machine reads for a letter.
 _CONFUSED = {
-    key: value.split()
-    for key, value in zip(
-        "eéèêconiulrtasfhbmd",
-        [
-            "c",
-            "é è e",
-            "é e",
-            "è e",
-            "e o",
-            "c 0",
-            "u ii",
-            "1 l",
-            "n",
-            "1 i",
-            "v",
-            "l",
-            "o",
-            "f",
-            "t",
-            "b li",
-            "h",
-            "ni rn",
-            "cl",
-        ],
-        strict=True,
+    letter: others.split(",")
+    for letter, others in re.findall(
+        r"(\S)(\S+)", "ec éé,è,e èé,e êè,e ce,o oc,0 nu,ii i1,l un l1,i rv tl ao sf ft hb,li bh mni,rn dcl"
     )
 }
 

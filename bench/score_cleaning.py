@@ -28,6 +28,7 @@ from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
 from prep.common import BadInput, run
+from prep.debris import SHORT_WORDS
 from prep.filters import lexicon
 from prep.front_matter import letters_of
 from prep.page_layout import clean_pages, without_marks
@@ -84,7 +85,7 @@ def score(found: list[str], truth: list[str], differences: list[str] | None = No
     starts, clean_starts = _starts(found), _starts(truth)
     aligned = [0] * (len(words) + 1)  # found word -> truth word
     result = Score()
-    for op in Levenshtein.opcodes(words, clean_words):
+    for op in Levenshtein.opcodes(words, clean_words, score_hint=len(clean_words) // 20):
         for j in range(op.src_start, op.src_end):
             aligned[j] = min(op.dest_start + j - op.src_start, max(op.dest_start, op.dest_end - 1))
         if op.tag != "equal":
@@ -132,46 +133,6 @@ def _around(words: list[str], at: int) -> str:
 _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 _NUMERAL = re.compile(r"\W*[IVXLC]+\W*")
 _SENTENCE_MARK = re.compile(r"^[—«]|[.?!…,;:»]$")  # an unknown word may be a name: a reply, the end of a paragraph
-_SHORT = {
-    *[
-        "à",
-        "y",
-        "ah",
-        "ai",
-        "au",
-        "ce",
-        "ci",
-        "da",
-        "de",
-        "du",
-        "eh",
-        "en",
-        "es",
-        "et",
-        "eu",
-        "fi",
-        "ha",
-        "hé",
-        "ho",
-        "il",
-        "je",
-        "la",
-        "le",
-        "lu",
-        "ma",
-        "me",
-        "ne",
-        "ni",
-        "nu",
-        "oh",
-        "on",
-        "or",
-        "os",
-        "ou",
-        "où",
-    ]
-}
-_SHORT |= {*["pu", "qu", "sa", "se", "si", "su", "ta", "te", "tu", "un", "us", "va", "vu", "a", "ça", "ô"]}
 _CUT = re.compile(r"([^\W\d_]+)-\s*\n(?:.{0,45}\n){0,4}?\s*([^\W\d_]+)")
 
 
@@ -183,7 +144,7 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
     """
     differences = [] if differences is None else differences
     words, clean = " ".join(found).split(), " ".join(truth).split()
-    opcodes = Levenshtein.opcodes(words, clean)
+    opcodes = Levenshtein.opcodes(words, clean, score_hint=len(clean) // 20)
     same = [op for op in opcodes if op.tag == "equal" and op.src_end - op.src_start >= 5]
     if not same:
         raise BadInput("the scan and the truth have nothing in common: give the truth of this work")
@@ -253,7 +214,7 @@ def score_scan(raw: str, found: list[str], truth: list[str], differences: list[s
     result["cuts"] = of_forms.total() - result["compounds"]
     legal = sum("gallica" in word.lower() for word in words)
     with_noise = " ".join(clean_pages(raw, keep_debris=True).paragraphs).split()
-    lost = sorted(_equal(Levenshtein.opcodes(with_noise, clean)) - _equal(opcodes))
+    lost = sorted(_equal(Levenshtein.opcodes(with_noise, clean, score_hint=len(clean) // 20)) - _equal(opcodes))
     differences += [f"lost: {' '.join(clean[max(0, i - 3) : i])} [{clean[i]}]" for i in lost]
     return result + Score(
         pages=pages, before=begins, after=len(words) - ends, legal=legal, length=sum(map(len, found)), lost=len(lost),
@@ -273,7 +234,7 @@ def noise(text: str, known: Set[str]) -> str | None:
         return None
     if not any(len(word) >= 2 for word in words):
         return "figures" if any(map(str.isdigit, text)) else None if _SENTENCE_MARK.search(text) else "other"
-    good = sum(len(word) for word in words if word.lower() in known and (len(word) > 2 or word.lower() in _SHORT))
+    good = sum(len(word) for word in words if word.lower() in known and (len(word) > 2 or word.lower() in SHORT_WORDS))
     if 2 * good >= sum(map(len, words)):
         return None
     return "capitals" if text.upper() == text else None if _SENTENCE_MARK.search(text) else "other"

@@ -27,9 +27,10 @@ _MARKS = re.compile(
 _YEAR = re.compile(r"\W{0,2}1[5-9]\d\d\W{0,2}")
 # May be a word of no lexicon: a name, dialect.
 _LIKELY = re.compile(r"(?=.*[aeiouyà-ÿœ])(?!.*[b-df-hj-np-tv-xz]{4})[A-ZÀ-Ý]?[a-zà-ÿœ]{3,}")
-_SHORT = frozenset(  # words of one or two letters; a lexicon has most pairs of letters
+# Words of one or two letters; a lexicon has most pairs of letters.
+SHORT_WORDS = frozenset(
     re.findall(
-        r"\w+",
+        r"\S+",
         "a à y ô ah ai an as au bu ça ce çà da de dû du eh en es et eu fi fû ha hé ho if il je la là le lu ma me mû ne né ni nu"
         " oh on or os ou où pu qu sa se si su ta te tu un us va vu m mm mr l d j c n s t",
     )
@@ -46,22 +47,20 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
     book = Counter(_WORD.findall("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower()))
     short = Counter(_WORD.findall("\n".join(lines[i] for i in doubtful).lower()))
     known = lexicon() | {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
-    found = [lines[i] for i in doubtful if _is_debris(lines[i], lines[i - 1] if i else "", width, known)]
-    if sum(bool(_WORD.search(line)) for line in found) < SCAN * len(lines):
+    found = {i for i in doubtful if _is_debris(lines[i], lines[i - 1] if i else "", width, known)}
+    if sum(bool(_WORD.search(lines[i])) for i in found) < SCAN * len(lines):
         return lines, gaps  # a PDF's or a typist's text, whose lone figures are chapters
+    counts["debris"] = len(found)
     kept: list[str] = []
-    before: list[int] = []
     for i, line in enumerate(lines):
-        if i in doubtful and _is_debris(line, kept[-1] if kept else "", width, known):
-            counts["debris"] += 1
+        if i in found:
             continue
         line = _BLOTS.sub("", line)
         head, tail = _HEAD.search(kept[-1]) if kept else None, _TAIL.match(line)
         if head and tail and not {head[0].lower(), tail[0]} <= known and (head[0] + tail[0]).lower() in known:
             kept[-1] += "-"
         kept.append(line)
-        before.append(gaps[i])
-    return kept, before
+    return kept, [gap for i, gap in enumerate(gaps) if i not in found]
 
 
 def _is_figure(line: str, before: str, width: int) -> bool:
@@ -82,7 +81,7 @@ def _is_debris(line: str, before: str, width: int, known: frozenset[str] | set[s
     marked = line[0] in DASHES + "«" or line[-1] in ".!?…,;:»"  # the line of a sentence
     long = [word for word in words if len(word) >= 3]
     good = sum(len(w) for w in long if w.lower() in known or (marked and _LIKELY.fullmatch(w)))
-    if good or (marked and all(w.lower() in _SHORT for w in words)):
-        good += sum(len(w) for w in words if len(w) <= 2 and w.lower() in _SHORT)
+    if good or (marked and all(w.lower() in SHORT_WORDS for w in words)):
+        good += sum(len(w) for w in words if len(w) <= 2 and w.lower() in SHORT_WORDS)
     figures = sum(map(str.isdigit, line)) if not marked else 0
     return sum(map(len, words)) - good + figures + 2 * len(_SIGNS.findall(line)) > good

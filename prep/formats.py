@@ -7,6 +7,7 @@ EPUB, DOCX, ODT, HTML, RTF, TEI and FB2 give their own paragraphs, without notes
 gives the book in it, or its texts by name. Anything else raises BadInput, which says what it is and what to do.
 """
 
+import contextlib
 import csv
 import html
 import io
@@ -60,7 +61,7 @@ def read_bytes(data: bytes, name: str) -> BookText:
         return _one_book(read_members(data, name), name)
     readers: dict[str, Callable[[bytes, str], BookText]] = {
         "txt": lambda data, name: BookText(decode(data, name), None, {}, []),
-        "pdf": _read_pdf,
+        "pdf": lambda data, name: BookText(*read_pdf(data, name)),
         "rtf": _read_rtf,
         "xml": _read_xml,
         "html": _read_html,
@@ -129,6 +130,11 @@ _NO_BOOK = [  # how a file begins, what it is, what to do
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar", "an archive", "unpack it first"),
     (rb"PAR1|SQLite format 3|GGUF|\x89HDF", "a data file", "give the book's text"),
     (rb"ITSF|ITOLITLS", "a Microsoft help file or reader book", "convert it to EPUB"),
+    (
+        rb"(MIME-Version|Content-Type|Return-Path|Received): ",
+        "a mail or a saved web page (MHT)",
+        "give the book's text",
+    ),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript", "convert it to PDF"),
     (rb"\xffWPC", "a WordPerfect file", "save it as .docx"),
 ]
@@ -141,10 +147,10 @@ def kind_of(data: bytes, name: str) -> str:
     """`pdf`, `epub`, `docx`, `odt`, `html`, `rtf`, `xml` (TEI, FB2), `zip` or `txt`, by content. Raises BadInput for what is no book."""
     if not data.strip():
         raise BadInput(f"{name} is empty")
-    if b"%PDF-" in data[:1024]:  # the specification allows that much before it
-        return "pdf"
     if data.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_kind(data, name)
+    if b"%PDF-" in data[:1024]:  # the specification allows that much before it
+        return "pdf"
     if data.lstrip().startswith(b"{\\rtf"):
         return "rtf"
     for start, what, advice in _NO_BOOK:
@@ -188,8 +194,10 @@ def _no_prose(text: str) -> str | None:
         return "a TeX source"
     if re.match(r"WEBVTT|\d+\r?\n\d\d:\d\d:\d\d[,.]\d{3} -->", start):
         return "subtitles"
-    if start[:1] in ("{", "[") and (_is_json(text) or _is_json(start.split("\n", 1)[0])):
-        return "JSON data"
+    for whole in (text, start.split("\n", 1)[0]) if start[:1] in ("{", "[") else ():
+        with contextlib.suppress(ValueError):
+            json.loads(whole)
+            return "JSON data"
     lines = [line for line in text[:20_000].splitlines()[:50] if line.strip()][:-1]
     for delimiter in "\t;,|":
         cells = {len(row) for row in csv.reader(lines, delimiter=delimiter)}
@@ -198,14 +206,6 @@ def _no_prose(text: str) -> str | None:
     if sum(map(str.isalpha, text)) < 0.5 * sum(not c.isspace() for c in text):
         return "mostly figures and signs"
     return None
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 # --- formats that know their paragraphs -------------------------------------------------------------------------------
@@ -334,11 +334,6 @@ def _book_of(roots: list[Any], only: str = "") -> BookText:
     return BookText("", [p for p in paragraphs if p], dict(counts), [])
 
 
-def _read_pdf(data: bytes, name: str) -> BookText:
-    text, counts, warnings = read_pdf(data, name)
-    return BookText(text, None, counts, warnings)
-
-
 def _read_rtf(data: bytes, name: str) -> BookText:
     text = rtf_to_text(data.decode("cp1252", "replace"), errors="replace")
     return BookText("", [p for line in text.split("\n") if (p := line.strip())], {}, [])
@@ -362,6 +357,9 @@ def _read_html(data: bytes, name: str) -> BookText:
     return book
 
 
+_LINES = _words("head title subtitle l v speaker ab text-author stage signed dateline")
+
+
 def _read_xml(data: bytes, name: str) -> BookText:
     """TEI and FictionBook."""
     root = _parsed(data, name)
@@ -370,19 +368,7 @@ def _read_xml(data: bytes, name: str) -> BookText:
         etree.strip_elements(body, "{*}note", "{*}fw", "{*}ref", "{*}binary", with_tail=False)
         for element in body.iter("{*}*"):
             name = _name(element)
-            if name in (
-                "head",
-                "title",
-                "l",
-                "v",
-                "speaker",
-                "ab",
-                "subtitle",
-                "text-author",
-                "stage",
-                "signed",
-                "dateline",
-            ):
+            if name in _LINES:
                 element.tag = "p"
             elif name == "a" and element.get("type") == "note":
                 element.set("class", "noteref")

@@ -32,6 +32,7 @@ _LABEL = r"[(\[](\d{1,3}|\*{1,3}|[a-z])[)\]]"
 _CALL = re.compile(rf"(?:(?<=[\w.,;!?»*=\"']) ?|(?<=:)){_LABEL}(?!\w)")  # after ": " a list begins
 _LABELLED = re.compile(rf"{_LABEL} ?\S")
 _ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]{1,300}?)(?<=\S)_(?![\w_])")
+_OPEN_ITALICS = re.compile(r"^_(?=[^\W_])|(?<=[^\W_])_$|(?<=[.,;:!?»])_$", re.M)  # of several paragraphs
 _EMPHASIS = re.compile(r"(?<![\w*=])(\*{1,3}|=)(?=[\w«\"'—])([^*=\n]{1,300}?)(?<=[\w.,;:!?»\"'])\1(?![\w*=])")
 _UNPAIRED = re.compile(r"(?<![\w*=])[*=]+(?=\w)")
 
@@ -71,13 +72,11 @@ def clean_paragraphs(paragraphs: list[str], counts: Counter[str], gaps: Sequence
         paragraphs = _without_notes(paragraphs, counts)
     text = without_marks("\n".join(paragraphs), counts)
     if PAGE not in gaps:  # in a scan such signs are blots
-        text = re.sub(
-            r"^_(?=[^\W_])|(?<=[^\W_])_$|(?<=[.,;:!?»])_$", "", text, flags=re.M
-        )  # italics of several paragraphs
+        text = _OPEN_ITALICS.sub("", text)
         plain, pairs = _EMPHASIS.subn(r"\2", text)
         if pairs > len(_UNPAIRED.findall(plain)):
             text, counts["emphasis"] = plain, pairs
-        text = re.sub(r"^#{1,6} +(?=\w)", "", text, flags=re.M)  # Markdown's headings
+        text = re.sub(r"^(?:#{1,6}|>) +(?=\S)", "", text, flags=re.M)  # Markdown's headings and quotations
     text = to_convention(text)
     return Cleaned([line for line in text.split("\n") if line], dict(sorted((+counts).items())))
 
@@ -90,22 +89,33 @@ def without_marks(text: str, counts: Counter[str]) -> str:
 
 
 def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:
-    """Without the notes that a call such as "mot[12]" or "mot (1)" names, these calls, and the heading of notes at the end."""
+    """Without the notes that a call such as "mot[12]" or "mot (1)" names, these calls, and the heading of notes at the end.
+
+    A lone (1) far from its call may be the number of a letter or a chapter, so it stays.
+    """
     calls: dict[str, list[int]] = {}  # label -> the paragraphs that have it
     kept: list[str] = []
-    for paragraph in paragraphs:
-        note = _LABELLED.match(paragraph)
-        if note and calls.get(note[1]):
-            at = calls[note[1]].pop()
-            kept[at] = _without_call(kept[at], note[1])
-        elif not re.match(r"↑ ?\S", paragraph):  # Wikisource's notes
-            for label in _CALL.findall(paragraph):
-                calls.setdefault(label, []).append(len(kept))
-            kept.append(paragraph)
+    for labelled, group in itertools.groupby(paragraphs, key=lambda paragraph: bool(_label(paragraph))):
+        block = list(group)
+        called = [label for paragraph in block if labelled and calls.get(label := _label(paragraph))]
+        near = len(called) > 1 or (called and (block[0][0] == "[" or calls[called[0]][-1] >= len(kept) - 2))
+        for paragraph in block:
+            if near and calls.get(label := _label(paragraph)):
+                at = calls[label].pop()
+                kept[at] = _without_call(kept[at], label)
+            elif not re.match(r"↑ ?\S", paragraph):  # Wikisource's notes
+                for label in _CALL.findall(paragraph):
+                    calls.setdefault(label, []).append(len(kept))
+                kept.append(paragraph)
     counts["notes"] += len(paragraphs) - len(kept)
     if len(kept) < len(paragraphs) and kept and kept[-1].strip(" .:").lower() in ("note", "notes"):
         kept.pop()
     return kept
+
+
+def _label(line: str) -> str:
+    """Of a line that begins as a note does, "(1) Voir ..."; otherwise empty."""
+    return match[1] if (match := _LABELLED.match(line)) else ""
 
 
 def _without_call(text: str, label: str) -> str:
@@ -120,14 +130,14 @@ def _drop_footnotes(lines: list[str], gaps: list[int], counts: Counter[str]) -> 
     for start, end in pairwise([*starts, len(lines)]):
         calls: dict[str, int] = {}  # label -> its line
         for i in range(start, end):
-            note = _LABELLED.match(lines[i])
-            if note and note[1] in calls:
-                at = calls.pop(note[1])
-                kept[at] = _without_call(kept[at], note[1])
+            label = _label(lines[i])
+            if label and label in calls:
+                at = calls.pop(label)
+                kept[at] = _without_call(kept[at], label)
                 counts["notes"] += 1
                 kept[i:end] = [""] * (end - i)
             elif kept[i]:
-                calls.update((label, i) for label in [*_CALL.findall(lines[i]), *([note[1]] if note else [])])
+                calls.update(dict.fromkeys([*_CALL.findall(lines[i]), label], i))
     return [line for line in kept if line], [gap for line, gap in zip(kept, gaps, strict=True) if line]
 
 

@@ -34,8 +34,8 @@ class _Char(NamedTuple):
 _Line = list[_Char]
 
 
-def read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int], list[str]]:
-    """Text, counts of what was left out, warnings for the user.
+def read_pdf(data: bytes, name: str) -> tuple[str, None, dict[str, int], list[str]]:
+    """What `BookText` holds: text, no paragraphs, counts of what was left out, warnings for the user.
 
     Raises BadInput for a PDF that is damaged, protected, mostly pictures, or without a map from glyphs to letters.
     """
@@ -81,7 +81,7 @@ def read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int], list[str]]:
         warnings.append(
             f"{name}: page {_listed(tables)} is set in three columns or more, read line by line: look at the text"
         )
-    return "\f".join(texts), dict(+counts), warnings
+    return "\f".join(texts), None, dict(+counts), warnings
 
 
 def _listed(pages: Iterable[int]) -> str:

@@ -166,9 +166,10 @@ def test_html_of_wrapped_lines_is_left_to_the_page_rules():
 
 def test_a_zip_of_texts_is_one_book_in_natural_order():
     names = ["ch 10.txt", "z.txt", "ch 2.txt", "ch 1.txt"]
-    book = read_bytes(packed({name: f"Le texte du fichier {name} est ici." for name in names}), "livre.zip")
+    texts = {name: f"Le texte du fichier {name} est ici." for name in names}
+    book = read_bytes(packed({"0.pdf": "%PDF-1.4 cut"} | texts), "livre.zip")
     assert book.text.split("\n\n") == [f"Le texte du fichier {n}.txt est ici." for n in ("ch 1", "ch 2", "ch 10", "z")]
-    assert "ch 1.txt, ch 2.txt, ch 10.txt, z.txt" in book.warnings[0]
+    assert "ch 1.txt, ch 2.txt, ch 10.txt, z.txt" in book.warnings[0] and "0.pdf cannot be read" in book.warnings[1]
 
 
 METHOD = '<e><EncryptionMethod xmlns="http://www.w3.org/2001/04/xmlenc#" Algorithm="{}"/></e>'
@@ -192,6 +193,7 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (b'<?xml version="1.0"?><catalogue xmlns="x"><livre/></catalogue>', "XML data (<catalogue>)"),
         (packed({f"{n}.png": b"\x89PNG\r\n\x1a\n" for n in range(9)}), "a zip without a book (0.png is a picture"),
         (b"AT&TFORM" + bytes(99), "DjVu"),
+        (b"MIME-Version: 1.0\n\n<html>", "a saved web page"),
         (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
         (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
         (f"<html><body>{tagged(['Connexion requise'])}</body></html>".encode(), "a web page"),
