@@ -75,16 +75,15 @@ def merged(reports: Sequence[dict[str, Any]], table: Callable[[dict[str, Any]], 
     made = {each["run"]: found for each in reports if (found := table(each)) and found[1]}
     if not made:
         return None
-    heads = [head for head, _ in made.values()]
-    same = all(head == heads[0] for head in heads)  # a name may head two columns of one table
-    head = heads[0] if same else list(dict.fromkeys(name for each in heads for name in each))
-    rows = []
-    for name in dict.fromkeys(row[0] for _, cells in made.values() for row in cells):
-        for label, (own, cells) in made.items():
-            for row in cells:
-                if row[0] == name:
-                    values = row if same else [dict(zip(own, row, strict=True)).get(key, "–") for key in head]
-                    rows.append([f"{name}: {label}", *values[1:]])
+    head = list(dict.fromkeys(name for own, _ in made.values() for name in own))
+    names = dict.fromkeys(row[0] for _, cells in made.values() for row in cells)
+    rows = [
+        [f"{name}: {label}", *(dict(zip(own, row, strict=True)).get(key, "–") for key in head[1:])]
+        for name in names
+        for label, (own, cells) in made.items()
+        for row in cells
+        if row[0] == name
+    ]
     return head, rows
 
 

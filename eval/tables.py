@@ -158,7 +158,7 @@ def memorisation(report: dict[str, Any]) -> Table | None:
             rows.append([name, *probable, *(percent(side.get("extractable"), 1) for side in sides), *copied(copies)])
     if rows and report["reference"] and report["reference"]["copied"]:
         rows.append(["the novel itself", *["–"] * 4, *copied(report["reference"]["copied"])])
-    head = "stage|p(token), trained|held out|extractable, trained|held out|copied words, median|longest"
+    head = "stage|p(token), trained|p(token), held out|extractable, trained|extractable, held out|copied words, median|longest"
     return (head.split("|"), rows) if rows else None
 
 
