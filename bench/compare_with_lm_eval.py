@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from eval import models, scoring
-from eval.evaluation import environment
 from eval.tables import markdown
 from prep.common import ROOT, BadInput, digest, run, write_json, write_text
 from train.stages import load_chain
@@ -114,7 +113,7 @@ def main() -> None:
     }
     result = {
         "format": 2,
-        "environment": environment("cpu", "float32"),
+        "environment": models.environment("cpu", "float32"),
         "stages": stages,
         "limit": args.limit,
         "tasks": args.tasks,

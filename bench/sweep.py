@@ -38,7 +38,6 @@ from filelock import FileLock, Timeout
 from bench import sweep_report
 from bench.sweep_report import BASE
 from eval import intervals, logs, metrics, models, scoring
-from eval.evaluation import environment
 from eval.export import write_model
 from eval.tasks.texts import read_rows
 from prep.common import ROOT, BadInput, digest, run, sha256, write_json, write_text
@@ -281,7 +280,7 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
     report = {
         "format": sweep_report.FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment("cpu", DTYPE),
+        "environment": models.environment("cpu", DTYPE),
         "base_sha256": sha256("models/base/model.safetensors"),
         "plan": {key: plan[key] for key in PLAN_KEYS if key != "variants"},
         "manifests": manifests,

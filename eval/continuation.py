@@ -36,10 +36,10 @@ import mkepub
 import torch
 from tqdm import tqdm
 
-from eval import evaluation, generation, metrics, models
+from eval import generation, metrics, models
 from eval.generation import DynamicCache, Tokenizer
 from eval.metrics import SENTENCE_END
-from eval.scoring import MAX_LENGTH
+from eval.models import MAX_LENGTH
 from prep.common import (
     BadInput,
     atomic_write,
@@ -383,8 +383,8 @@ def main() -> None:
         print(f"{book} is missing: copies are not looked for", file=sys.stderr)
     settings = Settings(args.seed, args.candidates, args.chunk_tokens, args.window, args.keep, args.longest_copy)
 
-    hashes = {str(path): sha256(path) for path in evaluation.files_of(row)}
-    where = evaluation.environment(args.device, args.dtype)
+    hashes = {str(path): sha256(path) for path in models.files_of(row)}
+    where = models.environment(args.device, args.dtype)
     if row.form == models.GGUF:
         where["versions"] |= versions("cyllama")
     about = {

@@ -17,7 +17,6 @@ Paths are relative to the working directory, as in the recipes.
 
 import argparse
 import itertools
-import platform
 import sys
 import time
 import warnings
@@ -25,30 +24,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from eval import generation, intervals, logs, metrics, models, questions, report, scoring
+from eval.models import environment, files_of
 from eval.tasks.texts import read_rows
-from prep.common import (
-    BadInput,
-    cpu_name,
-    digest,
-    git_state,
-    hashed,
-    lock,
-    positive,
-    read_json,
-    run,
-    run_name,
-    versions,
-    write_json,
-)
+from prep.common import BadInput, digest, hashed, lock, positive, read_json, run, run_name, write_json
 from train.stages import load_chain
 
 HERE = Path(__file__).resolve().parent
-LIBRARIES = (
-    "lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib", "pyspellchecker"
-)  # fmt: skip
 SCORES_VERSION = 2  # raise it when the same weights give other figures: rows of an older version are measured again
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 POSITIONED = ("gallica_heldout", "novel_heldout")  # the texts long enough to have far context
@@ -68,19 +50,6 @@ def describe_tasks(tasks: dict[str, Any], limit: int | None) -> dict[str, dict[s
             "text_sha256": digest(texts),
         }
     return described
-
-
-def environment(device: str, dtype: str) -> dict[str, Any]:
-    """Machine, versions and commit."""
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
-        "dtype": dtype,
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
-        "git": git_state(),
-    }
 
 
 def gate(row: models.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None:
@@ -105,18 +74,6 @@ def gate(row: models.Candidate, hashes: dict[str, str]) -> dict[str, Any] | None
     recorded = own | below
     passed = all(recorded.get(path) == value for path, value in hashes.items() if path.endswith(".safetensors"))
     return {"passed": passed, **said}
-
-
-def files_of(row: models.Candidate) -> list[Path]:
-    """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
-    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    files = [*row.weights, *models.full_weights(row.model)]
-    files += [row.model / name for name in names if (row.model / name).is_file()]
-    if row.adapter:
-        files.append(row.adapter / "adapter_config.json")
-        if not files[-1].is_file():
-            raise BadInput(f"stage {row.name} is not whole: {files[-1]} is missing")
-    return list(dict.fromkeys(files))
 
 
 def measure(
@@ -289,7 +246,7 @@ def main() -> None:
     settings = {
         "tasks": list(args.tasks),
         "limit": args.limit,
-        "max_length": scoring.MAX_LENGTH,
+        "max_length": models.MAX_LENGTH,
         "batch_size": args.batch_size,
         "dtype": args.dtype,
         "device": args.device,

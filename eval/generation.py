@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Re
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from eval.scoring import MAX_LENGTH
+from eval.models import MAX_LENGTH
 from prep.common import BadInput, reason
 
 

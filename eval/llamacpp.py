@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTr
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from eval.scoring import MAX_LENGTH
+from eval.models import MAX_LENGTH
 from prep.common import BadInput, reason
 
 CONVERTER = Path(sys.prefix) / "converter"  # a folder of its own: it brings another `gguf` than Transformers reads with

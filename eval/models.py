@@ -1,6 +1,7 @@
 """From the chain of recipes to models in memory: what is there, what it is made of, and that it fits together."""
 
 import argparse
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from prep.common import BadInput, reason
+from prep.common import BadInput, cpu_name, git_state, reason, versions
 from train.dequantise import merge
 from train.stages import Stage, line_of
 
+LIBRARIES = (
+    "lm_eval", "torch", "transformers", "peft", "tokenizers", "safetensors", "axolotl", "numpy", "matplotlib", "pyspellchecker"
+)  # fmt: skip
+MAX_LENGTH = 2048  # tokens: the window of every stage and base, whatever a model's config allows
 BASE = "base"  # the report's name for what the first stage starts from
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MERGED_DTYPE = torch.float16  # bfloat16 keeps 8 bits of a weight, and loses a part of what the adapter learned
@@ -51,6 +56,18 @@ class Candidate:
 def full_weights(model: Path) -> list[Path]:
     """The safetensors files of a full model."""
     return sorted(model.glob("model*.safetensors"))
+
+
+def files_of(row: Candidate) -> list[Path]:
+    """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    files = [*row.weights, *full_weights(row.model)]
+    files += [row.model / name for name in names if (row.model / name).is_file()]
+    if row.adapter:
+        files.append(row.adapter / "adapter_config.json")
+        if not files[-1].is_file():
+            raise BadInput(f"stage {row.name} is not whole: {files[-1]} is missing")
+    return list(dict.fromkeys(files))
 
 
 def candidate(stage: Stage, base: str = BASE) -> Candidate:
@@ -147,6 +164,19 @@ def parse_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Machine, versions and commit."""
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "dtype": dtype,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
+        "git": git_state(),
+    }
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -28,12 +28,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval.intervals import difference, interval
 from eval.metrics import CONTEXT, SPAN
+from eval.models import MAX_LENGTH
 from prep.common import BadInput, progress
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 
 TASKS = Path(__file__).parent / "tasks"
-MAX_LENGTH = 2048  # the same windows for every stage and base, whatever a model's config allows
 FILL = 0.9  # of a batch, at least, is text
 BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
 

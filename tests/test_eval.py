@@ -96,7 +96,7 @@ def test_scores_are_those_of_lm_eval_alone(place):
 
 @pytest.fixture
 def in_four_bits(place: Path) -> Path:
-    """The curriculum with recipes that round the base under the adapters. A hidden size of 64: blocks are that long."""
+    """The curriculum with recipes that quantise the base under the adapters. A hidden size of 64: blocks are that long."""
     size = len(AutoTokenizer.from_pretrained("models/base"))
     tiny_llama(size, seed=1, hidden=64).save_pretrained("outputs/2a")
     nf4 = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}}
@@ -170,7 +170,7 @@ def test_an_adapter_is_evaluated_on_its_base_as_its_recipe_quantises_it(in_four_
     assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
 
 
-def test_the_report_prices_rounding_and_merging(in_four_bits):
+def test_the_report_prices_quantising_and_merging(in_four_bits):
     settings = ("--tasks", "gallica_heldout", "novel_heldout", "--samples", "1", "--limit", "1")
     result = evaluate(*settings)
     bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}

@@ -39,11 +39,13 @@ def test_a_run_is_read_while_it_grows(tmp_path: Path, log_step: Callable[..., No
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path, log_step: Callable[..., None]) -> None:
     run = logs.Run(tmp_path / "2a")
+    seen: list[float] = []
     for checkpoint, end, loss in ((0, 7, 4.0), (4, 6, 3.0), (5, 9, 2.0)):
         log_step(run.folder, checkpoint)
         for step in range(checkpoint + 1, end + 1):
             log_step(run.folder, step, loss=loss)
-    assert losses(run) == [4.0] * 4 + [3.0] + [2.0] * 4
+        seen = seen[:checkpoint] + [loss] * (end - checkpoint)
+        assert losses(run) == seen
     (run.folder / LOG).write_text("")  # another training begins
     log_step(run.folder, 1, loss=5.0)
     assert losses(run) == [5.0]

@@ -103,7 +103,7 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert workbench.free_memory() > 2**20
 
 
-def test_an_adapter_stands_on_its_rounded_base(folder: Path) -> None:
+def test_an_adapter_is_loaded_on_its_quantised_base(folder: Path) -> None:
     """As in the report and the continuation: on 4-bit weights, not on those they were made from."""
     from eval import models
 
