@@ -34,6 +34,20 @@ def test_axolotl_accepts_it_and_ignores_no_key(stage: Stage, axolotl_validates: 
     assert "liger_rope" in unknown_keys(config | {"plugins": []})
 
 
+@pytest.mark.parametrize("stage", CHAIN, ids=lambda stage: stage.name)
+def test_a_step_keeps_its_rows_on_several_cards(stage: Stage) -> None:
+    from train.plugins import share_step
+
+    for cards in (1, 2, 4):
+        config = dict(stage.config)
+        share_step(config, cards)
+        rows = stage.config["micro_batch_size"] * stage.config["gradient_accumulation_steps"]
+        assert cards * config["micro_batch_size"] * config["gradient_accumulation_steps"] == rows
+        assert config["micro_batch_size"] <= stage.config["micro_batch_size"]
+    with pytest.raises(BadInput, match=f"{rows} rows|cannot be shared by {rows + 1} processes"):
+        share_step(dict(stage.config), rows + 1)
+
+
 def test_what_every_stage_shares() -> None:
     for name, config in ((stage.name, stage.config) for stage in CHAIN):
         rows = "3b" if name == "3c" else name  # the ablation reads what 3b reads
@@ -95,7 +109,7 @@ def test_another_curriculum_needs_no_code(tmp_path: Path) -> None:
 ALLOWED = {
     "bf16", "tf32", "attn_implementation", "plugins", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
     "gradient_checkpointing", "dataset_num_proc", "dataloader_num_workers", "max_steps", "micro_batch_size",
-    "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "learning_rate",
+    "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "eval_batch_size", "learning_rate",
 }  # fmt: skip
 
 

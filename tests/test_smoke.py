@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -15,6 +16,7 @@ from tiny_curriculum import ENVIRONMENT, save_base
 from tiny_curriculum import run_script as python
 from transformers import AutoModelForCausalLM
 
+from bench.faults import left_in
 from eval.logs import LOGGED
 from train.stage import as_arguments, load_profile
 from train.stages import LOG, load_chain
@@ -76,28 +78,12 @@ def trained(workdir: Path) -> dict[str, str]:
         time.sleep(0.005)  # two more steps and it would be finished
     process.kill()
     process.wait()
-    output["trainers left"] = still_running(workdir)
+    assert left_in(workdir) == []
     output["2b"] = stage("2b", workdir, *recorded)
 
     output["2c"] = accelerate("2c", workdir)
     output["check"] = python(ROOT / "train/gate.py", "--recipes", RECIPES, cwd=workdir)
     return output
-
-
-def still_running(folder: Path) -> str:
-    """Command lines of the processes that work in a folder, once they had a moment to end."""
-    for _ in range(50):
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if (process / "cwd").resolve() == folder:
-                    found.append((process / "cmdline").read_text().replace("\0", " ").strip())
-            except OSError:
-                pass
-        if not any(found):
-            return ""
-        time.sleep(0.1)
-    return "\n".join(found)
 
 
 def test_every_launch_is_judged(trained: dict[str, str], workdir: Path) -> None:
@@ -117,7 +103,6 @@ def test_our_command_prints_a_screen_and_logs_the_rest(trained: dict[str, str], 
 
 def test_killed_and_resumed_it_ends_in_the_same_bytes(trained: dict[str, str], workdir: Path) -> None:
     """So does a run from the start with the same seed: A is drawn by it."""
-    assert trained["trainers left"] == ""
     log = (workdir / "outputs/2b/train.log").read_text()
     assert "checkpoint-2" in log and log.count("adapter start:") == 1  # not again when it resumes
     name = "adapter_model.safetensors"
@@ -163,6 +148,33 @@ def test_the_rows_are_cached_by_what_they_are(trained: dict[str, str], workdir: 
     (cache,) = (workdir / "data/prepared").glob("2a-*")
     windows = [len(datasets.load_from_disk(state.parent)) for state in cache.glob("*/state.json")]
     assert sorted(windows) == [3, 24]  # held out, training
+
+
+def test_two_processes_train_as_one(trained: dict[str, str], workdir: Path) -> None:
+    """By DDP over gloo: as many tokens a step, a killed process ends the others, and one process goes on."""
+    cwd = workdir / "two"
+    cwd.mkdir()
+    for name in ("models", "data"):
+        (cwd / name).symlink_to(workdir / name)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "axolotl.cli.train"]
+    command = [sys.executable, *launch, RECIPES / "2a.yml", *as_arguments(load_profile("smoke", "2a")[1])]
+    with (cwd / "printed").open("w") as said:
+        process = subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=said, stderr=said)
+        state, deadline = cwd / "outputs/2a/checkpoint-2/complete.json", time.time() + 300
+        while not state.exists() and time.time() < deadline:
+            assert process.poll() is None, (cwd / "printed").read_text()[-3000:]
+            time.sleep(0.005)
+        psutil.Process(process.pid).children()[1].kill()
+        assert process.wait(120) and left_in(cwd) == []
+    assert (cwd / "outputs/2a/checkpoint-2/rng_state_1.pth").exists()
+    assert "2a: trained, 4 of 4 steps" in stage("2a", cwd)
+    base, alone, shared = (
+        load_file(f / "model.safetensors") for f in (cwd / "models/base", workdir / "outputs/2a", cwd / "outputs/2a")
+    )
+    moved, apart = (sum((alone[k] - other[k]).norm() ** 2 for k in alone) ** 0.5 for other in (base, shared))
+    assert 0 < apart < 1e-3 * moved
+    one, two = (json.loads((f / "outputs/2a/trained.json").read_text())["steps"] for f in (workdir, cwd))
+    assert one == two and one["tokens"] == 4 * 2 * 512
 
 
 def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None:

@@ -59,6 +59,8 @@ class Gate(BasePlugin):
                 cfg[key] = None
         self.recipe = Path(cfg.get("axolotl_config_path") or "")
         self.settings = json.loads(json.dumps(cfg, default=str))
+        with self.refusals():
+            share_step(cfg, int(os.environ.get("WORLD_SIZE", "1")))
         # Axolotl reuses its cache of tokenised rows when the rows have changed: a folder for each version of them.
         manifests = sorted(
             {manifest_of(path) for path in [*(Path(rows["path"]) for rows in cfg.get("datasets") or []), *heldout]}
@@ -72,6 +74,8 @@ class Gate(BasePlugin):
         """The first call of a training: refuse, or ready the output folder. The rows are loaded by Axolotl."""
         if preprocess:
             return
+        if not torch.cuda.is_available():
+            cfg["device_map"] = {"": "cpu"}  # Axolotl gives each of several processes a card
         end_with_parent()
         with self.refusals():
             self.chain = load_chain(self.recipe.parent)
@@ -137,6 +141,19 @@ class Gate(BasePlugin):
             yield
         except BadInput as error:
             raise SystemExit(f"gate: {self.recipe.stem}: {error}") from error
+
+
+def share_step(cfg: Any, processes: int) -> None:
+    """Divide the rows of a step among the processes: its tokens stay what the recipe says, whatever the number of cards."""
+    most, steps = cfg.get("micro_batch_size") or 1, cfg.get("gradient_accumulation_steps") or 1
+    rows, rest = divmod(most * steps, processes)
+    if rest:
+        raise BadInput(
+            f"a step of {most} x {steps} rows cannot be shared by {processes} processes: take a number that divides "
+            f"{most * steps} (accelerate launch --num_processes), or change gradient_accumulation_steps"
+        )
+    cfg["micro_batch_size"] = max(size for size in range(1, most + 1) if rows % size == 0)
+    cfg["gradient_accumulation_steps"] = rows // cfg["micro_batch_size"]
 
 
 def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None) -> int:
