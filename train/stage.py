@@ -121,8 +121,9 @@ def follow(stage: Stage, arguments: list[str]) -> None:
         printed = log.read_bytes()[start:].decode(errors="replace")
         if refusals := re.findall(r"^gate: (.+)$", printed, re.M):
             raise BadInput(refusals[-1])
+        killed = re.findall(r"Signal \d+ \((?!SIGTERM)\w+\) received by PID \d+", printed)  # one of several processes
         errors = re.findall(r"^(?:\w+\.)*\w*(?<!CalledProcess)Error: .+$", printed, re.M)
-        reason = errors[-1] if errors else f"status {status}"
+        reason = (killed or errors or [f"status {status}"])[-1]
         raise BadInput(f"{stage.name} failed: {reason} (log: {log}); the same command resumes it")
 
 
