@@ -60,9 +60,12 @@ class Gate(BasePlugin):
         self.recipe = Path(cfg.get("axolotl_config_path") or "")
         self.settings = json.loads(json.dumps(cfg, default=str))
         if not torch.cuda.is_available():
-            os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate takes each of several processes for the only one
-        with self.refusals():
-            share_step(cfg, int(os.environ.get("WORLD_SIZE", "1")))
+            os.environ["ACCELERATE_USE_CPU"] = (
+                "true"  # else accelerate takes each of several processes for the only one
+            )
+        if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            with self.refusals():
+                share_step(cfg, processes)
         # Axolotl reuses its cache of tokenised rows when the rows have changed: a folder for each version of them.
         manifests = sorted(
             {manifest_of(path) for path in [*(Path(rows["path"]) for rows in cfg.get("datasets") or []), *heldout]}
