@@ -40,19 +40,7 @@ from eval import generation, metrics, models
 from eval.generation import DynamicCache, Tokenizer
 from eval.metrics import SENTENCE_END
 from eval.models import MAX_LENGTH
-from prep.common import (
-    BadInput,
-    atomic_write,
-    digest,
-    lock,
-    positive,
-    read_json,
-    run,
-    sha256,
-    versions,
-    write_json,
-    write_text,
-)
+from prep.common import BadInput, atomic_write, digest, lock, positive, read_json, run, sha256, write_json, write_text
 from prep.typography import to_convention
 from train.stages import load_chain
 
@@ -384,9 +372,7 @@ def main() -> None:
     settings = Settings(args.seed, args.candidates, args.chunk_tokens, args.window, args.keep, args.longest_copy)
 
     hashes = {str(path): sha256(path) for path in models.files_of(row)}
-    where = models.environment(args.device, args.dtype)
-    if row.form == models.GGUF:
-        where["versions"] |= versions("cyllama")
+    where = models.environment(args.device, args.dtype, *(["cyllama"] if row.form == models.GGUF else []))
     about = {
         "stage": row.name,
         "weights": hashes,

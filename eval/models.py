@@ -166,15 +166,15 @@ def parse_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def environment(device: str, dtype: str) -> dict[str, Any]:
-    """Machine, versions and commit."""
+def environment(device: str, dtype: str, *more: str) -> dict[str, Any]:
+    """Machine, commit, and versions of LIBRARIES and `more`."""
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
         "dtype": dtype,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
+        "versions": {"python": platform.python_version(), **versions(*LIBRARIES, *more)},
         "git": git_state(),
     }
 
