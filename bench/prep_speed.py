@@ -8,18 +8,17 @@ not counted. Ours is `prep/gallica.py --windows all` from a bare folder, start a
 
 The corpus of each size is made from the novels of FOLDER: a further book is one of them with three small words in five
 another word of the same book, and one in 25 a form that no other book has. So it has their pages and headers, and no two
-are near-duplicates. Processor seconds are those of our processes, so they compare on a busy machine. Memory is resident
-memory, sampled ten times a second (pages that workers share count in each).
+are near-duplicates. Processor seconds are those of our processes, so they compare on a busy machine. They and the resident
+memory are sampled ten times a second (pages that workers share count in each).
 """
 
 import argparse
-import ctypes
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,7 +39,9 @@ from prep.readers import read_books, source_paths
 
 LENGTH = 512
 LIBRARY_WORDS = 16.4e9  # of PleIAs/French-PD-Books
-FILES = 8  # as the library's own files are many: tasks for two workers
+FILES = 8  # as the library's own files are many: tasks for the workers
+WORKERS = 2
+SECONDS = 15  # of the naive method each time
 
 
 def perturbed(text: str, draw: random.Random) -> str:
@@ -85,8 +86,8 @@ def write_corpus(source: Path, folder: Path, count: int) -> tuple[int, int]:
     return size, words
 
 
-def naive(source: Path, tokenizer: Path, seconds: float) -> dict[str, Any]:
-    """Windows made in `seconds`, reading the files counted in."""
+def naive(source: Path, tokenizer: Path) -> dict[str, Any]:
+    """Windows made in `SECONDS`, reading the files counted in."""
     draw = random.Random(1)
     began, cpu_began = time.monotonic(), time.process_time()
     tokens = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
@@ -94,7 +95,7 @@ def naive(source: Path, tokenizer: Path, seconds: float) -> dict[str, Any]:
     for path in sorted(source.glob("*.parquet")):
         books += pq.read_table(path, columns=["complete_text"])["complete_text"].to_pylist()
     windows = 0
-    while time.monotonic() - began < seconds:
+    while time.monotonic() - began < SECONDS:
         book = draw.choice(books)
         start = draw.randrange(max(1, len(book) - 6 * LENGTH))
         ids = tokens.encode(book[start : start + 6 * LENGTH]).ids[:LENGTH]
@@ -108,42 +109,29 @@ def naive(source: Path, tokenizer: Path, seconds: float) -> dict[str, Any]:
     }
 
 
-def resident(process: psutil.Process) -> int:
-    try:
-        return process.memory_info().rss
-    except psutil.Error:  # it has just ended
-        return 0
-
-
-def children_cpu() -> float:
-    """Seconds of processor time of all processes that have ended below this one."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def ours(source: Path, tokenizer: Path, folder: Path, workers: int, size: int) -> dict[str, Any]:
+def ours(source: Path, tokenizer: Path, folder: Path, size: int) -> dict[str, Any]:
     """The whole command, its memory watched; then what each step of its log took."""
     words = ["--source", source, "--tokenizer", tokenizer, "--sequence-len", LENGTH, "--windows", "all"]
-    words += ["--split", "1/1", "--holdout", 0.02, "--workers", workers, "--out", folder / "2a.jsonl"]
-    before = {child.pid for child in psutil.Process().children()}
-    began, cpu_began = time.monotonic(), children_cpu()
+    words += ["--split", "1/1", "--holdout", 0.02, "--workers", WORKERS, "--out", folder / "2a.jsonl"]
+    began = time.monotonic()
     process = psutil.Popen(
         [sys.executable, str(ROOT / "prep" / "gallica.py"), *map(str, words)], stderr=subprocess.DEVNULL
     )
     worker = total = 0
+    cpu: dict[int, float] = {}  # seconds of each process, as last seen
     while process.poll() is None:
-        try:
-            sizes = [resident(child) for child in process.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            break
-        worker, total = max(worker, *sizes, 0), max(total, resident(process) + sum(sizes))
+        sizes = []
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            for each in [process, *process.children(recursive=True)]:
+                times = each.cpu_times()
+                cpu[each.pid] = times.user + times.system
+                sizes.append(each.memory_info().rss)
+        worker, total = max(worker, *sizes[1:], 0), max(total, sum(sizes))
         time.sleep(0.1)
     spent = time.monotonic() - began
     if process.wait() != 0:
         raise RuntimeError("prep/gallica.py failed")
-    while left := {child.pid for child in psutil.Process().children()} - before:
-        os.waitpid(left.pop(), 0)  # the server of its workers, which it does not wait for
-    cpu_seconds = children_cpu() - cpu_began
+    cpu_seconds = sum(cpu.values())
     manifest = json.loads((folder / "2a.manifest.json").read_text(encoding="utf-8"))
     windows = manifest["train"]["windows"] + manifest["heldout"]["windows"]
     steps: Counter[str] = Counter()
@@ -220,8 +208,6 @@ would take {LIBRARY_WORDS * report["bytes_a_word"] / 1e6 * grown["cpu_seconds_a_
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The report."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Whatever the command leaves behind becomes a child of this process, which waits for it and counts its time.
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     results = []
     for count in args.books:
         with tempfile.TemporaryDirectory() as scratch:
@@ -230,8 +216,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             baselines, made = [], []
             for number in range(args.repeats):
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                    baselines.append(alone.submit(naive, corpus, args.tokenizer, args.seconds).result())
-                made.append(ours(corpus, args.tokenizer, Path(scratch) / f"rows{number}", args.workers, size))
+                    baselines.append(alone.submit(naive, corpus, args.tokenizer).result())
+                made.append(ours(corpus, args.tokenizer, Path(scratch) / f"rows{number}", size))
         rates = [(a["windows_a_second"], b["windows_a_second"]) for a, b in zip(baselines, made, strict=True)]
         result = {
             "books": count,
@@ -246,7 +232,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_gb": memory},
         "sequence_len": LENGTH,
-        "workers": args.workers,
+        "workers": WORKERS,
         "bytes_a_word": round(size / words, 2),
         "sizes": results,
         "growth": growth(results),
@@ -260,8 +246,6 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--books", type=int, nargs="+", default=[50, 200, 800], help="sizes (default 50 200 800)")
     parser.add_argument("--repeats", type=int, default=3, help="of both, at each size (default 3)")
-    parser.add_argument("--seconds", type=float, default=15, help="of the naive method each time (default 15)")
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
     args = parser.parse_args()
     report = measured(args)

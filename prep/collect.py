@@ -315,18 +315,14 @@ def collect_gallica(args: argparse.Namespace) -> None:
         wanted = {"source": str(source), "bytes": sum(path.stat().st_size for path in local.values())}
     wanted |= {"files": count, "seed": args.seed}
     before, lost = recorded(out)
-    more = (
-        before
-        and before["wanted"] | {"files": count} == wanted
-        and (lost or (before["wanted"]["files"] or math.inf) < (count or math.inf))
-    )
-    if before and more:
-        for name in lost:
-            print(f"{out / name} is missing or was changed: it is collected again", flush=True)
-            (out / name).unlink(missing_ok=True)
-        before["files"] = [file for file in before["files"] if file["name"] not in lost]
-    if not more and already(out, wanted):
+    same = before is not None and before["wanted"] | {"files": count} == wanted
+    grows = before is not None and (before["wanted"].get("files") or math.inf) < (count or math.inf)
+    if not (same and (lost or grows)) and already(out, wanted):
         return
+    for name in lost:
+        print(f"{out / name} is missing or was changed: it is collected again", flush=True)
+        (out / name).unlink(missing_ok=True)
+    held = [file for file in before["files"] if file["name"] not in lost] if before else []
 
     commit, remote = "", {}
     if not source:
@@ -338,11 +334,9 @@ def collect_gallica(args: argparse.Namespace) -> None:
     foreign = sorted(p.name for p in out.glob("*") if p.name.endswith(SUFFIXES) and p.name not in names)
     if foreign:
         raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {len(names)} chosen: remove or move them")
-    held = before["files"] if before else []
     wanting = [name for name in names if name not in {file["name"] for file in held}]
-    if source:
-        places = [local[name] for name in wanting]
-    else:
+    places = local
+    if not source:
         waiting = [remote[name] for name in wanting]
         size = sum(file["bytes"] for file in waiting)
         need_room(downloads, size)
@@ -355,15 +349,15 @@ def collect_gallica(args: argparse.Namespace) -> None:
                     bar.update(file["bytes"])
         else:
             hub_fetch(downloads, args.repo, "dataset", commit, [file["name"] for file in waiting])
-        places = [downloads / file["name"] for file in waiting]
-    for place in places:
-        if place.suffix == ".parquet":
-            check_columns(place)
-        elif place.name.endswith(BOOK_SUFFIXES):
-            kind_of(place.read_bytes(), str(place))
-    held = held + [file | {"name": name} for name, file in zip(wanting, source_files(places), strict=True)]
-    for name, place in zip(wanting, places, strict=True):
-        put(place, out / name, link=True)
+        places = {name: downloads / remote[name]["name"] for name in wanting}
+    for name in wanting:
+        if name.endswith(".parquet"):
+            check_columns(places[name])
+        elif name.endswith(BOOK_SUFFIXES):
+            kind_of(places[name].read_bytes(), str(places[name]))
+    held += [source_files([places[name]])[0] | {"name": name} for name in wanting]
+    for name in wanting:
+        put(places[name], out / name, link=True)
     record = {
         "wanted": wanted,
         "path": str(source) if source else None,
@@ -379,15 +373,6 @@ def collect_gallica(args: argparse.Namespace) -> None:
 # --- the book --------------------------------------------------------------------------------------------------------
 
 
-def book_suffix(path: Path, source: str) -> str:
-    """`.pdf`, `.epub`, `.txt` ..., by the content of a file. Raises BadInput where it holds no book."""
-    data = path.read_bytes()
-    kind = kind_of(data, source)
-    if kind != "pdf":  # reading one takes seconds; castle.py does
-        read_bytes(data, source)
-    return f".{kind}"
-
-
 def collect_book(args: argparse.Namespace) -> None:
     """data/raw/book/book.pdf, book.epub, book.txt ... (the formats of prep/formats.py)."""
     out, source, downloads = args.out, args.source, staging(args.out)
@@ -401,8 +386,11 @@ def collect_book(args: argparse.Namespace) -> None:
         return
 
     file = url_fetch(source, downloads) if remote else Path(source)
+    data = file.read_bytes()
     try:
-        place = out / f"book{book_suffix(file, source)}"
+        place = out / f"book.{kind_of(data, source)}"
+        if place.suffix != ".pdf":  # reading one takes seconds; castle.py does
+            read_bytes(data, source)
     except BadInput:
         if remote:
             file.unlink()
@@ -440,17 +428,14 @@ def main() -> None:
     gallica.set_defaults(collect=collect_gallica, out=Path("data/raw/gallica"), pinned=DATASETS)
 
     book = commands.add_parser("book", help="the novel of the last stage", description=collect_book.__doc__)
-    book.add_argument(
-        "--source", required=True, help="address or file: PDF with text, EPUB, DOCX, ODT, HTML, RTF, text"
-    )
+    formats = "address or file: PDF with text, EPUB, DOCX, ODT, HTML, RTF, text"
+    book.add_argument("--source", required=True, help=formats)
     book.set_defaults(collect=collect_book, out=Path("data/raw/book"))
 
     for command in (base, gallica):
         command.add_argument("--revision", help="its commit, tag or branch (default: the pinned one, or main)")
     for command in (base, gallica, book):
-        command.add_argument(
-            "--out", type=Path, default=command.get_default("out"), help="folder (default %(default)s)"
-        )
+        command.add_argument("--out", type=Path, help=f"folder (default {command.get_default('out')})")
     args = parser.parse_args()
     if args.command != "book":
         if args.source and (args.repo or args.revision):

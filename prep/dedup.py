@@ -198,15 +198,11 @@ class Prints:
     """The fingerprints of a corpus, read from the disk as they are needed."""
 
     def __init__(self, folder: Path):
-        self.task = functools.cache(lambda rank: _mapped(folder / "prints" / f"{rank:05d}.npy"))
+        self.array = functools.cache(lambda name: np.load(folder / "prints" / name, mmap_mode="r"))
 
     def __getitem__(self, entry: Entry) -> np.ndarray:
-        hashes, ends = self.task(entry.rank)
-        return hashes[ends[entry.line] : ends[entry.line + 1]]
-
-
-def _mapped(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    return np.load(path, mmap_mode="r"), np.load(path.with_suffix(".ends.npy"))
+        start, end = self.array(f"{entry.rank:05d}.ends.npy")[entry.line : entry.line + 2]
+        return self.array(f"{entry.rank:05d}.npy")[start:end]
 
 
 def candidate_pairs(folder: Path) -> set[Pair]:
@@ -329,13 +325,12 @@ def read_entries(folder: Path, tasks: int) -> Iterator[tuple[Entry, str]]:
 
 def write_rejected(folder: Path, tasks: int, gone: dict[Entry, Gone]) -> None:
     """Into `rejected/<reason>/`, as the filters of the first stage do."""
-    for reason in {why.reason for why in gone.values()}:
-        place = folder / "rejected" / reason
-        with JsonlWriter(str(place), "00000.jsonl.gz", adapter=lambda _, document: document.metadata) as writer:
-            for entry, text in read_entries(folder, tasks):
-                if entry in gone and gone[entry].reason == reason:
-                    fields = entry._asdict() | {"id": entry.source, "because": gone[entry].because, "text": text}
-                    writer.write(Document(text, entry.source, metadata=fields))
+    place, name = str(folder / "rejected"), "${reason}/00000.jsonl.gz"
+    with JsonlWriter(place, name, adapter=lambda _, document: document.metadata["fields"]) as writer:
+        for entry, text in read_entries(folder, tasks):
+            if why := gone.get(entry):
+                fields = entry._asdict() | {"id": entry.source, "because": why.because, "text": text}
+                writer.write(Document(text, entry.source, metadata={"reason": why.reason, "fields": fields}))
 
 
 def funnel(folder: Path, tasks: int, gone: dict[Entry, Gone], entries: list[Entry]) -> dict[str, Any]:

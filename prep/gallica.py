@@ -32,7 +32,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from prep.common import collected, digest, run, sha256, source_files, versions
+from prep.common import collected, digest, positive, run, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import COUNTER, Cluster, forget, take
 from prep.filters import (
@@ -116,14 +116,8 @@ def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, describe
     ]
 
 
-def count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1 (to hold nothing out: --holdout 0)")
-    return int(text)
-
-
 def count_or_all(text: str) -> float:
-    return math.inf if text == "all" else count(text)
+    return math.inf if text == "all" else positive(text)
 
 
 def split(text: str) -> Share:
@@ -150,17 +144,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--windows", type=count_or_all, required=True, help="how many windows to write, or: all")
     add("--split", type=split, default=Share(1, 2), metavar="K/N", help="which share (default 1/2)")
     add("--holdout", type=holdout_share, default=0.01, help="share of works held out; 0: none (default 0.01)")
-    add("--heldout-windows", type=count, metavar="N", help="held-out windows at most (default: 262,144 tokens)")
+    add("--heldout-windows", type=positive, metavar="N", help="held-out windows at most (default: 262,144 tokens)")
     add("--seed", type=int, default=42, help="of the draw and the order of rows (default 42)")
     add("--out", type=jsonl_path, required=True, help="the rows, such as data/2a.jsonl")
     add = parser.add_argument_group("which books (the same for both splits)").add_argument
     add("--from-year", type=int, metavar="YEAR", help="published then or later")
     add("--to-year", type=int, metavar="YEAR", help="published then or before")
     add("--against", type=utf8_file, metavar="FILE", help="a text no book may overlap with: the novel")
-    add("--cap-per-work", type=count, metavar="N", help="windows of one work at most, all volumes")
+    add("--cap-per-work", type=positive, metavar="N", help="windows of one work at most, all volumes")
     add = parser.add_argument_group("who does the work").add_argument
     add("--executor", choices=("local", "slurm", "ray"), default="local", help="(default local)")
-    add("--workers", type=count, default=os.cpu_count(), help="tasks at once (default: one a core)")
+    add("--workers", type=positive, default=os.cpu_count(), help="tasks at once (default: one a core)")
     add("--partition", default="", help="Slurm's partition")
     add("--time", default="12:00:00", help="Slurm's limit for one task (default %(default)s)")
     add("--fresh", action="store_true", help="make the corpus again even if it is there")

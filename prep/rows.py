@@ -55,6 +55,12 @@ class Row(NamedTuple):
         return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
+def read_row(file: IO[bytes], offset: int) -> Row:
+    """A row that was written as a JSON list at that place."""
+    file.seek(offset)
+    return Row(*json.loads(file.readline()))
+
+
 # --- text to rows ----------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +257,18 @@ def document_rows(text: str, entry: Entry, share: Share, cutter: Cutter, seed: i
             most -= b.windows
 
 
+class Document(NamedTuple):
+    """A document's place in the draw and its rows, each (task, offset, windows)."""
+
+    order: float
+    work: str
+    rows: list[tuple[int, int, int]]
+
+    @property
+    def windows(self) -> int:
+        return sum(windows for *_, windows in self.rows)
+
+
 class CutRows(PipelineStep):
     """Cut the chosen documents of a task into rows: `<task>.rows`, and an index by document."""
 
@@ -263,7 +281,7 @@ class CutRows(PipelineStep):
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> None:
         draw = self.draw
         mine = {entry.line: (entry, heldout) for entry, heldout in chosen_books(self.corpus) if entry.rank == rank}
-        index: list[dict[str, Any]] = []
+        index: list[tuple[bool, bool, Document]] = []  # held out, has a special token
         with open(self.folder / f"{rank:05d}.rows", "wb") as handle:
             for line, document in enumerate(data or ()):
                 if line not in mine:
@@ -274,13 +292,11 @@ class CutRows(PipelineStep):
                 share, most = draw.share, min(draw.windows, draw.cap_per_work or math.inf)
                 if heldout:
                     share, most = Share(1, 1), draw.heldout_windows
-                rows: list[tuple[int, int]] = []  # offset, windows
+                rows: list[tuple[int, int, int]] = []
                 for row in document_rows(document.text, entry, share, self.cutter, draw.seed, 0 if special else most):
-                    rows.append((handle.tell(), row.windows))
+                    rows.append((rank, handle.tell(), row.windows))
                     handle.write(json.dumps(row).encode() + b"\n")
-                index.append(
-                    {"source": entry.source, "work": entry.work, "heldout": heldout, "special": special, "rows": rows}
-                )
+                index.append((heldout, special, Document(fraction(draw.seed, entry.source), entry.work, rows)))
         with atomic_write(self.folder / f"{rank:05d}.index.json") as out:
             json.dump(index, out)
 
@@ -297,18 +313,6 @@ def even_shares(available: list[int], order: list[float], wanted: int) -> list[i
     longer = sorted(np.flatnonzero(array > cap), key=lambda i: order[i])
     taken[longer[: wanted - int(taken.sum())]] += 1
     return taken.tolist()
-
-
-class Document(NamedTuple):
-    """A document's place in the draw and its rows, each (task, offset, windows)."""
-
-    order: float
-    work: str
-    rows: list[tuple[int, int, int]]
-
-    @property
-    def windows(self) -> int:
-        return sum(windows for *_, windows in self.rows)
 
 
 class Pool:
@@ -343,8 +347,7 @@ class Pool:
             ranks = {rank for _, rank, *_ in picked}
             files = {rank: stack.enter_context(open(folder / f"{rank:05d}.rows", "rb")) for rank in ranks}
             for _, rank, offset, windows in sorted(picked):
-                files[rank].seek(offset)
-                row = Row(*json.loads(files[rank].readline()))
+                row = read_row(files[rank], offset)
                 if windows < row.windows:
                     bounds = next(cutter.cut(cutter.encode(row.text), windows=windows), None)
                     if not bounds or bounds.windows != windows:
@@ -373,11 +376,9 @@ class DrawRows(PipelineStep):
         sides: tuple[list[Document], list[Document]] = ([], [])
         special = [0, 0]
         for task in range(self.tasks):
-            for book in json.loads((self.folder / f"{task:05d}.index.json").read_text(encoding="utf-8")):
-                special[book["heldout"]] += book["special"]
-                if book["rows"]:
-                    rows = [(task, offset, windows) for offset, windows in book["rows"]]
-                    sides[book["heldout"]].append(Document(fraction(asked.seed, book["source"]), book["work"], rows))
+            for heldout_book, has_special, book in json.loads((self.folder / f"{task:05d}.index.json").read_bytes()):
+                special[heldout_book] += has_special
+                sides[heldout_book].append(Document(*book))
         train, heldout = Pool(sides[0], asked.cap_per_work, asked.seed), Pool(sides[1], None, asked.seed)
         there, held = sum(train.available), sum(heldout.available)
         windows = there if asked.windows == math.inf else int(asked.windows)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub
 from small_tokenizers import save_gpt2_like, save_llama_like
 from tiny_curriculum import save_curriculum
 
@@ -83,6 +85,16 @@ def log_step() -> Callable[..., None]:
             file.write(json.dumps({"time": at or time.time(), "step": step, "max_steps": steps, **named}) + "\n")
 
     return log
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A stand-in of the hub, of Zenodo and of any web server."""
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.released.set()
+        server.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 --device cpu"
 GALLICA = "prep/gallica.py --tokenizer models/base --sequence-len 64 --windows all --out data/new.jsonl --source"
 CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 --out data/new.jsonl --book"
+INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
 CONTINUE = "eval/continuation.py --words 5 --device cpu"
 
 
@@ -122,6 +123,9 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} data/2c.txt --holdout 2", nothing, "holdout"),
     (f"{CASTLE} data/2c.txt --tokenizer nowhere", nothing, "nowhere"),
     (f"{CASTLE} data/2c.txt", write("models/base/tokenizer.json", "{"), "models/base"),
+    (INSTRUCTIONS, write("given.jsonl", '{"conversations": []}\n'), "models/base has no chat template"),
+    (INSTRUCTIONS, write("given.jsonl", '{"title": "Le sel", "te'), "given.jsonl is no readable file"),
+    (INSTRUCTIONS, write("given.jsonl", '{"title": "", "text": ""}\n'), "1 empty article"),
     # evaluating
     (f"{EVALUATE} --recipes nowhere", nothing, "no recipe"),
     (f"{EVALUATE} --stages 9z", nothing, "no stage 9z"),

@@ -13,7 +13,9 @@ The peak is at one of three moments: the loss (every checkpoint, and the logits)
 """
 
 import argparse
+import functools
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +77,7 @@ class Plan:
         return self.peak + CUDA_CONTEXT
 
 
+@functools.cache
 def load_config(base: Path) -> PretrainedConfig:
     """config.json of a model folder, or that file. Raises BadInput when it is missing or not a Llama-like model."""
     path = base / "config.json" if base.is_dir() else base
@@ -348,24 +351,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path, help="recipes (default: the shipped ones)")
     tinyllama = Path(__file__).with_name("tinyllama.json")
-    parser.add_argument(
-        "--base",
-        type=Path,
-        help="model folder or config.json (default: train/FOLDER-*.json of the recipe's, or TinyLlama)",
-    )
+    bases = "model folder or config.json (default: train/FOLDER-*.json of the recipe's, or TinyLlama)"
+    parser.add_argument("--base", type=Path, help=bases)
     args = parser.parse_args()
-    planned: dict[Path, dict[str, tuple[dict[str, Any], Plan]]] = {}
-    configs: dict[Path, PretrainedConfig] = {}
+    planned: dict[Path, dict[str, tuple[dict[str, Any], Plan]]] = defaultdict(dict)
     for path in args.recipes or sorted((ROOT / "recipes").glob("*.yml")):
         name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-        if not path.is_file():
-            raise BadInput(f"{path} is missing; name a recipe")
         recipe = load_recipe(path)
         sizes = sorted(tinyllama.parent.glob(f"{Path(recipe['base_model']).name}-*.json"))
         for base in [args.base] if args.base else sizes or [tinyllama]:
-            configs[base] = configs.get(base) or load_config(base)
             try:
-                planned.setdefault(base, {})[name] = recipe, plan(configs[base], recipe)
+                planned[base][name] = recipe, plan(load_config(base), recipe)
             except KeyError as error:
                 raise BadInput(f"{name} has no {error}, which the plan needs") from error
             except BadInput as error:
@@ -376,7 +372,7 @@ def main() -> None:
         for name, (recipe, found) in plans.items():
             for card in CARDS:
                 if not fits(found, card):
-                    print(f"{name} in {card} GB: {remedy(configs[base], recipe, card)}")
+                    print(f"{name} in {card} GB: {remedy(load_config(base), recipe, card)}")
 
 
 if __name__ == "__main__":
