@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from prep.common import ROOT, BadInput, atomic_write, cpu_name, run, versions
+from prep.common import ROOT, BadInput, cpu_name, run, versions, write_json, write_text
 from prep.readers import read_books, source_paths
 
 LENGTH = 512
@@ -249,9 +249,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
     args = parser.parse_args()
     report = measured(args)
-    for path, text in ((args.out, json.dumps(report, indent=1) + "\n"), (args.out.with_suffix(".md"), page(report))):
-        with atomic_write(path) as handle:
-            handle.write(text)
+    write_json(args.out, report)
+    write_text(args.out.with_suffix(".md"), page(report))
     print(page(report))
 
 
