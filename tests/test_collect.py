@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from demo.corpus import set_lines
 from eval import llamacpp
 from prep import base
+from prep import collect as script
 from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, need_room, persist
 from prep.common import BadInput, sha256
 from prep.typography import to_convention
@@ -89,6 +90,18 @@ def refused(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., None]:
         for word in (says,) if isinstance(says, str) else says:
             assert word in last
 
+    return call
+
+
+@pytest.fixture
+def collect_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the script in this process, where PyTorch is loaded already."""
+
+    def call(*words: Any) -> None:
+        monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, words)])
+        script.main()
+
+    monkeypatch.chdir(tmp_path)
     return call
 
 
@@ -453,7 +466,7 @@ def altered(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], A
 
 
 @pytest.mark.slow
-def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path):
+def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, collect_here, refused, tmp_path):
     files = {path.name: path.read_bytes() for path in pickled(checkpoint, tmp_path / "pickled").iterdir()}
     hub.repos["model", BASE_REPO] = (
         BASE_REVISION,
@@ -481,18 +494,25 @@ def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path
     assert "already there" in collect("base")
     refused("another collection", "base", "--eos-token", "<fin>")
     assert hub.seen == []
-    collect("base", "--source", checkpoint, "--eos-token", "<fin>", "--out", "models/texts")
+    collect_here("base", "--source", checkpoint, "--eos-token", "<fin>", "--out", "models/texts")
     assert AutoTokenizer.from_pretrained(tmp_path / "models/texts").chat_template is None  # its turns end otherwise
 
 
 @pytest.mark.slow
-def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint, refused, tmp_path):
+def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint, collect_here, tmp_path):
     pickled(checkpoint, tmp_path / "given", evil=Evil(tmp_path / "executed"))
-    refused(("pickled weights", "they were not run"), "base", "--source", "given")
+    with pytest.raises(BadInput, match=r"pickled weights hold more than tensors.*they were not run"):
+        collect_here("base", "--source", "given")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "given/pytorch_model.bin", weights_only=False)  # elsewhere the same file does what it says
     assert (tmp_path / "executed").exists()
-    refused("could not be written", "base", "--source", checkpoint, limit=20_000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(BadInput, match="could not be written"):
+            collect_here("base", "--source", checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".base.lock"]
 
 
@@ -564,11 +584,11 @@ def test_special_tokens(own, given, expected):
 
 
 @pytest.mark.slow
-def test_a_gguf_becomes_the_checkpoint_it_was_made_from(checkpoint, collect, tmp_path):
+def test_a_gguf_becomes_the_checkpoint_it_was_made_from(checkpoint, collect_here, tmp_path):
     given = shutil.copytree(checkpoint, tmp_path / "given")
     AutoTokenizer.from_pretrained(checkpoint, pad_token="<fin>").save_pretrained(given)
     llamacpp.convert(given, tmp_path / "tiny.gguf")
-    collect("base", "--source", "tiny.gguf", **OFFLINE)
+    collect_here("base", "--source", "tiny.gguf")
     out = tmp_path / "models/base"
     assert record(out)["from"][0]["sha256"] == sha256(tmp_path / "tiny.gguf")
     assert record(out)["model"]["dtype"] == "float32"
