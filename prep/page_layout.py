@@ -405,7 +405,7 @@ def _headers(edges: list[int], lines: list[str], certain: Counter[str], pages: l
         foot = sum(2 * i > ends[page] + ends[page + 1] for i, page in zip(group, on, strict=True)) >= 0.5 * n
         far_apart = n > 1 and not foot and min(after - before for before, after in pairwise(on)) > FAR_APART
         once = len({*on}) >= 0.9 * n
-        title = once and sum(lines[i].isupper() for i in group) >= 0.9 * n
+        title = once and sum(lines[i].isupper() for i in group) >= 0.6 * n
         numbered = sum(map(bool, figures)) >= 0.5 * n
         if n < 3:
             known[key] = n
