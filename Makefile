@@ -26,6 +26,13 @@ SETTINGS := PYTHON BOOK FILES HOLDOUT PROFILE CURRICULUM STAGE REPO RUN RUNS WOR
 $(foreach name,$(SETTINGS),$(if $(filter-out undefined,$(origin $(name))),$(eval override export $(name) := $$(value $(name)))))
 export AXOLOTL_DO_NOT_TRACK := 1
 
+# `make demo export STAGE=2c`, or RUN=demo: the demo's stages, in demo/run, with its report.
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+override export RUN := demo$(subst 2,,$(CURRICULUM))
+endif
+override IN := $(if $(filter demo demo3,$(RUN)),cd demo/run;)
+override UP := $(if $(IN),../../)
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -110,14 +117,14 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
 	@$(WITH_ARGS) $(BIN)/python eval/evaluation.py --recipes recipes --curriculum "$$CURRICULUM" --run "$$RUN" --out eval/reports "$${more[@]}"
 
-export: $(READY) ## STAGE to share, and proved: 16-bit model, GGUF files, model card -> outputs/export/2c
-	@$(WITH_ARGS) $(BIN)/python eval/export.py "$$STAGE" --report "eval/reports/$$RUN.json" "$${more[@]}"
+export: $(READY) $(filter demo,$(MAKECMDGOALS)) ## STAGE to share, and proved: 16-bit model, GGUF files, model card -> outputs/export/2c
+	@$(IN) $(WITH_ARGS) $(UP)$(BIN)/python $(UP)eval/export.py "$$STAGE" --recipes $(UP)recipes --report "$(UP)eval/reports/$$RUN.json" "$${more[@]}"
 
 merge: $(READY) ## Of these the 16-bit model alone
-	@$(SHOW) $(BIN)/python eval/export.py "$$STAGE" --report "eval/reports/$$RUN.json" --forms model
+	@$(IN) $(SHOW) $(UP)$(BIN)/python $(UP)eval/export.py "$$STAGE" --recipes $(UP)recipes --report "$(UP)eval/reports/$$RUN.json" --forms model
 
 push: $(READY) ## The export to REPO on the hub, private: lists what would go; ARGS=--yes sends it
-	@$(WITH_ARGS) $(BIN)/python eval/push.py "$$STAGE" "$$REPO" "$${more[@]}"
+	@$(IN) $(WITH_ARGS) $(UP)$(BIN)/python $(UP)eval/push.py "$$STAGE" "$$REPO" "$${more[@]}"
 
 continue: $(READY) ## Write WORDS more words of the novel with the last stage -> outputs/continuation
 	@$(WITH_ARGS) $(BIN)/python eval/continuation.py --recipes recipes --curriculum "$$CURRICULUM" --words "$$WORDS" "$${more[@]}"

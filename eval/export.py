@@ -12,9 +12,12 @@ skipped. eval/push.py sends the folder to the hub.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import jinja2
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lm_eval.api.instance import Instance
@@ -30,9 +32,9 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval import evaluation, generation, llamacpp, models, report, tables, verdict
-from eval.push import SUMS, Folder
-from eval.scoring import MAX_LENGTH, TokenScorer, figures
-from prep.common import BadInput, atomic_write, collected, digest, hashed, lock, reason, run, versions
+from eval.push import EXPORTS, RECORD, SUMS, changed, files_of, load, sums
+from eval.scoring import MAX_LENGTH, TokenScorer
+from prep.common import BadInput, atomic_write, collected, digest, hashed, lock, need_room, reason, run, versions
 from train.gate import check, manifest_of
 from train.stages import Stage, line_of, load_chain
 
@@ -43,8 +45,51 @@ TOLERANCE = {"model": 0.002, "F16": 0.005, "Q8_0": 0.02, "Q4_K_M": 0.12}
 EXACT = ("model", "F16")  # these also write what the stage writes: GREEDY tokens after each prompt
 GREEDY = 32
 TIE = 0.05  # nats: two tokens nearer than this may change places with the order of additions
-PROOF_TOKENS = MAX_LENGTH  # of held-out text, at most: the same text for each form, so their differences are exact
+PROOF_TEXT = 6_000  # characters of held-out text, a window: the same for each form, so their differences are exact
 PROMPTS = ("Le soir tombait quand", "— Je ne vous ai pas vu hier, dit-elle.", "Au bout du couloir, il y avait")
+LIBRARIES = ("torch", "transformers", "cyllama", "bitsandbytes", "peft")
+CARD = Path(__file__).parent / "card.md.jinja"
+
+
+class Folder:
+    """outputs/export/2c, and from what each step made the files in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record = load(path)
+
+    def step(self, name: str, inputs: Any, size: int, make: Callable[[Path], None]) -> None:
+        """Have `make` write files into an empty folder, about `size` bytes, and move them here once all are whole.
+
+        Nothing is done when the same inputs made the files that are here. Raises BadInput when the disk is too small.
+        """
+        done = self.record["steps"].get(name, {"inputs": None})
+        if done["inputs"] == digest(inputs) and not changed(self.path, done["files"]):
+            print(f"{name}: unchanged")
+            return
+        (self.path / SUMS).unlink(missing_ok=True)  # which says that an export is whole
+        part = self.path / ".part"
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            need_room(part, size)
+            make(part)
+            files = {str(path.relative_to(part)): path for path in sorted(part.rglob("*")) if path.is_file()}
+            self.record["steps"][name] = {
+                "inputs": digest(inputs),
+                "files": {file: hashed(path) for file, path in files.items()},
+            }
+            for file, path in files.items():
+                path.chmod(0o644)  # safetensors makes it 0600
+                (self.path / file).parent.mkdir(exist_ok=True)
+                path.replace(self.path / file)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        self.save()
+        print(f"{name}: {sum((self.path / file).stat().st_size for file in files) / 1e6:,.1f} MB")
+
+    def save(self) -> None:
+        with atomic_write(self.path / RECORD) as file:
+            json.dump(self.record, file, ensure_ascii=False, indent=1)
 
 
 # --- the forms --------------------------------------------------------------------------------------------------------
@@ -59,13 +104,11 @@ def write_model(row: models.Candidate, tokenizer: Tokenizer, target: Path) -> No
     """The stage as one 16-bit model that Transformers loads, with tokenizer and decoding."""
     on_gpu = torch.cuda.is_available()
     whole = models.merged(row) if row.adapter else row
-    [(_, model, _)] = models.loaded(
-        [whole], "cuda" if on_gpu else "cpu", models.MERGED_DTYPE if on_gpu else torch.float32
-    )
+    dtype = models.MERGED_DTYPE if on_gpu else torch.float32
+    [(_, model, _)] = models.loaded([whole], "cuda" if on_gpu else "cpu", dtype)
     full: Any = model
-    full.generation_config = GenerationConfig(
-        do_sample=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **decoding()
-    )
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    full.generation_config = GenerationConfig(do_sample=True, **ends, **decoding())
     try:
         full.to(models.MERGED_DTYPE).save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -102,44 +145,34 @@ def write_gguf(folder: Path, name: str, form: str, target: Path) -> None:
         llamacpp.quantise(folder / f"{name}-F16.gguf", made, form)
 
 
-def write_modelfile(name: str, form: str, chat: bool, target: Path) -> None:
+def modelfile(gguf: str, chat: bool) -> str:
     """For Ollama, which takes a chat template from the GGUF, and would invent one for a model that only continues text."""
-    lines = [f"FROM ./{name}-{form}.gguf", f"PARAMETER num_ctx {MAX_LENGTH}"]
-    names = {"repetition_penalty": "repeat_penalty"}
-    lines += [f"PARAMETER {names.get(key, key)} {value}" for key, value in decoding().items()]
-    lines += [] if chat else ['TEMPLATE "{{ .Prompt }}"']
-    with atomic_write(target / "Modelfile") as file:
-        file.write("\n".join(lines) + "\n")
+    settings = {"num_ctx": MAX_LENGTH, **decoding()}
+    settings["repeat_penalty"] = settings.pop("repetition_penalty")
+    lines = [f"FROM ./{gguf}", *(f"PARAMETER {key} {value}" for key, value in settings.items())]
+    return "\n".join(lines if chat else [*lines, 'TEMPLATE "{{ .Prompt }}"']) + "\n"
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
 
 
-def heldout(line: list[Stage], tokenizer: Tokenizer) -> tuple[Path, list[str]]:
-    """Held-out text of the stage, or of one before it when the whole book was trained on: PROOF_TOKENS at most."""
-    for stage in reversed(line):
-        for path in stage.heldout:
-            texts, left = [], PROOF_TOKENS
-            for row in path.read_text(encoding="utf-8").splitlines():
-                text = json.loads(row).get("text", "")
-                ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]][:left]
-                texts += [text[: ends[-1]]] if ends else []
-                left -= len(ends)
-            if any(texts):
-                return path, texts
+def heldout(line: list[Stage]) -> tuple[Path, str]:
+    """Held-out text of the stage, or of one before it when the whole book was trained on: the start of it."""
+    for path in (path for stage in reversed(line) for path in stage.heldout):
+        rows = path.read_text(encoding="utf-8").splitlines()
+        if text := "\n\n".join(json.loads(row)["text"] for row in rows)[:PROOF_TEXT]:
+            return path, text
     raise BadInput(f"no held-out text for {line[-1].name}: nothing to prove the export on")
 
 
-def measure(label: str, model: Any, tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
-    """Bits per byte of the texts, and for each prompt the likeliest tokens with the logits they were chosen from."""
+def measure(label: str, model: Any, tokenizer: Tokenizer, text: str) -> tuple[dict[str, Any], list[Any]]:
+    """Bits per byte of a text, and speed; for each prompt the likeliest tokens with the logits they were chosen from."""
     scorer = TokenScorer(model, tokenizer, 1, label)
-    jobs = [Instance("loglikelihood_rolling", {}, (text,), 0, ("proof", at, 1)) for at, text in enumerate(texts)]
-    nll = -sum(scorer.loglikelihood_rolling(jobs))
-    sizes = {"tokens": sum(map(len, scorer.logprobs.values())), "bytes": sum(len(text.encode()) for text in texts)}
+    [loglikelihood] = scorer.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("", 0, 1))])
+    ends = {"pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=GREEDY, min_new_tokens=GREEDY, output_logits=True, return_dict_in_generate=True,
-        pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        max_new_tokens=GREEDY, min_new_tokens=GREEDY, output_logits=True, return_dict_in_generate=True, **ends
+    )
     model.generation_config = settings  # else its own would fill whatever these leave unsaid
     greedy, started = [], time.perf_counter()
     for prompt in PROMPTS:
@@ -148,157 +181,106 @@ def measure(label: str, model: Any, tokenizer: Tokenizer, texts: list[str]) -> d
             written = model.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))
         greedy.append((written.sequences[0, ids.shape[1] :].tolist(), [step[0].float() for step in written.logits]))
     speed = len(PROMPTS) * GREEDY / (time.perf_counter() - started)
-    bits = figures(nll, **sizes, words=1)["bits_per_byte"]
-    return {"bits_per_byte": bits, **sizes, "tokens_per_second": round(speed, 1), "greedy": greedy}
+    bits = -loglikelihood / math.log(2) / len(text.encode())
+    return {"bits_per_byte": bits, "tokens_per_second": round(speed, 1)}, greedy
 
 
 def agreed(own: list[Any], other: list[Any]) -> int:
     """How many tokens after each prompt are equal, the fewest; a tie at the first difference ends the comparison well."""
     fewest = GREEDY
     for (tokens, logits), (found, _) in zip(own, other, strict=True):
-        differing = [at for at in range(GREEDY) if tokens[at] != found[at]]
-        if differing and logits[differing[0]][tokens[differing[0]]] - logits[differing[0]][found[differing[0]]] > TIE:
-            fewest = min(fewest, differing[0])
+        first = next((at for at in range(GREEDY) if tokens[at] != found[at]), None)
+        if first is not None and logits[first][tokens[first]] - logits[first][found[first]] > TIE:
+            fewest = min(fewest, first)
     return fewest
 
 
-def prove(folder: Folder, row: models.Candidate, line: list[Stage], tokenizer: Tokenizer, forms: list[str]) -> None:
-    """Measure the stage and every form of it, into the record. Raises BadInput when a form is not the stage."""
-    path, texts = heldout(line, tokenizer)
-    name = line[-1].name
-    inputs = digest([folder.files("card"), digest(texts), TOLERANCE, PROMPTS, TIE, versions(*LIBRARIES)])
-    if folder.record["proof"].get("inputs") == inputs:
-        print("proof: unchanged")
-        return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = models.DTYPES["bfloat16" if device == "cuda" else "float32"]
-    [(_, model, _)] = models.loaded([row], device, dtype)
-    own = measure(name, model, tokenizer, texts)
-    del model
-    proof: dict[str, Any] = {
-        "text": str(path),
-        **{key: own[key] for key in ("tokens", "bytes", "bits_per_byte", "tokens_per_second")},
-    }
-    proof |= {"inputs": inputs, "forms": {}, "environment": evaluation.environment(device, str(dtype).split(".")[1])}
+def prove(
+    folder: Path, row: models.Candidate, forms: list[str], path: Path, text: str, tokenizer: Tokenizer, target: Path
+) -> None:
+    """Measure the stage and each form of it into proof.json. Raises BadInput when a form is not the stage."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    rows = [row, models.Candidate("model", folder, None, None, None)]
+    rows += [replace(models.exported(folder / f"{row.name}-{form}.gguf"), name=form) for form in forms[1:]]
+    found: dict[str, dict[str, Any]] = {}
+    written: dict[str, list[Any]] = {}
     wrong = []
-    for form in forms:
-        file = "model.safetensors" if form == "model" else f"{name}-{form}.gguf"
-        engine: Any
-        if form == "model":
-            engine = models.load_model(folder.path, tokenizer, device, dtype)
-        else:
-            engine = llamacpp.Engine(folder.path / file)
-        found = measure(form, engine, tokenizer, texts)
-        del engine
-        difference, equal = found["bits_per_byte"] - own["bits_per_byte"], agreed(own["greedy"], found["greedy"])
-        size = sum(path.stat().st_size for path in folder.path.glob(file if form != "model" else "model*.safetensors"))
-        proof["forms"][form] = {"bytes": size, "bits_per_byte": found["bits_per_byte"], "difference": difference}
-        proof["forms"][form] |= {"greedy_equal": equal, "tolerance": TOLERANCE[form]}
-        proof["forms"][form]["tokens_per_second"] = found["tokens_per_second"]
-        print(
-            f"{form}: {found['bits_per_byte']:.4f} bits per byte ({difference:+.4f}), first {equal} greedy tokens equal"
-        )
-        if not abs(difference) <= TOLERANCE[form]:
-            wrong.append(f"{form} is {difference:+.4f} bits per byte from {name}, more than {TOLERANCE[form]}")
-        elif form in EXACT and equal < GREEDY:
-            wrong.append(f"{form} writes another token than {name} after {equal}")
+    for one, model, _ in models.loaded(rows, device, dtype):
+        found[one.name], written[one.name] = measure(one.name, model, tokenizer, text)
+        del model  # before the next is read
+        difference = found[one.name]["bits_per_byte"] - found[row.name]["bits_per_byte"]
+        equal = agreed(written[row.name], written[one.name])
+        size = sum(path.stat().st_size for path in {*one.weights, *models.full_weights(one.model)})
+        allowed = TOLERANCE.get(one.name, 0)
+        found[one.name] |= {"bytes": size, "difference": difference, "tolerance": allowed, "greedy_equal": equal}
+        print(f"{one.name}: {difference:+.4f} bits per byte, first {equal} greedy tokens equal")
+        if not abs(difference) <= allowed:
+            wrong.append(f"{one.name} is {difference:+.4f} bits per byte from {row.name}, more than {allowed}")
+        elif one.name in EXACT and equal < GREEDY:
+            wrong.append(f"{one.name} writes another token than {row.name} after {equal}")
     if wrong:
-        folder.record["proof"] = {}
-        folder.save()
-        raise BadInput(f"{folder.path} is not the stage that was measured: {'; '.join(wrong)}")
-    folder.record["proof"] = proof
-    folder.save()
+        raise BadInput(f"{folder} is not the stage that was measured: {'; '.join(wrong)}")
+    where = evaluation.environment(device, str(dtype).removeprefix("torch."))
+    with atomic_write(target / "proof.json") as file:
+        json.dump({"text": str(path), "characters": len(text), "forms": found, "environment": where}, file, indent=1)
 
 
-LIBRARIES = ("torch", "transformers", "cyllama", "bitsandbytes", "peft")
+def proof_page(proof: dict[str, Any]) -> str:
+    """Size, bits per byte, difference and speed of each form, with what they were measured on."""
+    head = ["form", "size", "bits per byte", "difference", "allowed", f"equal of {GREEDY} tokens", "tokens/s"]
+    rows = [
+        [
+            name if name in TOLERANCE else f"{name}, as trained",
+            f"{one['bytes'] / 1e6:,.0f} MB",
+            f"{one['bits_per_byte']:.4f}",
+            f"{one['difference']:+.4f}",
+            *(str(one[key]) for key in ("tolerance", "greedy_equal", "tokens_per_second")),
+        ]
+        for name, one in proof["forms"].items()
+    ]
+    where = proof["environment"]
+    return (
+        f"{tables.markdown((head, rows))}\n\nBits per byte of {proof['characters']:,} characters of held-out text "
+        f"(`{proof['text']}`), each form by the engine that runs it; tokens/s one at a time, {where['threads']} threads of "
+        f"{where['cpu']}, as trained and 16 bits with Transformers on {where['device']} in {where['dtype']}, GGUF with llama.cpp."
+    )
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
 
 
-def measured_stage(path: Path, row: models.Candidate) -> dict[str, Any] | None:
-    """The report that has this stage's weights; None when there is none. Raises BadInput when it is about others."""
-    if not path.is_file():
-        return None
-    found = report.load(path)
-    stage = found["stages"].get(row.name)
-    if stage is None:
+def measured(path: Path, row: models.Candidate) -> dict[str, Any] | None:
+    """The report that has this stage; None when there is none. Raises BadInput when it is about other weights."""
+    found = report.load(path) if path.is_file() else {"stages": {}}
+    if not (stage := found["stages"].get(row.name)):
         return None
     if stage["weights"] != {name: hashed(Path(name)) for name in stage["weights"] if Path(name).is_file()}:
         raise BadInput(f"{path} is about other weights than {row.name} has now: evaluate again (make eval)")
     return found
 
 
-def card(
-    folder: Folder, line: list[Stage], trained: dict[str, Any], found: dict[str, Any] | None, rights: str, license: str
-) -> ModelCard:
-    """The model card: everything on it is from trained.json, manifests, source.json and report."""
+def write_card(
+    line: list[Stage], record: dict[str, Any], found: dict[str, Any] | None, about: dict[str, Any], target: Path
+) -> None:
+    """The model card: everything on it is from trained.json, manifests, source.json, proof.json and report."""
     name, base = line[-1].name, collected(line[0].base_model)
     scores = found["stages"][name]["scores"] if found else {}
     results = [
-        EvalResult(
-            "text-generation",
-            task,
-            task,
-            "bits_per_byte",
-            round(score["bits_per_byte"], 4),
-            metric_name="bits per byte",
-        )
+        EvalResult("text-generation", task, task, "bits_per_byte", round(score["bits_per_byte"], 4))
         for task, score in scores.items()
         if score
     ]
     data = ModelCardData(
-        language="fr",
-        license=license,
-        base_model=base.get("repo"),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        model_name=f"chateau-{name}",
-        eval_results=results or None,
-        tags=["gguf", "axolotl"],
-    )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
+        language="fr", license=record["license"], base_model=base.get("repo"), model_name=f"chateau-{name}",
+        library_name="transformers", pipeline_tag="text-generation", tags=["gguf", "axolotl"], eval_results=results or None,
+    )  # fmt: skip
     manifests = {stage.name: json.loads(manifest_of(stage.datasets[0]).read_text(encoding="utf-8")) for stage in line}
-    wanted = ("base", *(stage.name for stage in line))
-    shown = found and found | {"stages": {key: found["stages"].get(key) for key in wanted if key in found["stages"]}}
-    text = environment.get_template("card.md.jinja").render(
-        name=name,
-        base=base,
-        line=line,
-        trained=trained,
-        manifests=manifests,
-        rights=rights,
-        scores=tables.markdown(tables.overview(shown)) if shown else None,
-        verdict=verdict.lines(found)[name] if found else None,
-        proof_page=proof_page(folder.record["proof"], name),
-        forms=list(folder.record["proof"]["forms"]),
-        decoding=decoding(),
-        window=MAX_LENGTH,
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def proof_table(proof: dict[str, Any], name: str) -> tables.Table:
-    """Size, bits per byte, difference and speed of each form, under the stage's own."""
-    own = [tables.number(proof["bits_per_byte"], 4), "–", "–", "–", tables.number(proof["tokens_per_second"], 1)]
-    rows = [[f"{name}, as trained", "–", *own]]
-    for form, one in proof["forms"].items():
-        figures = [f"{one['bytes'] / 1e6:,.0f} MB", tables.number(one["bits_per_byte"], 4), f"{one['difference']:+.4f}"]
-        figures += [str(one["tolerance"]), str(one["greedy_equal"]), tables.number(one["tokens_per_second"], 1)]
-        rows.append([form, *figures])
-    return ["form", "size", "bits per byte", "difference", "allowed", f"equal of {GREEDY} tokens", "tokens/s"], rows
-
-
-def proof_page(proof: dict[str, Any], name: str) -> str:
-    """The table with what it was measured on."""
-    where = proof["environment"]
-    return (
-        f"{tables.markdown(proof_table(proof, name))}\n\nBits per byte of {proof['tokens']:,} tokens of held-out text "
-        f"(`{proof['text']}`), each form by the engine that runs it; tokens/s one at a time, {where['threads']} threads of "
-        f"{where['cpu']}, as trained and 16 bits with Transformers on {where['device']} in {where['dtype']}, GGUF with llama.cpp."
-    )
+    rows = {key: found["stages"].get(key) for key in (models.BASE, *manifests)} if found else {}
+    ModelCard.from_template(
+        data, str(CARD), name=name, base=base, line=line, manifests=manifests, rights=record["rights"],
+        scores=tables.markdown(tables.overview(found | {"stages": rows})) if found else None,
+        verdict=verdict.lines(found)[name] if found else None, decoding=decoding(), window=MAX_LENGTH, **about,
+    ).save(target / "README.md")  # fmt: skip
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -308,62 +290,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", help="name of the recipe: 2b, 2c ...")
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="their folder (default: recipes)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/export"), help="folder of the exports")
-    parser.add_argument("--forms", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="default: all")
+    parser.add_argument("--forms", choices=("all", "model"), default="all", help="model: no GGUF (default: all)")
+    parser.add_argument("--report", type=Path, default=Path("eval/reports/full.json"), help="evaluation, for the card")
     parser.add_argument(
-        "--report", type=Path, default=Path("eval/reports/full.json"), help="the evaluation, for the card"
+        "--rights", help="what you know of the rights in the texts, for the card (default: as said before)"
     )
-    parser.add_argument("--rights", default="", help="what you know of the rights in the texts, for the card")
-    parser.add_argument("--license", default="other", help="of the model, as the hub names it (default: other)")
+    parser.add_argument("--license", help="of the model, as the hub names it (default: as said before, or other)")
     args = parser.parse_args()
     chain = load_chain(args.recipes)
     line = line_of(args.stage, chain)
     stage, row = line[-1], models.candidate(line[-1])
-    folder = Folder(args.out / stage.name)
+    folder = Folder(EXPORTS / stage.name)
     lock(folder.path)
     trained = check(stage, chain)
-    found = measured_stage(args.report, row)
-    # Those made before stay, and are made again when the stage has changed: the folder is of one stage.
-    forms = [form for form in TOLERANCE if form in {"model", *args.forms, *folder.record["steps"]}]
+    found = measured(args.report, row)
+    memorised = verdict.memorised(found["stages"][stage.name], found) if found else None
+    said = {key: getattr(args, key) for key in ("rights", "license") if getattr(args, key) is not None}
+    folder.record |= {"memorised": memorised, **said}
     tokenizer = models.load_tokenizer(stage.output_dir if models.has_tokenizer(stage.output_dir) else row.model)
+    # GGUF files made before stay, and are made again when the stage has changed: the folder is of one stage.
+    forms = [form for form in TOLERANCE if args.forms == "all" or form in {"model", *folder.record["steps"]}]
 
     weights = {str(path): hashed(path) for path in evaluation.files_of(row)}
     weights |= {path.name: hashed(path) for path in stage.output_dir.glob("*token*.json*")}
-    size = sum(path.stat().st_size for path in models.full_weights(row.model))
     if row.adapter:
-        own = sum(path.stat().st_size for path in row.weights)
-        folder.step("adapter", weights, own, lambda target: write_adapter(row, target))
-    folder.step("model", [weights, decoding()], size, lambda target: write_model(row, tokenizer, target))
+        size = sum(path.stat().st_size for path in row.weights)
+        folder.step("adapter", weights, size, partial(write_adapter, row))
+    size = sum(path.stat().st_size for path in models.full_weights(row.model))
+    folder.step("model", [weights, decoding()], size, partial(write_model, row, tokenizer))
     model = folder.record["steps"]["model"]["files"]
     for form in forms[1:]:
-        if "F16" not in forms:
-            raise BadInput(f"{form} is made from F16: ask for both (--forms F16 {form})")
         folder.step(form, model, size, partial(write_gguf, folder.path, stage.name, form))
-    if "F16" in forms:
-        chat = bool(tokenizer.chat_template)
-        ollama = [stage.name, forms[-1], chat, decoding()]
-        folder.step("Modelfile", ollama, 1_000, lambda target: write_modelfile(stage.name, forms[-1], chat, target))
-    prove(folder, row, line, tokenizer, forms)
-
-    def write_card(target: Path) -> None:
-        card(folder, line, trained, found, args.rights, args.license).save(target / "README.md")
-
-    about = [
-        trained,
-        digest(found),
-        args.rights,
-        args.license,
-        folder.record["proof"],
-        (Path(__file__).parent / "card.md.jinja").read_text(),
-    ]
-    memorised = verdict.memorised(found["stages"][stage.name], found) if found else None
-    folder.record |= {"stage": stage.name, "rights": args.rights, "memorised": memorised}
-    folder.step("card", about, 100_000, write_card)
+    if forms[1:]:
+        text = modelfile(f"{stage.name}-{forms[-1]}.gguf", bool(tokenizer.chat_template))
+        folder.step("Modelfile", text, 1_000, lambda target: (target / "Modelfile").write_text(text) and None)
+    path, text = heldout(line)
+    inputs = [files_of(folder.record, "proof", "card"), text, TOLERANCE, PROMPTS, TIE, versions(*LIBRARIES)]
+    folder.step("proof", inputs, 10_000, partial(prove, folder.path, row, forms, path, text, tokenizer))
+    proof = json.loads((folder.path / "proof.json").read_text(encoding="utf-8"))
+    about = {"trained": trained, "proof_page": proof_page(proof), "forms": forms}
+    inputs = [about, folder.record["rights"], folder.record["license"], found, CARD.read_text(encoding="utf-8")]
+    folder.step("card", inputs, 100_000, partial(write_card, line, folder.record, found, about))
+    folder.save()
     with atomic_write(folder.path / SUMS) as file:
-        file.writelines(f"{sha}  {name}\n" for name, sha in sorted(folder.files().items()))
+        file.write(sums(folder.record))
     if found:
         with atomic_write(args.report.with_suffix(".export.md")) as file:
-            file.write(f"# Exported: {stage.name}\n\n{proof_page(folder.record['proof'], stage.name)}\n")
+            file.write(f"# Exported: {stage.name}\n\n{proof_page(proof)}\n")
     print(f"{folder.path}: {stage.name} in {', '.join(forms)}")
 
 

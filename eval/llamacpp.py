@@ -31,8 +31,12 @@ from prep.common import BadInput, reason
 CONVERTER = Path(sys.prefix) / "converter"  # a folder of its own: it brings another `gguf` than Transformers reads with
 QUANTISED = {"Q8_0": 7, "Q4_K_M": 15}  # llama.cpp's enum llama_ftype
 BATCH = 512  # tokens that go through the model together
-# What French has and a broken vocabulary loses: accents, guillemets, both apostrophes, dashes, ellipsis, line ends, digits.
-FRENCH = "« Où est-ce qu’il va, l'hôte ? » Ça, à 18 h 30 — Noël, naïveté, cœur…\n\n– Qu’importe !\n  Il s'arrêta, 1922."
+# What French has and a broken vocabulary loses: accents, also apart from their letter, guillemets, both apostrophes,
+# dashes, ellipsis, spaces of three kinds and at the start, line ends, digits, what only bytes can write.
+FRENCH = (
+    "  « Où est-ce qu’il va, l'hôte ? » Ça, à 18 h 30 — Noël, nai\u0308veté, cœur…\n\n– Qu’importe\u202f!\n"
+    "\t«\u00a0Il   s'arrêta, 1922.\u00a0» 😀🇫🇷 и 本\n"
+)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -92,7 +96,10 @@ def _convert(model: Path, target: Path) -> None:
 
     base.TextModel.get_vocab_base_pre = split
     gguf.LlamaHfVocab.get_token_score = score
-    ranks = merge_ranks(model / "tokenizer.json")
+    merges = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["model"].get("merges", [])
+    ranks = {
+        "".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))
+    }  # a piece's first merge counts
     try:
         settings = conversion.ModelBase.load_hparams(model, False)
         architecture = conversion.get_model_architecture(settings, conversion.ModelType.TEXT)
@@ -100,20 +107,10 @@ def _convert(model: Path, target: Path) -> None:
             conversion.get_model_class(architecture)(
                 model, gguf.LlamaFileType.MOSTLY_F16, target, hparams=settings
             ).write()
-    except OSError:
-        raise  # a full disk
+    except OSError as error:
+        raise BadInput(f"llama.cpp's converter cannot write {target}: {error.strerror}") from error
     except Exception as error:  # it has no exceptions of its own
         raise BadInput(f"llama.cpp's converter cannot convert {model}: {reason(error)}") from error
-
-
-def merge_ranks(path: Path) -> dict[str, float]:
-    """{piece: minus the rank of the first merge that makes it} of a BPE tokenizer; empty for another."""
-    merges = json.loads(path.read_text(encoding="utf-8"))["model"].get("merges", [])
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    ranks: dict[str, float] = {}
-    for rank, pair in enumerate(pairs):
-        ranks.setdefault("".join(pair), -float(rank))
-    return ranks
 
 
 def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
@@ -125,7 +122,7 @@ def check_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     if found != tokenizer.encode(FRENCH, add_special_tokens=False):
         raise BadInput(
             f"{path.name} cuts text into other tokens than the model was trained on: GGUF cannot carry this tokenizer; "
-            "share the model as safetensors (--forms model)"
+            "share the 16-bit model alone (make merge)"
         )
 
 
@@ -133,7 +130,7 @@ def _tokens(path: Path, text: str) -> list[int]:
     llama = library()
     model = llama.LlamaModel(
         str(path), llama.LlamaModelParams(), verbose=False
-    )  # its vocabulary does not keep it alive
+    )  # alive as long as its vocabulary is used
     return list(model.get_vocab().tokenize(text, False, False))
 
 
@@ -218,23 +215,19 @@ class Engine(PreTrainedModel, GenerationMixin):
         """Logits [sequences, tokens, vocabulary] of the last `logits_to_keep` tokens, 0 for all."""
         rows = input_ids.tolist()
         length = len(rows[0])
-        kept = logits_to_keep or length
+        before = length - (logits_to_keep or length)
         self.make_room(len(rows), length)
-        shared = min(*(common(rows[0], row) for row in rows), length - kept) if len(rows) > 1 else 0
-        if any(common(held, row) < shared for held, row in zip(self.held, rows, strict=False)):
-            # What the sequences have in common is computed once.
-            self.forget(0, common(self.held[0], rows[0][:shared]))
-            self.decode([(0, at, rows[0][at], False) for at in range(len(self.held[0]), shared)])
-            for sequence in range(1, len(rows)):
-                self.forget(sequence, 0)
-                self.context.memory_seq_cp(0, sequence, 0, shared)
-                self.held[sequence] = rows[0][:shared]
-        new = []
         for sequence, row in enumerate(rows):
-            known = min(common(self.held[sequence], row), length - kept)
-            self.forget(sequence, known)
-            new += [(sequence, at, row[at], at >= length - kept) for at in range(known, length)]
-        logits: Any = self.decode(new).view(len(rows), kept, -1)
+            known = common(self.held[sequence], row[:before])
+            if known < before and (shared := common(self.held[0], row[:before])) > known:  # the prompt is computed once
+                self.context.memory_seq_rm(sequence, 0, -1)
+                self.context.memory_seq_cp(0, sequence, 0, shared)
+                known = shared
+            self.context.memory_seq_rm(sequence, known, -1)
+            self.held[sequence] = row
+            self.decode([(sequence, at, row[at]) for at in range(known, before)])
+        last = [(sequence, at, row[at]) for sequence, row in enumerate(rows) for at in range(before, length)]
+        logits: Any = self.decode(last, wanted=True).view(len(rows), length - before, -1)
         return CausalLMOutputWithPast(logits=logits)
 
     def make_room(self, sequences: int, length: int) -> None:
@@ -250,25 +243,17 @@ class Engine(PreTrainedModel, GenerationMixin):
         self.context = self.llama.LlamaContext(self.opened, settings, verbose=False)
         self.held = [[] for _ in range(self.size[0])]
 
-    def forget(self, sequence: int, known: int) -> None:
-        """Keep the first `known` tokens of a sequence."""
-        self.context.memory_seq_rm(sequence, known, -1)
-        del self.held[sequence][known:]
-
-    def decode(self, tokens: list[tuple[int, int, int, bool]]) -> torch.Tensor:
-        """Logits of those of (sequence, position, token, wanted) that are wanted, in their order."""
-        found = torch.empty(sum(wanted for *_, wanted in tokens), self.config.vocab_size)
-        number = 0
-        for part in (tokens[first : first + BATCH] for first in range(0, len(tokens), BATCH)):
+    def decode(self, tokens: list[tuple[int, int, int]], wanted: bool = False) -> torch.Tensor:
+        """Have llama.cpp compute and remember each (sequence, position, token); the logits after each, when wanted."""
+        found = torch.empty(len(tokens) if wanted else 0, self.config.vocab_size)
+        for first in range(0, len(tokens), BATCH):
+            part = tokens[first : first + BATCH]
             batch = self.llama.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1)
-            for sequence, at, token, wanted in part:
+            for sequence, at, token in part:
                 batch.add(token, at, [sequence], wanted)
-                self.held[sequence].append(token)
             self.context.decode(batch)
-            for place, (*_, wanted) in enumerate(part):
-                if wanted:
-                    found[number] = torch.from_numpy(np.array(self.context.get_logits_ith(place), dtype=np.float32))
-                    number += 1
+            for place in range(len(part)) if wanted else ():
+                found[first + place] = torch.from_numpy(np.array(self.context.get_logits_ith(place), dtype=np.float32))
         return found
 
 

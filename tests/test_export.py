@@ -8,11 +8,13 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import export, llamacpp, models
 from eval.generation import decoding, draw, encode
+from eval.push import SUMS, files_of, sums
 from prep.common import BadInput, sha256
 from train.stages import line_of, load_chain
 
 ROOT = Path(__file__).parent.parent
+CORPUS = os.environ.get("CORPUS_DIR", "")
 
 
 def save_model(tokenizer: Path, folder: Path) -> Path:
@@ -68,6 +72,12 @@ def test_llama_cpp_computes_what_the_model_does(tokenizer: Path, tmp_path: Path)
             assert torch.allclose(chances, torch.tensor(sample.log_probabilities), atol=0.02)
 
 
+@pytest.mark.skipif(not CORPUS, reason="CORPUS_DIR is not set: a folder with tokenizer/, TinyLlama's")
+def test_gguf_carries_the_tokenizer_of_tinyllama(tmp_path: Path) -> None:
+    folder = save_model(Path(CORPUS) / "tokenizer", tmp_path / "model")
+    export.write_gguf(folder, "x", "F16", folder)  # it compares how both cut llamacpp.FRENCH
+
+
 def test_a_tokenizer_that_gguf_cannot_carry_is_found(gpt2: Path, tmp_path: Path) -> None:
     folder = save_model(gpt2, tmp_path / "model")
     path = folder / "tokenizer.json"
@@ -75,32 +85,50 @@ def test_a_tokenizer_that_gguf_cannot_carry_is_found(gpt2: Path, tmp_path: Path)
     settings["model"]["byte_fallback"] = True  # as a tokenizer that Transformers reads out of a GGUF has it
     settings["decoder"] = {"type": "Sequence", "decoders": [settings["decoder"]]}
     path.write_text(json.dumps(settings))
-    llamacpp.convert(folder, folder / "x-F16.gguf")
     with pytest.raises(BadInput, match=r"x-F16.gguf cuts text into other tokens"):
-        llamacpp.load(folder / "x-F16.gguf")
-
+        export.write_gguf(folder, "x", "F16", folder)
     export.mend_tokenizer(folder)
-    llamacpp.convert(folder, folder / "x-F16.gguf")
-    llamacpp.load(folder / "x-F16.gguf")
+    export.write_gguf(folder, "x", "F16", folder)
 
 
-def test_what_llama_cpp_cannot_use_is_one_line(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_full_disk(write: Callable[..., None], *arguments: Any) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        write(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_cannot_be_made_is_one_line(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_model(llama, tmp_path / "model")
+    good, bad, unknown = folder / "x-F16.gguf", tmp_path / "bad.gguf", shutil.copytree(folder, tmp_path / "unknown")
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"architectures": ["NobodysForCausalLM"]}))
-    with pytest.raises(BadInput, match=r"converter cannot convert .*NobodysForCausalLM"):
-        llamacpp.convert(folder, folder / "x-F16.gguf")
-    (folder / "x-F16.gguf").write_bytes(b"GGUF but no more")
-    with pytest.raises(BadInput, match=r"could not write x-Q8_0.gguf"):
-        llamacpp.quantise(folder / "x-F16.gguf", folder / "x-Q8_0.gguf", "Q8_0")
-    with pytest.raises(BadInput, match=r"llama.cpp cannot open .*x-F16.gguf"):
-        llamacpp.Engine(folder / "x-F16.gguf")
+    (unknown / "config.json").write_text(json.dumps(settings | {"architectures": ["NobodysForCausalLM"]}))
+    llamacpp.convert(folder, good)
+    bad.write_bytes(b"GGUF but no more")
+    row = models.Candidate("2a", folder, None, None, None)
+    out = export.Folder(tmp_path / "out/2a")
+    model = partial(export.write_model, row, models.load_tokenizer(folder))
+    cases: list[tuple[str, Callable[[], Any]]] = [
+        (r"converter cannot convert .*NobodysForCausalLM", lambda: llamacpp.convert(unknown, bad)),
+        (r"could not write y-Q8_0.gguf", lambda: llamacpp.quantise(bad, folder / "y-Q8_0.gguf", "Q8_0")),
+        (r"llama.cpp cannot open .*bad.gguf", lambda: llamacpp.Engine(bad)),
+        (r"could not write y-Q8_0.gguf: .* disk full", lambda: on_a_full_disk(llamacpp.quantise, good, folder / "y-Q8_0.gguf", "Q8_0")),
+        (r"converter cannot write .*: File too large", lambda: on_a_full_disk(llamacpp.convert, folder, folder / "y-F16.gguf")),
+        (r"model could not be written to .*out/2a/.part: .*File too large", lambda: on_a_full_disk(out.step, "model", 1, 9, model)),
+        (r"GB are needed", lambda: out.step("model", 1, 10**18, model)),
+    ]  # fmt: skip
+    for message, attempt in cases:
+        with pytest.raises(BadInput, match=message):
+            attempt()
+    assert not list(out.path.glob("*"))
     monkeypatch.setattr(llamacpp, "CONVERTER", tmp_path)
     with pytest.raises(BadInput, match="converter is not installed"):
-        llamacpp.convert(folder, folder / "x-F16.gguf")
+        llamacpp.convert(folder, good)
     monkeypatch.setitem(sys.modules, "cyllama.llama.llama_cpp", None)
     with pytest.raises(BadInput, match=r"llama.cpp .* is not installed: `make setup`"):
-        llamacpp.Engine(folder / "x-F16.gguf")
+        llamacpp.Engine(good)
 
 
 # --- steps and proof --------------------------------------------------------------------------------------------------
@@ -109,58 +137,51 @@ def test_what_llama_cpp_cannot_use_is_one_line(llama: Path, tmp_path: Path, monk
 def test_a_step_is_made_once_whole_and_again_when_its_inputs_or_files_change(tmp_path: Path) -> None:
     made: list[str] = []
 
-    def make(text: str) -> Callable[[Path], None]:
+    def step(inputs: Any, text: str) -> None:
         def write(target: Path) -> None:
             (target / "a").write_text(text)
             made.append(text)
             if text == "broken":
                 raise BadInput("the second file fails")
 
-        return write
+        export.Folder(tmp_path / "x").step("step", inputs, 9, write)
 
-    for text, inputs in (("one", 1), ("one", 1), ("two", 2)):
-        export.Folder(tmp_path / "x").step("step", inputs, 9, make(text))
-    assert made == ["one", "two"]
+    for inputs, text in ((1, "one"), (1, "one"), (2, "two")):
+        step(inputs, text)
+    (tmp_path / "x" / SUMS).write_text("whole")
+    step(2, "two")
+    assert made == ["one", "two"] and (tmp_path / "x" / SUMS).exists()
     with pytest.raises(BadInput):
-        export.Folder(tmp_path / "x").step("step", 3, 9, make("broken"))
+        step(3, "broken")
     assert (tmp_path / "x/a").read_text() == "two" and not (tmp_path / "x/.part").exists()
+    assert not (tmp_path / "x" / SUMS).exists()  # no whole export any more, until the step succeeds
     (tmp_path / "x/a").write_text("damaged")
-    export.Folder(tmp_path / "x").step("step", 2, 9, make("two"))
+    step(2, "two")
     assert (tmp_path / "x/a").read_text() == "two"
-    with pytest.raises(BadInput, match="GB are needed"):
-        export.Folder(tmp_path / "x").step("step", 4, 10**18, make("large"))
-
-
-def test_a_full_disk_leaves_nothing(place: Path) -> None:
-    row = models.candidate(load_chain(Path("recipes"))[-1])
-    tokenizer = models.load_tokenizer(row.model)
-    folder = export.Folder(Path("out/2c"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises(BadInput, match=r"model could not be written to out/2c/.part: .*File too large"):
-            folder.step("model", 1, 9, lambda target: export.write_model(row, tokenizer, target))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list(Path("out/2c").glob("*"))
 
 
 def test_a_form_that_is_not_the_stage_fails(place: Path) -> None:
     chain = load_chain(Path("recipes"))
     line = line_of("2c", chain)
     line[-1].config["test_datasets"] = [{"path": "data/2c.heldout.jsonl"}]
-    row, tokenizer = models.candidate(line[-1]), models.load_tokenizer(Path("outputs/2a"))
+    row, other, tokenizer = (
+        models.candidate(line[-1]),
+        models.candidate(line[1]),
+        models.load_tokenizer(Path("outputs/2a")),
+    )
     folder = export.Folder(Path("out/2c"))
-    folder.step("model", 1, 9, lambda target: export.write_model(row, tokenizer, target))
-    export.prove(folder, row, line, tokenizer, ["model"])
-    found = folder.record["proof"]["forms"]["model"]
-    assert abs(found["difference"]) < 1e-3 and found["greedy_equal"] == export.GREEDY
-
-    other = models.candidate(line_of("2b", chain)[-1])
-    folder.step("model", 2, 9, lambda target: export.write_model(other, tokenizer, target))
-    with pytest.raises(BadInput, match=r"out/2c is not the stage that was measured: model is .* bits per byte from 2c"):
-        export.prove(folder, row, line, tokenizer, ["model"])
-    assert not export.Folder(Path("out/2c")).record["proof"]
+    for inputs, written in enumerate((row, other)):
+        folder.step("model", inputs, 9, partial(export.write_model, written, tokenizer))
+        prove = partial(export.prove, folder.path, row, ["model"], *export.heldout(line), tokenizer)
+        if written is row:
+            folder.step("proof", inputs, 9, prove)
+            found = json.loads((folder.path / "proof.json").read_text())["forms"]["model"]
+            assert abs(found["difference"]) < 1e-3 and found["greedy_equal"] == export.GREEDY
+        else:
+            with pytest.raises(
+                BadInput, match=r"out/2c is not the stage that was measured: model is .* per byte from 2c"
+            ):
+                folder.step("proof", inputs, 9, prove)
 
 
 def test_near_ties_are_no_difference() -> None:
@@ -183,7 +204,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}  # committed
         self.private: bool | None = None
         self.breaks = ""  # sha256 of a file whose upload never ends
-        self.denies, self.swaps = False, False
+        self.denies, self.swaps = 0, False  # a status; another file arrives
         self.puts: list[str] = []
 
     @property
@@ -239,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers["Content-Length"]
         body = self.rfile.read(int(length)) if length else self.chunked()
         if hub.denies:
-            return self.send({"error": "no write access"}, 403)
+            return self.send({"error": "no"}, hub.denies)
         if path.endswith("/repos/create"):
             hub.private = hub.private if hub.private is not None else json.loads(body)["visibility"] == "private"
             return self.send({"url": f"{hub.url}/you/name"})
@@ -301,19 +322,17 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def push(hub: Hub, tmp_path: Path) -> Callable[..., str]:
+def push(hub: Hub, llama: Path, tmp_path: Path) -> Callable[..., str]:
     """Runs the script on a finished export, to a good end or to a refusal; what it printed."""
-    folder = export.Folder(tmp_path / "out/2c")
+    folder = export.Folder(tmp_path / "outputs/export/2c")
 
     def write(target: Path) -> None:
-        for name in ("README.md", "model.safetensors", "2c-F16.gguf"):
-            (target / name).write_bytes(name.encode() * 100)
+        llamacpp.convert(save_model(llama, target), target / "2c-F16.gguf")
+        (target / "README.md").write_text("A card.")
 
-    folder.record |= {"memorised": "did not memorise", "rights": ""}
-    folder.step("card", 1, 9, write)
-    folder.record["proof"] = {"forms": {}}
-    folder.save()
-    (folder.path / export.SUMS).write_text("sums")
+    folder.record["memorised"] = "did not memorise"
+    folder.step("model", 1, 9, write)
+    (folder.path / SUMS).write_text(sums(folder.record))
     mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     mine |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT)}
 
@@ -323,16 +342,14 @@ def push(hub: Hub, tmp_path: Path) -> Callable[..., str]:
         assert done.returncode == expect and "Traceback" not in done.stderr, done.stdout + done.stderr
         return done.stdout if not expect else done.stderr.strip().splitlines()[-1]
 
-    call_out = tmp_path / "outputs/export"
-    call_out.parent.mkdir()
-    call_out.symlink_to(tmp_path / "out")
     return call
 
 
-def test_a_push_is_private_whole_resumed_and_comes_back_equal(push: Callable, hub: Hub, tmp_path: Path) -> None:
+def test_a_push_is_private_whole_resumed_and_scores_the_same(push: Callable, hub: Hub, tmp_path: Path) -> None:
     assert "nothing was sent" in push("you/name") and hub.private is None
 
-    hub.breaks = sha256(tmp_path / "out/2c/model.safetensors")
+    mine, back = tmp_path / "outputs/export/2c", tmp_path / "back"
+    hub.breaks = sha256(mine / "model.safetensors")
     assert "broke off" in push(expect=1)
     assert not hub.files and len(hub.blobs) == 1
     hub.breaks = ""
@@ -340,10 +357,18 @@ def test_a_push_is_private_whole_resumed_and_comes_back_equal(push: Callable, hu
     assert hub.private is True and len(hub.puts) == len(set(hub.puts)) == 2  # what had arrived was not sent again
 
     code = "import sys, huggingface_hub as h; print(h.snapshot_download('you/name', local_dir=sys.argv[1]))"
-    mine = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "other"), "HF_HUB_OFFLINE": "0"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "back")], env=mine, check=True, capture_output=True)
-    sent = export.Folder(tmp_path / "out/2c").files()
-    assert len(sent) == 3 and all(sha256(tmp_path / "back" / name) == sha for name, sha in sent.items())
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "other"), "HF_HUB_OFFLINE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(back)], env=environment, check=True, capture_output=True)
+    done = subprocess.run(["sha256sum", "--check", SUMS], cwd=back, capture_output=True, text=True, check=True)
+    assert done.stdout.count(": OK") == len(files_of(export.load(mine))) >= 6
+    for name in (".", "2c-F16.gguf"):
+        figures = []
+        for path in (mine / name, back / name):
+            row = models.exported(path) if path.is_file() else models.Candidate("model", path, None, None, None)
+            [(_, model, tokenizer)] = models.loaded([row], "cpu", torch.float32)
+            found, greedy = export.measure(name, model, tokenizer, llamacpp.FRENCH)
+            figures.append((found["bits_per_byte"], [tokens for tokens, _ in greedy]))
+        assert figures[0] == figures[1]
 
 
 def test_what_is_not_pushed(push: Callable, hub: Hub, tmp_path: Path) -> None:
@@ -351,14 +376,22 @@ def test_what_is_not_pushed(push: Callable, hub: Hub, tmp_path: Path) -> None:
     assert "nobody stated the rights" in push("you/name", "--public", expect=1)
     hub.private = False
     assert "is there already and public" in push(expect=1)
-    hub.private, hub.denies = None, True
-    assert "no right to write there; nothing was committed" in push(expect=1)
-    hub.denies, hub.swaps = False, True
-    assert "changed while it was pushed" in push(expect=1)
-    folder = export.Folder(tmp_path / "out/2c")
+    hub.private = None
+    for status, message in {
+        401: "does not accept the token",
+        403: "no right to write there",
+        404: "no such name",
+    }.items():
+        hub.denies = status
+        assert message in (said := push(expect=1)) and "one commit or none" in said
+    hub.denies, hub.swaps = 0, True
+    assert "changed while pushed" in push(expect=1)
+    folder = export.Folder(tmp_path / "outputs/export/2c")
     folder.record["memorised"] = "memorised (9% of trained chunks extractable)"
     folder.save()
     assert "--despite-memorisation" in push(expect=1)
     assert "nothing was sent" in push("you/name", "--despite-memorisation")
     (folder.path / "2c-F16.gguf").write_text("changed")
-    assert "not the file that was exported" in push(expect=1)
+    assert "not what was exported" in push(expect=1)
+    (folder.path / SUMS).unlink()
+    assert "no finished export" in push(expect=1)

@@ -19,8 +19,8 @@ RECORDER = r"""#!/bin/bash
 HOSTILE = ("`touch ran`", '"; touch ran; "', "'; touch ran; '", "$(touch ran)", "$$(touch ran)", "$(shell touch ran)",
            "; touch ran #", "a\ntouch ran", "${HOME}", "* ~ é \\ 'x\" $")  # fmt: skip
 SETTINGS = ("BOOK", "FILES", "HOLDOUT", "PROFILE", "CURRICULUM", "RUN", "RUNS", "WORDS", "PORT", "ARGS",
-            "CORPUS_DIR", "TORCH", "PYTHON")  # fmt: skip
-TARGETS = ("base", "gallica", "book", "prep", "stage-a", "check", "eval", "continue", "compare", "notebook", "plan",
+            "CORPUS_DIR", "TORCH", "PYTHON", "STAGE", "REPO")  # fmt: skip
+TARGETS = ("base", "gallica", "book", "prep", "stage-a", "check", "eval", "export", "merge", "push", "continue", "compare", "notebook", "plan",
            "bench-gpu", "bench-train", "bench-prep", "test-fast", "help")  # fmt: skip
 
 
@@ -84,6 +84,18 @@ def test_arguments_are_split_as_a_shell_would_and_missing_ones_asked_for(project
     assert make(project, "compare", "RUNS=small full")[0][-2:] == ["small", "full"]
     for target in ("book", "compare", "bench-prep"):
         assert make(project, target, expect=2) == []
+
+
+def test_the_demo_s_stages_are_exported_after_it_and_where_they_are(project: Path) -> None:
+    script = project / "demo/demo.sh"
+    (project / "demo/run").mkdir(parents=True)
+    script.write_text('#!/bin/bash\n.venv/bin/python demo "$RUN"\n')
+    script.chmod(0o755)
+    export = ["../../eval/export.py", "2b", "--recipes", "../../recipes", "--report", "../../eval/reports/demo.json"]
+    assert make(project, "demo", "export", "STAGE=2b", "-j2") == [["demo", "demo"], export]
+    assert make(project, "export", "STAGE=2b", "RUN=demo") == [export]
+    assert make(project, "push", "REPO=you/name", "RUN=demo3") == [["../../eval/push.py", "2c", "you/name"]]
+    assert make(project, "merge")[0][:3] == ["eval/export.py", "2c", "--recipes"]
 
 
 @pytest.mark.parametrize("name", ["../full", "a/b", "/tmp/full", "..", ""])

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from tiny_curriculum import run_script as python
 from tiny_curriculum import save_chat_base
@@ -128,6 +129,11 @@ def test_the_three_stages(place: Path) -> None:
     assert len(report["stages"]["3b"]["answers"]) == 24 and "answers" not in report["stages"]["3b (merged)"]
     page = (place / "reports/second.md").read_text()
     assert "repeats the template" in page and "Combien font 56 et 27" in page
+
+    python(ROOT / "eval/export.py", "3b", "--recipes", RECIPES, "--report", "reports/second.json", cwd=place)
+    exported = place / "outputs/export/3b"
+    assert GGUFReader(exported / "3b-Q4_K_M.gguf").fields["tokenizer.chat_template"].contents() == own.read_text()
+    assert "TEMPLATE" not in (exported / "Modelfile").read_text()  # Ollama takes the GGUF's
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from tiny_curriculum import save_adapter, save_base
 from transformers import AutoTokenizer
 
 from docker import health
-from eval import workbench
+from eval import llamacpp, workbench
 from eval.serve import ask
 from prep.common import BadInput
 from train.stages import load_chain
@@ -412,7 +412,7 @@ def test_the_page_in_a_browser(
     folder: Path, continued: Path, open_browser: Callable[[], Any], log_step: Callable[..., None]
 ) -> None:
     """Refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the novel as it grows;
-    a second browser beside the first, and a stage that is removed under both."""
+    a second browser beside the first, an exported GGUF, and a stage that is removed under both."""
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -444,6 +444,8 @@ def test_the_page_in_a_browser(
         time.sleep(0.5)  # laid out again
         page.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
+    exported = shutil.copytree(folder / "outputs/2a", folder / "outputs/export/tiny")
+    llamacpp.convert(exported, exported / "tiny-F16.gguf")
     ended = threading.Event()
 
     def train() -> None:
@@ -507,10 +509,11 @@ def test_the_page_in_a_browser(
         second.get(f"{address}?token={token}")
         until(second, lambda page: page.find_elements(By.CSS_SELECTOR, ".try-said") and "Ready" in said(page))
         for page in (browser, second):
-            write(page, "base", "nobody")
+            write(page, "base", "tiny-F16.gguf")
         for page in (browser, second):
-            until(page, lambda page: "Written" in said(page) and len(find(page, ".try-pane-0").text) > 60)
-        assert find(browser, ".try-pane-0").text == find(second, ".try-pane-0").text
+            until(page, lambda page: "Written" in said(page) and len(find(page, ".try-pane-1").text) > 60)
+        for pane in (".try-pane-0", ".try-pane-1"):
+            assert find(browser, pane).text == find(second, pane).text
         find(second, ".try-keep-0").click()
         until(browser, lambda page: "base, seed 42" in page.page_source)
 
