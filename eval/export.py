@@ -34,7 +34,19 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from eval import evaluation, generation, llamacpp, models, report, tables, verdict
 from eval.push import EXPORTS, RECORD, SUMS, changed, files_of, load, sums
 from eval.scoring import MAX_LENGTH, TokenScorer
-from prep.common import BadInput, atomic_write, collected, digest, hashed, lock, need_room, reason, run, versions
+from prep.common import (
+    BadInput,
+    collected,
+    digest,
+    hashed,
+    lock,
+    need_room,
+    reason,
+    run,
+    versions,
+    write_json,
+    write_text,
+)
 from train.gate import check, manifest_of
 from train.stages import Stage, line_of, load_chain
 
@@ -88,8 +100,7 @@ class Folder:
         print(f"{name}: {sum((self.path / file).stat().st_size for file in files) / 1e6:,.1f} MB")
 
     def save(self) -> None:
-        with atomic_write(self.path / RECORD) as file:
-            json.dump(self.record, file, ensure_ascii=False, indent=1)
+        write_json(self.path / RECORD, self.record)
 
 
 # --- the forms --------------------------------------------------------------------------------------------------------
@@ -123,9 +134,7 @@ def mend_tokenizer(folder: Path) -> None:
     settings = json.loads(path.read_text(encoding="utf-8"))
     if (settings["pre_tokenizer"] or {}).get("type") == "ByteLevel" and settings["model"].get("byte_fallback"):
         settings["model"]["byte_fallback"] = False
-        settings["decoder"] = settings["pre_tokenizer"]
-        with atomic_write(path) as file:
-            json.dump(settings, file, ensure_ascii=False)
+        write_json(path, settings)
 
 
 def write_adapter(row: models.Candidate, target: Path) -> None:
@@ -221,8 +230,8 @@ def prove(
     if wrong:
         raise BadInput(f"{folder} is not the stage that was measured: {'; '.join(wrong)}")
     where = evaluation.environment(device, str(dtype).removeprefix("torch."))
-    with atomic_write(target / "proof.json") as file:
-        json.dump({"text": str(path), "characters": len(text), "forms": found, "environment": where}, file, indent=1)
+    about = {"text": str(path), "characters": len(text), "environment": where}
+    write_json(target / "proof.json", {**about, "forms": found})
 
 
 def proof_page(proof: dict[str, Any]) -> str:
@@ -321,22 +330,21 @@ def main() -> None:
     model = folder.record["steps"]["model"]["files"]
     for form in forms[1:]:
         folder.step(form, model, size, partial(write_gguf, folder.path, stage.name, form))
+    chat = bool(tokenizer.chat_template)
     if forms[1:]:
-        text = modelfile(f"{stage.name}-{forms[-1]}.gguf", bool(tokenizer.chat_template))
-        folder.step("Modelfile", text, 1_000, lambda target: (target / "Modelfile").write_text(text) and None)
+        text = modelfile(f"{stage.name}-{forms[-1]}.gguf", chat)
+        folder.step("Modelfile", text, 1_000, lambda target: write_text(target / "Modelfile", text))
     path, text = heldout(line)
     inputs = [files_of(folder.record, "proof", "card"), text, TOLERANCE, PROMPTS, TIE, versions(*LIBRARIES)]
     folder.step("proof", inputs, 10_000, partial(prove, folder.path, row, forms, path, text, tokenizer))
     proof = json.loads((folder.path / "proof.json").read_text(encoding="utf-8"))
-    about = {"trained": trained, "proof_page": proof_page(proof), "forms": forms}
+    about = {"trained": trained, "proof_page": proof_page(proof), "forms": forms, "chat": chat}
     inputs = [about, folder.record["rights"], folder.record["license"], found, CARD.read_text(encoding="utf-8")]
     folder.step("card", inputs, 100_000, partial(write_card, line, folder.record, found, about))
     folder.save()
-    with atomic_write(folder.path / SUMS) as file:
-        file.write(sums(folder.record))
+    write_text(folder.path / SUMS, sums(folder.record))
     if found:
-        with atomic_write(args.report.with_suffix(".export.md")) as file:
-            file.write(f"# Exported: {stage.name}\n\n{proof_page(proof)}\n")
+        write_text(args.report.with_suffix(".export.md"), f"# Exported: {stage.name}\n\n{proof_page(proof)}\n")
     print(f"{folder.path}: {stage.name} in {', '.join(forms)}")
 
 
