@@ -31,9 +31,9 @@ from lm_eval.api.instance import Instance
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from eval import evaluation, generation, llamacpp, models, report, tables, verdict
+from eval import generation, llamacpp, models, report, tables, verdict
 from eval.push import EXPORTS, RECORD, SUMS, changed, files_of, load, sums
-from eval.scoring import MAX_LENGTH, TokenScorer
+from eval.scoring import TokenScorer
 from prep.common import (
     BadInput,
     collected,
@@ -156,7 +156,7 @@ def write_gguf(folder: Path, name: str, form: str, target: Path) -> None:
 
 def modelfile(gguf: str, chat: bool) -> str:
     """For Ollama, which takes a chat template from the GGUF, and would invent one for a model that only continues text."""
-    settings = {"num_ctx": MAX_LENGTH, **decoding()}
+    settings = {"num_ctx": models.MAX_LENGTH, **decoding()}
     settings["repeat_penalty"] = settings.pop("repetition_penalty")
     lines = [f"FROM ./{gguf}", *(f"PARAMETER {key} {value}" for key, value in settings.items())]
     return "\n".join(lines if chat else [*lines, 'TEMPLATE "{{ .Prompt }}"']) + "\n"
@@ -229,7 +229,7 @@ def prove(
             wrong.append(f"{one.name} writes another token than {row.name} after {equal}")
     if wrong:
         raise BadInput(f"{folder} is not the stage that was measured: {'; '.join(wrong)}")
-    where = evaluation.environment(device, str(dtype).removeprefix("torch."))
+    where = models.environment(device, str(dtype).removeprefix("torch."))
     about = {"text": str(path), "characters": len(text), "environment": where}
     write_json(target / "proof.json", {**about, "forms": found})
 
@@ -288,7 +288,7 @@ def write_card(
     ModelCard.from_template(
         data, str(CARD), name=name, base=base, line=line, manifests=manifests, rights=record["rights"],
         scores=tables.markdown(tables.overview(found | {"stages": rows})) if found else None,
-        verdict=verdict.lines(found)[name] if found else None, decoding=decoding(), window=MAX_LENGTH, **about,
+        verdict=verdict.lines(found)[name] if found else None, decoding=decoding(), window=models.MAX_LENGTH, **about,
     ).save(target / "README.md")  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def main() -> None:
     # GGUF files made before stay, and are made again when the stage has changed: the folder is of one stage.
     forms = [form for form in TOLERANCE if args.forms == "all" or form in {"model", *folder.record["steps"]}]
 
-    weights = {str(path): hashed(path) for path in evaluation.files_of(row)}
+    weights = {str(path): hashed(path) for path in models.files_of(row)}
     weights |= {path.name: hashed(path) for path in stage.output_dir.glob("*token*.json*")}
     if row.adapter:
         size = sum(path.stat().st_size for path in row.weights)
