@@ -48,7 +48,7 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
-        eval export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
+        eval reading export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow \
         test-others test-smoke test-second_curriculum lint
 
@@ -116,6 +116,9 @@ check: $(READY) ## Did every stage train? The gates, on whatever is there
 
 eval: $(READY) ## Score and sample base and stages -> eval/reports/RUN.json, .md and pictures
 	@$(WITH_ARGS) $(BIN)/python eval/evaluation.py --recipes recipes --curriculum "$$CURRICULUM" --run "$$RUN" --out eval/reports "$${more[@]}"
+
+reading: $(READY) ## Whose passage is it? A page of pairs for readers; make eval counts their answers -> eval/reports/RUN.reading.html
+	@$(WITH_ARGS) $(BIN)/python eval/reading.py --recipes recipes --curriculum "$$CURRICULUM" --run "$$RUN" --out eval/reports "$${more[@]}"
 
 export: $(READY) $(filter demo,$(MAKECMDGOALS)) ## STAGE to share, and proved: 16-bit model, GGUF files, model card -> outputs/export/2c
 	@$(IN) $(WITH_ARGS) $(UP)$(BIN)/python $(UP)eval/export.py "$$STAGE" --recipes $(UP)recipes --report "$(UP)eval/reports/$$RUN.json" "$${more[@]}"

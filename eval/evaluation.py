@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eval import generation, intervals, logs, metrics, models, questions, report, scoring
+from eval import generation, intervals, logs, metrics, models, questions, reading, report, scoring
 from eval.models import environment, files_of
 from eval.tasks.texts import read_rows
 from prep.common import BadInput, digest, hashed, lock, positive, read_json, run, run_name, write_json
@@ -268,6 +268,8 @@ def main() -> None:
     before = previous(target)
     there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
     others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}
+    weights = {name: stage["weights"] for name, stage in others.items()} | hashes
+    read = reading.merged(before.get("reading"), weights, target)
     now = {"arguments": settings, "tasks": described, "prompts": prompts, "questions": asked}
     if others and (differing := [key for key in now if before.get(key, []) != now[key]]):
         raise BadInput(
@@ -313,6 +315,7 @@ def main() -> None:
             "stages": stages,
             "style": styles(stages, paths),
             "differences": differences(stages),
+            **({"reading": read} if read else {}),
         }
         report.check(result, target)
         write_json(target, result)

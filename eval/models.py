@@ -255,9 +255,12 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -
 
 
 def loaded(
-    rows: list[Candidate], device: str, dtype: torch.dtype
+    rows: list[Candidate], device: str, dtype: torch.dtype, unpacked: bool = False
 ) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, Tokenizer]]:
-    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it."""
+    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it.
+
+    `unpacked`: 4-bit weights become numbers of `dtype`, the same ones, for a CPU that would unpack them at every token.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for row in rows:
@@ -268,6 +271,8 @@ def loaded(
             continue
         tokenizer = load_tokenizer(row.model)
         model: Any = load_model(row.model, tokenizer, device, dtype, row.quantization)
+        if row.quantization and unpacked:
+            model = model.dequantize()
         if row.adapter:
             model = load_adapter(model, row, tokenizer)
         if row.form == MERGED:

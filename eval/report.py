@@ -23,6 +23,7 @@ from prep.common import BadInput, commit, read_json, run, write_text
 
 HERE = Path(__file__).parent
 SCHEMA = HERE / "report.schema.json"
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined)
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,18 @@ def sections(report: dict[str, Any]) -> list[Section]:
             table=tables.style(report),
         ),
         Section(
+            "Blind reading",
+            f"Of two passages after the same held-out lines, which is the author's? {tables.readers(report)} A stage that nobody "
+            "can tell is taken for the author half the time: a star where Wilson's 95 % interval excludes 50 %. The controls' "
+            "sides are alike: what is told there is noise. The pairs with their answers are below.",
+            table=tables.taken(report),
+        ),
+        Section(
+            "Which would you go on reading?",
+            "Stage against stage, in a Bradley-Terry model: a strength is in nats, zero the mean, with its 95 % interval.",
+            table=tables.preferred(report),
+        ),
+        Section(
             "Perplexity",
             "Token perplexity compares only models that share a tokenizer.",
             None,
@@ -142,18 +155,29 @@ def shown(sections: list[Section], drawn: Container[str | None]) -> list[Section
     return [section for section in sections if section.table or section.plot in drawn]
 
 
+def label(stage: str, sample: dict[str, Any]) -> str:
+    """What stands over a sample, or over the answer to a question."""
+    drawn = f", seed {sample['seed']}, no. {sample['index'] + 1}" if "seed" in sample else ""
+    return f"{stage}{drawn}, {sample['tokens']} tokens" + (", ended by the model" if sample["ended"] else "")
+
+
 def samples_by_prompt(report: dict[str, Any]) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
-    """Each prompt with the samples of every stage, and each question with its answers."""
-    stages = measured(report).items()
-    samples = [{"stage": name, **sample} for name, stage in stages for sample in stage["samples"]]
-    answer = {"seed": None, "index": 0, "copied": None}
-    samples += [
-        {"stage": name, "prompt": said["question"], **answer, **said}
-        for name, stage in stages
-        for said in stage.get("answers", ())
+    """Each prompt with the samples of every stage, each question with its answers, each pair that was read with who wrote what."""
+    written = [
+        {"label": label(name, sample), "prompt": sample.get("question"), **sample}
+        for name, stage in measured(report).items()
+        for sample in [*stage["samples"], *stage.get("answers", ())]
     ]
+    written.sort(key=lambda sample: sample.get("index", 0))
     asked = [{"name": each["name"], "text": each["question"]} for each in report.get("questions", ())]
-    return [(prompt, [s for s in samples if s["prompt"] == prompt["name"]]) for prompt in report["prompts"] + asked]
+    result = [(prompt, [s for s in written if s["prompt"] == prompt["name"]]) for prompt in report["prompts"] + asked]
+    reading = report.get("reading") or {"figures": None}
+    for number, pair in enumerate(reading["pairs"] if reading["figures"] else (), 1):
+        chosen = [answer["choice"] for answer in pair["answers"]]
+        sides = enumerate(zip(pair["by"], pair["texts"], strict=True))
+        shown = [{"label": f"{by}, chosen {chosen.count(i)} of {len(chosen)}", "text": text} for i, (by, text) in sides]
+        result.append(({"name": f"Pair {number}", "text": pair["lines"]}, shown))
+    return result
 
 
 def versions(report: dict[str, Any]) -> str:
@@ -181,9 +205,7 @@ def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
     for prompt, samples in samples_by_prompt(report):
         parts += [f"### {prompt['name']}", "The prompt:", quoted(prompt["text"])]
         for sample in samples:
-            end = ", ended by the model" if sample["ended"] else ""
-            number = "" if sample["seed"] is None else f"seed {sample['seed']}, no. {sample['index'] + 1}, "
-            parts.append(f"**{sample['stage']}**, {number}{sample['tokens']} tokens{end}:")
+            parts.append(f"**{sample['label']}**:")
             parts.append(quoted(sample["text"]) if sample["text"].strip() else "> (nothing)")
     return "\n\n".join(part for part in [*parts, versions(report)] if part) + "\n"
 
@@ -193,19 +215,16 @@ def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
 
 def marked(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample as the template needs it, split where its copied words begin and end."""
-    text, copied = sample["text"], sample["copied"] or {"start": 0, "end": 0}
+    text, copied = sample["text"], sample.get("copied") or {"start": 0, "end": 0}
     start, end = copied["start"], copied["end"]
     return {**sample, "before": text[:start], "shared": text[start:end], "after": text[end:]}
 
 
 def render(sections: list[Section], plots: dict[str, str], **content: Any) -> str:
     """page.html.jinja filled in: one file that needs no other. `plots` has SVG texts by kind."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
-    )
     content |= {"sections": shown(sections, plots), "thresholds": verdict.EXPLAINED}
     content["plots"] = {kind: Markup(text[text.index("<svg") :]) for kind, text in plots.items()}
-    return environment.get_template("page.html.jinja").render(content)
+    return TEMPLATES.get_template("page.html.jinja").render(content)
 
 
 def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
@@ -239,6 +258,9 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     target = folder / f"{report['run']}.md"
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
     contents |= {target: markdown(report, names), target.with_suffix(".html"): html(report, drawn)}
+    if reading := report.get("reading"):
+        page = TEMPLATES.get_template("reading.html.jinja").render(run=report["run"], reading=reading)
+        contents[target.with_suffix(".reading.html")] = page
     for path, text in contents.items():
         write_text(path, text)
     return target

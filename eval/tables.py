@@ -176,6 +176,54 @@ def questions(report: dict[str, Any]) -> Table | None:
     return (head, rows) if rows else None
 
 
+def reading(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of the blind reading; None when nobody has read."""
+    return (report.get("reading") or {}).get("figures")
+
+
+def readers(report: dict[str, Any]) -> str:
+    """How many read, and whether they agree."""
+    figures = reading(report)
+    if not figures:
+        return ""
+    said = f"Readers: {len(figures['readers'])}."
+    if same := figures["agreement"]:
+        kappa = f"Cohen's kappa {number(same['kappa'], 2)}"
+        said += f" Two chose the same side in {percent(same['same'] / same['of'])} of {same['of']} cases, {kappa}."
+    return said
+
+
+def taken(report: dict[str, Any]) -> Table | None:
+    """How often each stage was taken for the author, and the controls; None when nobody has read."""
+    figures = reading(report)
+    if not figures:
+        return None
+    shares = {f"{name} taken for the author": share for name, share in figures["stages"].items()}
+    shares |= {
+        "control, both the author's: the true continuation": figures["author"],
+        "control, both one stage's: the left one": figures["same"],
+        "all pairs: the left one": figures["left"],
+    }
+    rows = []
+    for name, share in shares.items():
+        if count := share["answers"]:
+            low, high = share["interval"]
+            star = "" if low <= 0.5 <= high else " *"
+            interval = f"{percent(share['taken'] / count)} [{percent(low)}, {percent(high)}]{star}"
+            rows.append([name, f"{share['taken']} of {count}", interval, percent(share["sure"] / count)])
+    return ["chosen", "answers", "share", "sure"], rows
+
+
+def preferred(report: dict[str, Any]) -> Table | None:
+    """Stage against stage; None when nobody has compared any."""
+    figures = reading(report)
+    rows = [
+        [name, f"{side['won']} of {side['answers']}", bracket(side["strength"], side["interval"], "+")]
+        for name, side in ((figures and figures["preferred"]) or {}).items()
+    ]
+    return (["stage", "preferred", "strength"], rows) if rows else None
+
+
 def texts(report: dict[str, Any]) -> Table:
     """What each task scored."""
     rows = [

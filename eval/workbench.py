@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all paths here
 CONTINUED = Path("outputs/continuation")  # where eval/continuation.py writes
+READING = ".reading.html"  # how the names of eval/reading.py's pages end
 PAGES = 900  # words of the continued novel that are shown, about three pages of a book
 HEADROOM = 1.25  # of the bytes of 16- or 32-bit weights, for what is computed with them and the cache of a context
 
@@ -201,10 +202,14 @@ def stream(
 
 
 def keep(path: Path, sample: dict[str, Any]) -> None:
-    """Append a sample, one line of JSON, also when two pages do so at once. A full disk is an OSError, and no half line."""
+    """Append a sample, one line of JSON, with the time."""
+    append(path, json.dumps({"date": datetime.now(UTC).isoformat(timespec="seconds"), **sample}, ensure_ascii=False))
+
+
+def append(path: Path, line: str) -> None:
+    """Append a line, also when two pages do so at once. A full disk is an OSError, and no half line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    data = (json.dumps({"date": now, **sample}, ensure_ascii=False) + "\n").encode()
+    data = (line + "\n").encode()
     with path.open("ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
@@ -214,6 +219,16 @@ def keep(path: Path, sample: dict[str, Any]) -> None:
         except OSError:
             file.truncate(end)
             raise
+
+
+def answered(page: Path, lines: str) -> None:
+    """Append what a page of blind reading has sent, all answers so far, to its reader's file: those that are not there yet."""
+    from eval import reading
+
+    for line in lines.splitlines():
+        path = reading.answers_file(page.with_name(page.name.replace(READING, ".json")), json.loads(line)["reader"])
+        if not path.is_file() or line not in path.read_text(encoding="utf-8").splitlines():
+            append(path, line)
 
 
 def kept(path: Path) -> str:
@@ -239,9 +254,10 @@ def reports() -> dict[str, Path]:
 
 
 def report_page(path: Path) -> str:
-    """A report's page in a frame, without scripts."""
+    """A report's page in a frame; only that of a blind reading has scripts."""
     page = html.escape(path.read_text(encoding="utf-8"), quote=True)
-    return f'<iframe sandbox class="report" srcdoc="{page}"></iframe>'
+    sandbox = "" if path.name.endswith(READING) else "sandbox"
+    return f'<iframe {sandbox} class="report" srcdoc="{page}"></iframe>'
 
 
 def continued() -> dict[str, Path]:

@@ -415,6 +415,7 @@ def test_the_page_in_a_browser(
     a second browser beside the first, an exported GGUF, and a stage that is removed under both."""
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     def find(page: Any, selector: str) -> Any:
@@ -457,6 +458,8 @@ def test_the_page_in_a_browser(
 
     with ExitStack() as opened:
         browser, second = open_browser(), open_browser()
+        (folder / "eval/reports").mkdir(parents=True)
+        shutil.copy(ROOT / "eval/reports/demo.reading.html", folder / "eval/reports")
         address, line = opened.enter_context(served("--port", str(free_port()), "--dir", str(folder), JUPYTER_TOKEN=""))
         opened.callback(ended.set)
         token = line.strip().partition("?token=")[2]
@@ -517,11 +520,32 @@ def test_the_page_in_a_browser(
         find(second, ".try-keep-0").click()
         until(browser, lambda page: "base, seed 42" in page.page_source)
 
-        headers = browser.find_elements(By.CSS_SELECTOR, ".jupyter-widget-Collapse-header, .lm-Collapse-header")
+        collapse = ".jupyter-widget-Collapse-header, .lm-Collapse-header"
+        headers = browser.find_elements(By.CSS_SELECTOR, collapse)
         next(one for one in headers if "Reports" in one.text).click()
         frame = until(browser, lambda page: find(page, "iframe.report"))
         assert "bits per byte" in (frame.get_attribute("srcdoc") or "").lower() and frame.size["height"] > 500
         picture(browser, "report")
+
+        # Two readers at once, each page with the demo's pairs; what is answered is on the disk though the browsers end.
+        for page in (browser, second):
+            (header,) = [h for h in page.find_elements(By.CSS_SELECTOR, collapse) if "Reports" in h.text]
+            if not page.find_elements(By.CSS_SELECTOR, "iframe.report"):
+                header.click()
+            reports = next(
+                s for s in map(Select, page.find_elements(By.CSS_SELECTOR, "select")) if "demo.reading" in s._el.text
+            )
+            reports.select_by_visible_text("demo.reading")
+            frame = until(page, lambda page: (f := find(page, "iframe.report")).get_attribute("sandbox") is None and f)
+            page.switch_to.frame(frame)
+            find(page, "#name").send_keys("anne" if page is browser else "bert", Keys.ENTER)
+            page.switch_to.active_element.send_keys("1", "2", "2", "1")
+            page.switch_to.default_content()
+        answers = folder / "eval/reports/demo.answers.{}.jsonl"
+        for page, name in ((browser, "anne"), (second, "bert")):
+            own = Path(str(answers).format(name))
+            until(page, lambda page, own=own: own.is_file() and len(own.read_text().splitlines()) == 2)
+            assert [json.loads(line)["choice"] for line in own.read_text().splitlines()] == [0, 1]
 
         shutil.rmtree(folder / "outputs/2a")  # a stage is removed while both pages are open
         for page in (browser, second):
