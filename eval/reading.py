@@ -34,7 +34,7 @@ from scipy.stats import binomtest
 
 from eval import metrics, report
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, atomic_write, digest, hashed, lock, positive, run, run_name
+from prep.common import BadInput, digest, hashed, lock, positive, run, run_name, write_json
 from prep.typography import to_convention
 
 AUTHOR, ELSEWHERE = "the author", "the author, elsewhere"
@@ -307,9 +307,7 @@ def main() -> None:
     lock(target)
     evidence["reading"] = draw(evidence, args)
     report.check(evidence, target)
-    with atomic_write(target) as file:
-        json.dump(evidence, file, ensure_ascii=False, indent=1, allow_nan=False)
-        file.write("\n")
+    write_json(target, evidence)
     page = report.write(evidence, args.out).with_suffix(".reading.html")
     print(f"{len(evidence['reading']['pairs'])} pairs: {page}")
 
