@@ -20,7 +20,6 @@ from eval import evaluation, reading, report, tables
 from eval.reading import AUTHOR, ELSEWHERE
 from prep.common import BadInput
 
-ROOT = Path(__file__).parent.parent
 STAGES = ["base", "2a", "2b", "2c"]
 Z = 1.959964
 
@@ -245,13 +244,13 @@ def browser(open_browser: Callable[[], Any]) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("device", "width"), [("desk", 1280), ("phone", 360)])
-def test_twenty_pairs_by_keyboard_alone(browser: Any, device: str, width: int, scheme: str) -> None:
-    """The demo's page: begun, closed, continued and saved, on any screen."""
+def test_the_page_by_keyboard_alone(browser: Any, drawn_place: Path, device: str, width: int, scheme: str) -> None:
+    """Begun, closed, continued and saved, on any screen."""
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
-    path = ROOT / "eval/reports/demo.reading.html"
-    pairs = report.load(path.with_name("demo.json"))["reading"]["pairs"]
+    path = (drawn_place / PAGE).with_suffix(".reading.html")
+    pairs = report.load(drawn_place / PAGE)["reading"]["pairs"]
     metrics = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -269,7 +268,7 @@ def test_twenty_pairs_by_keyboard_alone(browser: Any, device: str, width: int, s
         press(*f"{device}-{scheme}", Keys.ENTER)
 
     start()
-    assert "Pair 1 of 20" in text("#progress")
+    assert "Pair 1 of 10" in text("#progress")
     for number in range(7):
         assert " ".join(pairs[number]["texts"][1].split()) in " ".join(text("#right").split())
         fits = "return [document.documentElement.scrollWidth, innerWidth, ...['left', 'right', 'ask'].flatMap(id => {"
@@ -288,15 +287,15 @@ def test_twenty_pairs_by_keyboard_alone(browser: Any, device: str, width: int, s
     assert (ink < 150 and paper > 650) if scheme == "light" else (ink > 600 and paper < 150)
 
     start()  # closed and opened again
-    assert "Pair 8 of 20" in text("#progress")
-    for _ in range(13):
+    assert "Pair 8 of 10" in text("#progress")
+    for _ in range(3):
         press("1", "2")
-    assert "All 20 pairs read" in text("#progress") and text("#end").count("your choice") == 20
+    assert "All 10 pairs read" in text("#progress") and text("#end").count("your choice") == 10
     assert text("#end").count("taken for the author") == 4
     link = browser.execute_script("const a = document.getElementById('save'); return [a.download, a.href]")
-    assert link[0] == f"demo.answers.{device}-{scheme}.jsonl"
+    assert link[0] == f"tiny.answers.{device}-{scheme}.jsonl"
     saved = [json.loads(line) for line in urllib.parse.unquote(link[1].partition(",")[2]).splitlines()]
-    assert [answer["pair"] for answer in saved] == list(range(20))
+    assert [answer["pair"] for answer in saved] == list(range(10))
     assert [answer["choice"] for answer in saved[:7]] == [1, 0, 1, 0, 1, 0, 1]
     assert [answer["sure"] for answer in saved[:7]] == [True, False, False, True, False, False, True]
     assert browser.execute_script("return document.documentElement.scrollWidth") == width
