@@ -101,13 +101,12 @@ def deck(stages: Sequence[str], count: int, rng: random.Random) -> list[list[str
     return sides
 
 
-def heldout(evidence: dict[str, Any]) -> list[str]:
-    """The texts of the held-out block that a report scored. Raises BadInput where it has none, or another is there now."""
-    task = evidence["tasks"].get("novel_heldout")
-    if not task:
-        raise BadInput(f"report {evidence['run']} has no held-out pages of the novel (task novel_heldout)")
-    path = Path(task["path"])
-    if not path.is_file() or hashed(path) != task["file_sha256"]:
+def rows_of(evidence: dict[str, Any], task: str) -> list[str]:
+    """The texts of the file that a report's task scored. Raises BadInput where it has no such task, or another file is there."""
+    if task not in evidence["tasks"]:
+        raise BadInput(f"report {evidence['run']} has no task {task}: evaluate with it")
+    path = Path(evidence["tasks"][task]["path"])
+    if not path.is_file() or hashed(path) != evidence["tasks"][task]["file_sha256"]:
         raise BadInput(f"{path} is not the text that report {evidence['run']} scored: run the evaluation again")
     return [row["text"] for row in read_rows(path)]
 
@@ -120,10 +119,10 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
     stages = [name for name, stage in evidence["stages"].items() if stage and stage["samples"]]
     if not stages:
         raise BadInput(f"report {evidence['run']} has no samples: no stage in it has written anything")
-    trained_on = metrics.CopyFinder([row["text"] for row in read_rows(Path(evidence["tasks"]["novel_train"]["path"]))])
+    trained_on = metrics.CopyFinder(rows_of(evidence, "novel_train"))
     found = [
         (lines, passage)
-        for text in heldout(evidence)
+        for text in rows_of(evidence, "novel_heldout")
         for lines, passage in places(text, args.words)
         if trained_on.longest(f"{lines} {passage}")["words"] <= LONGEST_COPY
     ]

@@ -1,5 +1,6 @@
 """Blind reading: readers whose figures closed form gives, the commands on tiny models, the page in a real Chromium."""
 
+import copy
 import json
 import math
 import random
@@ -213,11 +214,16 @@ def test_bad_input_is_one_line(drawn: dict[str, Any]) -> None:
 
     with pytest.raises(BadInput, match="too short for 10 pairs: 1 passages of 500 words"):
         command(reading, *READ, "--words", "500")
-    training, seen = Path("data/2c.jsonl").read_text(), Path("data/2c.heldout.jsonl").read_text()
-    Path("data/2c.jsonl").write_text(seen)  # the model was trained on what is held out
+    seen = copy.deepcopy(whole)  # a model that was trained on what is held out
+    seen["tasks"]["novel_train"] = seen["tasks"]["novel_heldout"]
+    PAGE.write_text(json.dumps(seen))
     with pytest.raises(BadInput, match="too short for 10 pairs: 0 passages of 50 words"):
         command(reading, *READ, "--words", "50")
-    Path("data/2c.jsonl").write_text(training)
+    del seen["tasks"]["novel_train"]
+    PAGE.write_text(json.dumps(seen))
+    with pytest.raises(BadInput, match="report tiny has no task novel_train"):
+        command(reading, *READ)
+    PAGE.write_text(json.dumps(whole))
     with pytest.raises(BadInput, match="no reader's name"):
         reading.answers_file(PAGE, "../anne")
     Path("outputs/2a/model.safetensors").write_bytes(b"")
