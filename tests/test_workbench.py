@@ -531,13 +531,13 @@ def test_the_page_in_a_browser(
 
         # Two readers at once; what is answered is on the disk though the browsers end.
         for page in (browser, second):
-            if not find(page, "iframe.report").is_displayed():
+            if not until(page, lambda page: find(page, "iframe.report")).is_displayed():
                 next(one for one in page.find_elements(By.CSS_SELECTOR, collapse) if "Reports" in one.text).click()
             selects = page.find_elements(By.CSS_SELECTOR, "select")
             Select(next(one for one in selects if "x.reading" in one.text)).select_by_visible_text("x.reading")
             frame = until(page, lambda page: (f := find(page, "iframe.report")).get_attribute("sandbox") is None and f)
             page.switch_to.frame(frame)
-            find(page, "#name").send_keys("anne" if page is browser else "bert", Keys.ENTER)
+            until(page, lambda page: find(page, "#name")).send_keys("anne" if page is browser else "bert", Keys.ENTER)
             page.switch_to.active_element.send_keys("1", "2", "2", "1")
             page.switch_to.default_content()
         answers = folder / "eval/reports/x.answers.{}.jsonl"
