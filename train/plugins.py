@@ -60,9 +60,8 @@ class Gate(BasePlugin):
         self.recipe = Path(cfg.get("axolotl_config_path") or "")
         self.settings = json.loads(json.dumps(cfg, default=str))
         if not torch.cuda.is_available():
-            os.environ["ACCELERATE_USE_CPU"] = (
-                "true"  # else accelerate takes each of several processes for the only one
-            )
+            # Else accelerate takes each of several processes for the only one.
+            os.environ["ACCELERATE_USE_CPU"] = "true"
         if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
             with self.refusals():
                 share_step(cfg, processes)
