@@ -109,7 +109,7 @@ def test_another_curriculum_needs_no_code(tmp_path: Path) -> None:
 ALLOWED = {
     "bf16", "tf32", "attn_implementation", "plugins", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
     "gradient_checkpointing", "dataset_num_proc", "dataloader_num_workers", "max_steps", "micro_batch_size",
-    "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "eval_batch_size", "learning_rate",
+    "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "eval_batch_size", "learning_rate", "fsdp_version", "fsdp_config",
 }  # fmt: skip
 
 

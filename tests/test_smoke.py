@@ -150,31 +150,50 @@ def test_the_rows_are_cached_by_what_they_are(trained: dict[str, str], workdir: 
     assert sorted(windows) == [3, 24]  # held out, training
 
 
-def test_two_processes_train_as_one(trained: dict[str, str], workdir: Path) -> None:
-    """By DDP over gloo: as many tokens a step, a killed process ends the others, and one process goes on."""
-    cwd = workdir / "two"
+def by_two(cwd: Path, **more: Any) -> subprocess.Popen:
+    """2a by two processes over gloo, in a folder with the same rows."""
     cwd.mkdir()
     for name in ("models", "data"):
-        (cwd / name).symlink_to(workdir / name)
+        (cwd / name).symlink_to(cwd.parent / name)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "axolotl.cli.train"]
-    command = [sys.executable, *launch, RECIPES / "2a.yml", *as_arguments(load_profile("smoke", "2a")[1])]
+    overrides = as_arguments(load_profile("smoke", "2a")[1] | more)
+    command = [sys.executable, *launch, RECIPES / "2a.yml", *overrides]
     with (cwd / "printed").open("w") as said:
-        process = subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=said, stderr=said)
-        state, deadline = cwd / "outputs/2a/checkpoint-2/complete.json", time.time() + 300
-        while not state.exists() and time.time() < deadline:
-            assert process.poll() is None, (cwd / "printed").read_text()[-3000:]
-            time.sleep(0.005)
-        psutil.Process(process.pid).children()[1].kill()
-        assert process.wait(120) and left_in(cwd) == []
-    assert (cwd / "outputs/2a/checkpoint-2/rng_state_1.pth").exists()
-    assert "2a: trained, 4 of 4 steps" in stage("2a", cwd)
-    base, alone, shared = (
-        load_file(f / "model.safetensors") for f in (cwd / "models/base", workdir / "outputs/2a", cwd / "outputs/2a")
+        return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=said, stderr=said)
+
+
+def apart(one: Path, other: Path) -> float:
+    """How far two trainings of one base end from each other, as a share of the way that the first went."""
+    base, end, beside = (
+        load_file(f / "model.safetensors") for f in (one / "models/base", one / "outputs/2a", other / "outputs/2a")
     )
-    moved, apart = (sum((alone[k] - other[k]).norm() ** 2 for k in alone) ** 0.5 for other in (base, shared))
-    assert 0 < apart < 1e-3 * moved
+    way, between = (sum((end[name] - tensors[name]).norm() ** 2 for name in end) ** 0.5 for tensors in (base, beside))
+    return float(between / way)
+
+
+def test_two_processes_train_as_one(trained: dict[str, str], workdir: Path) -> None:
+    """By DDP: as many tokens a step, a killed process ends the other, and one process goes on."""
+    cwd = workdir / "ddp"
+    process = by_two(cwd)
+    state, deadline = cwd / "outputs/2a/checkpoint-2/complete.json", time.time() + 300
+    while not state.exists() and time.time() < deadline:
+        assert process.poll() is None, (cwd / "printed").read_text()[-3000:]
+        time.sleep(0.005)
+    psutil.Process(process.pid).children()[1].kill()
+    assert process.wait(120) and left_in(cwd) == []
+    assert state.with_name("rng_state_1.pth").exists()
+    assert "2a: trained, 4 of 4 steps" in stage("2a", cwd)
+    assert 0 < apart(workdir, cwd) < 1e-3
     one, two = (json.loads((f / "outputs/2a/trained.json").read_text())["steps"] for f in (workdir, cwd))
     assert one == two and one["tokens"] == 4 * 2 * 512
+
+
+def test_two_processes_share_a_model(trained: dict[str, str], workdir: Path) -> None:
+    """By FSDP2. The optimizer's 8-bit moments are quantised in blocks, which are other ones in half a tensor."""
+    cwd, sharded = workdir / "fsdp", load_profile("fsdp", "2a")[1]
+    process = by_two(cwd, plugins=["fsdp_on_cpu.FsdpOnCpu", "train.plugins.Gate"], **sharded)
+    assert process.wait(300) == 0, (cwd / "printed").read_text()[-3000:]
+    assert (cwd / "outputs/2a/trained.json").exists() and 0 < apart(workdir, cwd) < 0.05
 
 
 def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None:
