@@ -22,7 +22,7 @@ class Hub(ThreadingHTTPServer):
     served     {name: bytes sent in place of the file's}
     stop       {name: (bytes sent before the connection breaks, once; whether it falls silent instead)}
     breaks     sha256 of a file whose upload never ends
-    denies     whether pushes are refused
+    denies     status with which pushes are refused
     swaps      whether other bytes than the uploaded ones are committed
 
     `seen`: (method, path, Range header) of each request for a file or a list; `puts`: sha256 of each upload.
@@ -40,7 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.seen: list[tuple[str, str, str | None]] = []
         self.blobs: dict[str, bytes] = {}  # uploaded, by sha256
         self.private: bool | None = None  # you/name
-        self.breaks, self.denies, self.swaps = "", False, False
+        self.breaks, self.denies, self.swaps = "", 0, False
         self.puts: list[str] = []
         self.released = threading.Event()
 
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers["Content-Length"]
         body = self.rfile.read(int(length)) if length else self.chunked()
         if hub.denies:
-            return self.send({"error": "no write access"}, 403)
+            return self.send({"error": "no"}, hub.denies)
         if path.endswith("/repos/create"):
             hub.private = hub.private if hub.private is not None else json.loads(body)["visibility"] == "private"
             return self.send({"url": f"{hub.url}/you/name"})

@@ -3,24 +3,20 @@
 The whole command runs on a trained chain in test_smoke.py.
 """
 
-import base64
-import hashlib
 import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub
 from tiny_curriculum import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -191,134 +187,6 @@ def test_near_ties_are_no_difference() -> None:
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
-
-
-class Hub(ThreadingHTTPServer):
-    """What of the hub's protocol a push and a download use."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.blobs: dict[str, bytes] = {}  # by sha256, uploaded
-        self.files: dict[str, bytes] = {}  # committed
-        self.private: bool | None = None
-        self.breaks = ""  # sha256 of a file whose upload never ends
-        self.denies, self.swaps = 0, False  # a status; another file arrives
-        self.puts: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silent."""
-
-    def send(self, body: Any, status: int = 200, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), "X-Repo-Commit": "c" * 40, **headers}.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        hub, path = self.server, self.path.split("?")[0]
-        if path.startswith("/api/"):
-            told = [
-                {
-                    "rfilename": name,
-                    "lfs": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 1},
-                }
-                for name, data in hub.files.items()
-            ]
-            self.send({"id": "you/name", "sha": "c" * 40, "siblings": told, "private": hub.private is not False})
-        else:
-            data = hub.files[path.split("/", 5)[5]]
-            self.send(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
-
-    do_HEAD = do_GET
-
-    def do_PUT(self) -> None:
-        hub, oid, size = self.server, self.path.rsplit("/", 1)[1], int(self.headers["Content-Length"])
-        if oid == hub.breaks:
-            self.rfile.read(size // 2)
-            self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        hub.puts.append(oid)
-        hub.blobs[oid] = self.rfile.read(size)
-        return self.send({})
-
-    def do_POST(self) -> None:
-        hub, path = self.server, self.path.split("?")[0]
-        length = self.headers["Content-Length"]
-        body = self.rfile.read(int(length)) if length else self.chunked()
-        if hub.denies:
-            return self.send({"error": "no"}, hub.denies)
-        if path.endswith("/repos/create"):
-            hub.private = hub.private if hub.private is not None else json.loads(body)["visibility"] == "private"
-            return self.send({"url": f"{hub.url}/you/name"})
-        if path.endswith("/preupload/main"):
-            modes = {".gguf": "lfs", ".safetensors": "lfs"}
-            return self.send(
-                {
-                    "files": [
-                        {
-                            "path": file["path"],
-                            "uploadMode": modes.get(Path(file["path"]).suffix, "regular"),
-                            "shouldIgnore": False,
-                        }
-                        for file in json.loads(body)["files"]
-                    ]
-                }
-            )
-        if path.endswith("/objects/batch"):
-            wanted = json.loads(body)["objects"]
-            return self.send(
-                {
-                    "transfer": "basic",
-                    "objects": [
-                        one
-                        | (
-                            {}
-                            if one["oid"] in hub.blobs
-                            else {"actions": {"upload": {"href": f"{hub.url}/put/{one['oid']}"}}}
-                        )
-                        for one in wanted
-                    ],
-                }
-            )
-        if "/commit/" in path:
-            for line in map(json.loads, body.decode().splitlines()):
-                if line["key"] == "file":
-                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                elif line["key"] == "lfsFile":
-                    hub.files[line["value"]["path"]] = b"other" if hub.swaps else hub.blobs[line["value"]["oid"]]
-            return self.send({"commitUrl": f"{hub.url}/you/name/commit/{'c' * 40}", "commitOid": "c" * 40})
-        return self.send({"warnings": [], "errors": []})  # validate-yaml
-
-    def chunked(self) -> bytes:
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    server = Hub()
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture
