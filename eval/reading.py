@@ -76,8 +76,8 @@ def level(one: str, other: str) -> tuple[str, str]:
         short, long = sorted(len(metrics.words(part)) for part in pair)
         return short - 2 * (long - short)
 
-    cuts = ([text[:end] for end in ends(text)] or [text] for text in (one, other))
-    return max(itertools.product(*cuts), key=worth)
+    first, second = ([text[:end] for end in ends(text)] or [text] for text in (one, other))
+    return max(itertools.product(first, second), key=worth)
 
 
 def deck(stages: Sequence[str], count: int, rng: random.Random) -> list[list[str]]:

@@ -157,7 +157,7 @@ def by_two(cwd: Path, **more: Any) -> subprocess.Popen:
         (cwd / name).symlink_to(cwd.parent / name)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "axolotl.cli.train"]
     overrides = as_arguments(load_profile("smoke", "2a")[1] | more)
-    command = [sys.executable, *launch, RECIPES / "2a.yml", *overrides]
+    command = [sys.executable, *launch, str(RECIPES / "2a.yml"), *overrides]
     with (cwd / "printed").open("w") as said:
         return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=said, stderr=said)
 
