@@ -17,7 +17,7 @@ from scipy.special import expit
 from small_tokenizers import tales
 from tiny_curriculum import write_rows
 
-from eval import evaluation, reading, report, tables
+from eval import evaluation, reading, report, tables, workbench
 from eval.reading import AUTHOR, ELSEWHERE
 from prep.common import BadInput
 
@@ -237,6 +237,18 @@ def test_bad_input_is_one_line(drawn: dict[str, Any]) -> None:
     PAGE.write_text(json.dumps(whole))
     with pytest.raises(BadInput, match="report tiny has no samples"):
         command(reading, *READ)
+
+
+def test_the_workbench_appends_to_a_file_for_each_reader(tmp_path: Path) -> None:
+    """The page sends all its answers each time; those that are there are not written again."""
+    page = tmp_path / "demo.reading.html"
+    lines = [json.dumps({"reading": "1", "reader": "anne", "pair": n, "choice": 0, "sure": True}) for n in range(3)]
+    for sent in (lines[:1], lines, lines[:2], [lines[0].replace("anne", "bert")]):
+        workbench.answered(page, "\n".join(sent))
+    assert (tmp_path / "demo.answers.anne.jsonl").read_text().splitlines() == lines
+    assert len((tmp_path / "demo.answers.bert.jsonl").read_text().splitlines()) == 1
+    assert "sandbox" in workbench.report_page(Path(shutil.copy(__file__, tmp_path / "demo.html")))
+    assert "sandbox" not in workbench.report_page(Path(shutil.copy(tmp_path / "demo.html", page)))[:20]
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------
