@@ -204,7 +204,8 @@ def merged(before: Reading | None, weights: dict[str, Any], target: Path) -> Rea
             if given["pair"] not in seen:
                 seen.add(given["pair"])
                 pair["answers"].append(answer)
-    return before | {"pairs": pairs, "figures": figures(pairs) if any(pair["answers"] for pair in pairs) else None}
+    read = any(pair["answers"] for pair in pairs)
+    return before | {"pairs": pairs, "figures": figures(pairs, list(before["weights"])) if read else None}
 
 
 def share(chosen: Sequence[bool], sure: Sequence[bool]) -> dict[str, Any]:
@@ -262,10 +263,9 @@ def agreement(pairs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return {"same": same, "of": len(both), "kappa": kappa}
 
 
-def figures(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def figures(pairs: Sequence[dict[str, Any]], stages: Sequence[str]) -> dict[str, Any]:
     """What the answers say, readers together: how often each stage was taken for the author, controls, stage against stage."""
     given = [(pair["by"], answer["choice"], answer["sure"]) for pair in pairs for answer in pair["answers"]]
-    stages = list(dict.fromkeys(name for pair in pairs for name in pair["by"] if name not in (AUTHOR, ELSEWHERE)))
 
     def counted(wanted: set[str], choice: str | int) -> dict[str, Any]:
         """Answers to the pairs of these two: how often this one, or this side, was chosen."""

@@ -44,7 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_the_committed_pages_are_those_of_their_json(pages: dict[str, Path]) -> None:
     made = sorted(pages["report"].parent.glob("demo.*"))
-    assert len(made) == 5  # two pages and three plots
+    assert len(made) == 6  # two pages, that for readers, three plots
     for path in made:
         same = path.read_bytes() == (ROOT / "eval/reports" / path.name).read_bytes()
         assert same, f"{path.name}: run python eval/report.py eval/reports/demo.json"

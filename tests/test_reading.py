@@ -81,7 +81,7 @@ def right(by: list[str]) -> int:
 
 def test_one_who_is_always_right_or_always_wrong() -> None:
     for choose, taken in ((right, 0), (lambda by: 1 - right(by), 12)):
-        figures = reading.figures(read(choose, readers=2))
+        figures = reading.figures(read(choose, readers=2), STAGES)
         for stage in STAGES:
             share = figures["stages"][stage]
             assert (share["taken"], share["answers"], share["sure"]) == (2 * taken, 24, 24)
@@ -93,7 +93,7 @@ def test_one_who_is_always_right_or_always_wrong() -> None:
 def test_a_coin() -> None:
     coin = random.Random(3)
     pairs = read(lambda by: coin.randrange(2), readers=40)
-    figures = reading.figures(pairs)
+    figures = reading.figures(pairs, STAGES)
     share = figures["stages"]["2c"]
     assert share["answers"] == 480 and share["interval"] == pytest.approx(wilson(share["taken"], 480), abs=1e-6)
     for share in (*figures["stages"].values(), figures["author"], figures["same"], figures["left"]):
@@ -105,7 +105,7 @@ def test_a_coin() -> None:
 
 def test_one_who_clicks_left() -> None:
     """He tells nothing: half of each control and of the stages together, and the last row says why."""
-    figures = reading.figures(read(lambda by: 0))
+    figures = reading.figures(read(lambda by: 0), STAGES)
     assert sum(share["taken"] for share in figures["stages"].values()) == 24  # of 48
     assert figures["author"]["taken"] == 4 and figures["same"]["taken"] == 8 == figures["same"]["answers"]
     assert figures["left"] == {"taken": 80, "answers": 80, "interval": pytest.approx(wilson(80, 80)), "sure": 80}
