@@ -60,13 +60,25 @@ def start_from(state: Path, place: Path) -> None:
     shutil.copytree(state, place)
 
 
+def hear_signals() -> None:
+    """What `nohup` and a shell's & make a command ignore, and all that it starts."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def give(name: str, place: Path, disturb: Callable[[Any], object] = lambda process: None) -> tuple[int, str]:
     """Run a command in `place`: its exit status, and what it printed."""
     script, *arguments = shlex.split(COMMANDS[name][0])
     with (place.parent / "printed").open("w+b") as said:
         command = [sys.executable, str(ROOT / script), *arguments]
         process = subprocess.Popen(
-            command, cwd=place, env=ENVIRONMENT, stdout=said, stderr=said, start_new_session=True
+            command,
+            cwd=place,
+            env=ENVIRONMENT,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=hear_signals,
         )
         try:
             disturb(process)
