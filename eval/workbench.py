@@ -247,10 +247,11 @@ def kept(path: Path) -> str:
 
 
 def reports() -> dict[str, Path]:
-    """{name: page} of the reports and comparisons, newest first; the working directory's hide the repository's."""
+    """{name: page}: reports and comparisons, newest first, then blind readings; the working directory's hide the repository's."""
     folders = dict.fromkeys(path.resolve() for path in (ROOT / "eval/reports", Path("eval/reports")))
     by_name = {path.stem: path for folder in folders for path in folder.glob("*.html")}
-    return {path.stem: path for path in newest_first(by_name.values())}
+    pages = newest_first(by_name.values())
+    return {path.stem: path for path in sorted(pages, key=lambda path: path.name.endswith(READING))}
 
 
 def report_page(path: Path) -> str:
