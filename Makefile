@@ -50,7 +50,7 @@ override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
         eval reading export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow \
-        test-others test-smoke test-second_curriculum lint
+        lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -186,6 +186,8 @@ test-fast: $(READY) ## The tests that train and evaluate nothing
 test-slow: $(READY) ## The others: training, evaluation, the browser
 	$(BIN)/python -m pytest -m slow
 
+# The parts of test-slow, for `make test`.
+.PHONY: test-others test-smoke test-second_curriculum
 test-smoke test-second_curriculum: test-%: $(READY)
 	$(BIN)/python -m pytest -m slow tests/test_$*.py
 test-others: $(READY)
