@@ -49,8 +49,7 @@ override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
         eval reading export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
-        bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow \
-        lint
+        bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile

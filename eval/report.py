@@ -245,6 +245,11 @@ def html(report: dict[str, Any], drawn: dict[str, str]) -> str:
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
+def reading_page(report: dict[str, Any]) -> str:
+    """The page of a report's blind reading."""
+    return TEMPLATES.get_template("reading.html.jinja").render(run=report["run"], reading=report["reading"])
+
+
 def write(report: dict[str, Any], folder: Path) -> Path:
     """Write the pages and their plots into `folder`; returns the Markdown page's path."""
     figures = {
@@ -258,9 +263,8 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     target = folder / f"{report['run']}.md"
     contents = {folder / names[kind]: text for kind, text in drawn.items()}
     contents |= {target: markdown(report, names), target.with_suffix(".html"): html(report, drawn)}
-    if reading := report.get("reading"):
-        page = TEMPLATES.get_template("reading.html.jinja").render(run=report["run"], reading=reading)
-        contents[target.with_suffix(".reading.html")] = page
+    if report.get("reading"):
+        contents[target.with_suffix(".reading.html")] = reading_page(report)
     for path, text in contents.items():
         write_text(path, text)
     return target

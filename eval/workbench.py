@@ -221,12 +221,17 @@ def append(path: Path, line: str) -> None:
             raise
 
 
+def reading_report(page: Path) -> Path:
+    """The report of a page of blind reading."""
+    return page.with_name(page.name.removesuffix(READING) + ".json")
+
+
 def answered(page: Path, lines: str) -> None:
     """Append what a page of blind reading has sent, all answers so far, to its reader's file: those that are not there yet."""
     from eval import reading
 
     for line in lines.splitlines():
-        path = reading.answers_file(page.with_name(page.name.replace(READING, ".json")), json.loads(line)["reader"])
+        path = reading.answers_file(reading_report(page), json.loads(line)["reader"])
         if not path.is_file() or line not in path.read_text(encoding="utf-8").splitlines():
             append(path, line)
 
@@ -255,10 +260,15 @@ def reports() -> dict[str, Path]:
 
 
 def report_page(path: Path) -> str:
-    """A report's page in a frame; only that of a blind reading has scripts."""
-    page = html.escape(path.read_text(encoding="utf-8"), quote=True)
-    sandbox = "" if path.name.endswith(READING) else "sandbox"
-    return f'<iframe {sandbox} class="report" srcdoc="{page}"></iframe>'
+    """A report's page in a frame. A blind reading's has scripts, which act as this page does: it is made from its report again,
+    so that they are the project's own, whatever the file holds."""
+    if path.name.endswith(READING):
+        from eval import report
+
+        sandbox, text = "", report.reading_page(report.load(reading_report(path)))
+    else:
+        sandbox, text = "sandbox", path.read_text(encoding="utf-8")
+    return f'<iframe {sandbox} class="report" srcdoc="{html.escape(text, quote=True)}"></iframe>'
 
 
 def continued() -> dict[str, Path]:

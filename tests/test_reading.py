@@ -1,6 +1,7 @@
 """Blind reading: readers whose figures closed form gives, the commands on tiny models, the page in a real Chromium."""
 
 import copy
+import html
 import json
 import math
 import random
@@ -248,7 +249,15 @@ def test_the_workbench_appends_to_a_file_for_each_reader(tmp_path: Path) -> None
     assert (tmp_path / "demo.answers.anne.jsonl").read_text().splitlines() == lines
     assert len((tmp_path / "demo.answers.bert.jsonl").read_text().splitlines()) == 1
     assert "sandbox" in workbench.report_page(Path(shutil.copy(__file__, tmp_path / "demo.html")))
-    assert "sandbox" not in workbench.report_page(Path(shutil.copy(tmp_path / "demo.html", page)))[:20]
+
+
+def test_the_workbench_runs_no_scripts_but_its_own(drawn: dict[str, Any]) -> None:
+    """A page of blind reading may have been sent by anybody."""
+    page = PAGE.with_suffix(".reading.html")
+    own = html.escape(page.read_text(encoding="utf-8"), quote=True)
+    page.write_text("<script>somebody's own</script>")
+    shown = workbench.report_page(page)
+    assert "sandbox" not in shown[:20] and own in shown and "somebody" not in shown
 
 
 # --- the page in a browser --------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def apart(one: Path, other: Path) -> float:
 
 
 def test_two_processes_train_as_one(trained: dict[str, str], workdir: Path) -> None:
-    """By DDP: as many tokens a step, a killed process ends the other, and one process goes on."""
+    """By DDP: as many tokens a step, a killed process ends the other, and one process resumes."""
     cwd = workdir / "ddp"
     process = by_two(cwd)
     state, deadline = cwd / "outputs/2a/checkpoint-2/complete.json", time.time() + 300
