@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -61,9 +62,7 @@ CARD = 11.0  # GiB free on a 12 GB card: 12 less what the driver and a desktop t
 WINDOWS_PER_ROW = 16  # as the rows of the recipes have at most
 SPECIALS = ["<unk>", "<s>", "</s>"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "torchao")
-# Seconds that are timed, steps before that, seconds after which a run has failed, tokens of rows per recipe.
-SETTINGS = {"seconds": 15.0, "warmup": 4, "limit": 300, "tokens": 2_000_000}
-TINY_SETTINGS = {"seconds": 0.5, "warmup": 1, "limit": 800, "tokens": 100_000}
+LIMIT = 800.0  # seconds after which a run has failed
 TINY = LlamaConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -98,7 +97,7 @@ class Run:
         """The recipe as it is measured, for a CPU if `tiny`; an override of null removes a key."""
         cpu = load_profile("smoke", self.recipe)[1] | {"max_steps": None} if tiny else {}
         config = self.config | cpu | self.overrides | QUIET
-        config["plugins"] = [name for name in config.get("plugins", []) if name != "train.plugins.Gate"]
+        config["plugins"] = [name for name in config.get("plugins", []) if not name.startswith("train.")]
         return {key: value for key, value in config.items() if value is not None}
 
 
@@ -236,9 +235,11 @@ def measure_peak() -> float:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def measure(item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, limit: float) -> dict[str, Any]:
+def measure(
+    item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, settings: dict[str, float], limit: float
+) -> dict[str, Any]:
     """The result of one run: its `status` is ok, out of memory, failed or timed out (after `limit` seconds)."""
-    config, settings = item.trained(tiny), TINY_SETTINGS if tiny else SETTINGS
+    config = item.trained(tiny)
     expected = {"flops_per_token": flops_per_token(base, config), "planned": planned(base, config)}
     folder = inputs.parent / "runs" / re.sub(r"[^\w.]+", "-", item.id)
     record, recipe, log = folder / "record.json", folder / "config.yml", folder / "log.txt"
@@ -246,8 +247,7 @@ def measure(item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, limit: 
         "output_dir": str(folder / "output"),
         "plugins": [*config["plugins"], "bench.gpu_plugin.Probe"],
         "probe_record": str(record),
-        "probe_seconds": settings["seconds"],
-        "probe_warmup": settings["warmup"],
+        **{f"probe_{key}": value for key, value in settings.items()},
         "probe_free_gib": item.free_gib,
     }
     write_text(recipe, yaml.safe_dump(config, sort_keys=False))
@@ -255,12 +255,9 @@ def measure(item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, limit: 
     accelerate = load_profile("smoke", item.recipe)[0] if tiny else []
     variables = [f"{name}={value}" for name, value in item.environment.items()]
     arguments = ["env", *variables, *command(Stage(item.recipe, recipe, config, None), accelerate, {}, [])]
-    before = used = 0 if tiny else torch.cuda.device_memory_used(0)
     start = time.monotonic()
 
     def watch() -> None:
-        nonlocal used
-        used = max(used, 0 if tiny else torch.cuda.device_memory_used(0))
         if time.monotonic() - start > limit:
             raise TimeoutError
 
@@ -274,8 +271,7 @@ def measure(item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, limit: 
     except TimeoutError:
         result = {"status": "timed out", "reason": f"after {limit:.0f} s"}
     shutil.rmtree(folder / "output", ignore_errors=True)
-    wall = {"wall_s": round(time.monotonic() - start, 1), "driver_peak": used - before or None}
-    return expected | wall | result
+    return expected | {"wall_s": round(time.monotonic() - start, 1)} | result
 
 
 def failure(log: str, returncode: int) -> dict[str, Any]:
@@ -368,7 +364,7 @@ def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float) -> 
     rates = sorted(result["tokens_per_s"] for result in runs)
     others = [speed(found.get((recipe, side, card), [])) if side != variant else None for side in ("ours", "kafka")]
     loading, retries = largest("peak_while_loading"), largest("retries")
-    driver = max(result["driver_peak"] or 0 for result in runs)
+    driver = largest("driver")
     return [
         *key,
         str(len(runs)),
@@ -390,6 +386,7 @@ def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=math.inf, help="time limit; run again to continue")
+    parser.add_argument("--seconds", type=float, default=15.0, help="how long each run is timed (default: 15)")
     parser.add_argument("--repetitions", type=int, default=3, help="of ours and kafka (default: 3)")
     parser.add_argument("--only", nargs="+", default=["*"], help="runs whose name matches, with * and ?; see --list")
     parser.add_argument("--list", action="store_true", help="print the names of the runs, and what became of them")
@@ -401,7 +398,7 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     work = (args.work or ROOT / "bench/run" / ("gpu-tiny" if args.tiny else "gpu")).absolute()
     out = args.out or (work / "report/gpu.json" if args.tiny else ROOT / "bench/reports/gpu.json")
-    settings = TINY_SETTINGS if args.tiny else SETTINGS
+    settings = {"seconds": 0.5, "warmup": 1} if args.tiny else {"seconds": args.seconds, "warmup": 4}
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     ours, kafka = load_chain(ROOT / "recipes", "2"), load_chain(ROOT / "bench/kafka")
@@ -423,7 +420,7 @@ def main() -> None:
         "versions": versions(*PACKAGES),
         "model": json.loads(base.to_json_string()),  # before it is built: Transformers adds to it
         "parameters": planner.build(base, {}).num_parameters(),
-        "settings": {key: settings[key] for key in ("seconds", "warmup")},
+        "settings": settings,
     }
     report = report or {"facts": facts, "commit": None, "peak_flops": 0.0, "runs": {}}
     if differing := [key for key in facts if report["facts"].get(key) != facts[key]]:  # not to be compared
@@ -432,19 +429,20 @@ def main() -> None:
     marks = {item.id: digest([item.trained(args.tiny), item.environment, facts["model"]])[:16] for item in chosen}
     todo = [item for item in chosen if report["runs"].get(item.id, {}).get("fingerprint") != marks[item.id]]
     if todo:
-        inputs = make_inputs(work, base, ours, int(settings["tokens"]))
-        # The best of all calls: what disturbs the machine only makes it slower.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-            report["peak_flops"] = max(report["peak_flops"], other.submit(measure_peak).result())
+        inputs = make_inputs(work, base, ours, 100_000 if args.tiny else 2_000_000)
+        if not report["peak_flops"]:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+                report["peak_flops"] = other.submit(measure_peak).result()
     left = len(todo)
     for item in progress(todo, unit="run"):
         remaining = end - time.monotonic()
-        result = measure(item, base, inputs, args.tiny, min(remaining, settings["limit"])) if remaining > 0 else {}
-        if not result or (result["status"] == "timed out" and remaining < settings["limit"]):
+        result = measure(item, base, inputs, args.tiny, settings, min(remaining, LIMIT)) if remaining > 0 else {}
+        if not result or (result["status"] == "timed out" and remaining < LIMIT):
             break  # --minutes ended it: no result
-        report["commit"] = git_state()
-        report["runs"][item.id] = {"fingerprint": marks[item.id], **result}
-        save(out, report)
+        with FileLock(work / "report.lock"):  # another terminal may have added its own
+            report |= {"commit": git_state(), "runs": (load(out) or report)["runs"]}
+            report["runs"][item.id] = {"fingerprint": marks[item.id], **result}
+            save(out, report)
         left -= 1
         said = f"{result['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in result else result.get("reason", "")
         tqdm.write(f"{item.id}: {result['status']} {said}")

@@ -4,17 +4,21 @@ bench/gpu.py adds it to a recipe's `plugins` and sets the keys of ProbeArgs.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import torch
 from axolotl.integrations.base import BasePlugin
+from filelock import FileLock
 from pydantic import BaseModel
 from transformers import TrainerCallback
 
 from train.memory import CUDA_CONTEXT, GIB
+from train.plugins import keep_16_bits
 
 GPU = torch.cuda.is_available()
 
@@ -33,12 +37,17 @@ class Probe(BasePlugin):
         return "bench.gpu_plugin.ProbeArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Limit the allocator to what a card with `probe_free_gib` free would leave it beside CUDA's own share."""
+        """Wait for the card, and limit the allocator to what `probe_free_gib` would leave it beside CUDA's own share."""
+        self.card = FileLock("card.lock")  # of another terminal's run, if there is one, until that ends
+        self.card.acquire()
         if GPU and cfg.probe_free_gib:
             wanted, (free, total) = cfg.probe_free_gib * GIB - CUDA_CONTEXT, torch.cuda.mem_get_info()
             if free < wanted:
                 raise RuntimeError(f"{cfg.probe_free_gib:g} GiB of the card must be free: {free / GIB:.2f} GiB are")
             torch.cuda.set_per_process_memory_fraction(wanted / total)
+
+    def post_lora_load(self, cfg: Any, model: Any) -> None:
+        keep_16_bits(cfg, model)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         stopwatch = Stopwatch(ProbeArgs(**{key: cfg[key] for key in ProbeArgs.model_fields}))
@@ -104,6 +113,7 @@ class Stopwatch(TrainerCallback):
                 "peak_allocated": torch.cuda.max_memory_allocated(),
                 "peak_reserved": torch.cuda.max_memory_reserved(),
                 "retries": torch.cuda.memory_stats()["num_alloc_retries"],  # the cache was emptied: the card was full
+                "driver": driver_memory(),
             }
         record = {
             "step_seconds": self.seconds,
@@ -113,3 +123,11 @@ class Stopwatch(TrainerCallback):
             "memory": self.memory,
         }
         Path(self.settings.probe_record).write_text(json.dumps(record))
+
+
+def driver_memory() -> int:
+    """Bytes of the card that the driver counts as this process's: the allocator's cache and CUDA's own."""
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda._get_nvml_device_index(None))
+    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())

@@ -140,7 +140,7 @@ def measured(tokens_per_s: float) -> dict[str, Any]:
     moments = {"loaded": 2.0**31, "at_optimizer_step": 2.0**32, "peak_allocated": 2.0**33}
     return {
         "fingerprint": "f", "status": "ok", "wall_s": 30.0, "tokens_per_s": tokens_per_s, "step_s": 0.5, "flops_per_token": 1e9,
-        "driver_peak": 10 * 2**30, "memory": {**moments, "peak_reserved": 9 * 2**30, "retries": 2},
+        "memory": {**moments, "driver": 10 * 2**30, "peak_reserved": 9 * 2**30, "retries": 2},
         "planned": {**moments, "peak_allocated": 8.4 * 2**30},
     }  # fmt: skip
 

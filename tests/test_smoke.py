@@ -25,7 +25,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
 CHAIN = {stage.name: stage for stage in load_chain(RECIPES, "2")}
-RECORDED = [*load_profile("smoke", "2b")[1]["plugins"], "record_windows.RecordWindows"]
+# 2b as on a card: in bf16, with Axolotl's kernels for the adapter's layers (that of the MLP is Triton's, for CUDA alone).
+PLUGINS = [*load_profile("smoke", "2b")[1]["plugins"], "smoke_plugins.RecordWindows", "smoke_plugins.KernelsOnCpu"]
+AS_ON_A_CARD = {"plugins": PLUGINS, "bf16": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
 
 
 def stage(name: str, cwd: Path, *more: str) -> str:
@@ -65,10 +67,10 @@ def trained(workdir: Path) -> dict[str, str]:
     output = {"2a": stage("2a", workdir)}
 
     # 2b by the plain command, as the yardstick; then again by ours, killed after its first checkpoint, and resumed.
-    accelerate("2b", workdir, plugins=RECORDED)
+    accelerate("2b", workdir, **AS_ON_A_CARD)
     (workdir / "outputs/2b").rename(workdir / "undisturbed")
     (workdir / "windows.txt").rename(workdir / "undisturbed/windows.txt")
-    recorded = ["--", *as_arguments({"plugins": RECORDED})]
+    recorded = ["--", *as_arguments(AS_ON_A_CARD)]
     command = [ROOT / "train/stage.py", "2b", "--recipes", RECIPES, "--profile", "smoke", *recorded]
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=workdir, env=ENVIRONMENT)
     state = workdir / "outputs/2b/checkpoint-2/complete.json"

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from axolotl.common.datasets import load_datasets
+from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
+from axolotl.utils.dict import DictDefault
 from huggingface_hub import snapshot_download
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -49,6 +51,9 @@ class StartAdapter(SeedAdapter):
         if not (cfg.load_in_4bit or cfg.load_in_8bit):
             print("adapter start: the base is not quantised, there is nothing to correct", flush=True)
             return
+        if cfg.lora_qkv_kernel or cfg.lora_o_kernel:
+            # Axolotl has rewritten the attention for its kernels, and gives each layer what it calls there only after this.
+            apply_lora_kernel_patches(model, DictDefault())
         rows = calibration_rows(load_datasets(cfg=cfg).train_dataset, cfg.seed, self.tokens)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(cfg.bf16)):
             print(correct(model, unquantised(cfg.base_model, cfg.revision_of_model), rows, self.root), flush=True)

@@ -22,6 +22,7 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.integrations.base import BasePlugin, load_plugin
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
+from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, set_seed
 
 from prep.common import BadInput, end_with_parent, lock, need_room, seal
@@ -74,6 +75,10 @@ class Gate(BasePlugin):
             cfg["dataset_prepared_path"] += f"-{digest[:12]}"
         self.rows = cfg.get("dataset_prepared_path") or ""
 
+    def get_training_args(self, cfg: Any) -> dict[str, bool]:
+        """Without a card Transformers trains in bf16 only if told to use the CPU, for which Axolotl has no key."""
+        return {} if torch.cuda.is_available() else {"use_cpu": True}
+
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """The first call of a training: refuse, or ready the output folder. The rows are loaded by Axolotl."""
         if preprocess:
@@ -124,6 +129,7 @@ class Gate(BasePlugin):
 
     def post_lora_load(self, cfg: Any, model: Any) -> None:
         """Keep what a new adapter starts from: the gate compares the trained one with it."""
+        keep_16_bits(cfg, model)
         if os.environ.get("RANK", "0") == "0" and starts_an_adapter(cfg):
             model.save_pretrained(self.stage.start)
 
@@ -145,6 +151,18 @@ class Gate(BasePlugin):
             yield
         except BadInput as error:
             raise SystemExit(f"gate: {self.recipe.stem}: {error}") from error
+
+
+def keep_16_bits(cfg: Any, model: Any) -> None:
+    """Layers that a quantised base keeps in 16 bits, back from the fp32 of PEFT's `prepare_model_for_kbit_training`.
+
+    Axolotl's kernels for the adapter's layers cannot multiply fp32 with bf16.
+    """
+    if cfg.bf16 and (cfg.load_in_4bit or cfg.load_in_8bit):
+        for layer in model.modules():
+            base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
+            if isinstance(base, torch.nn.Linear) and base.weight.dtype == torch.float32:
+                base.to(torch.bfloat16)
 
 
 def share_step(cfg: Any, processes: int) -> None:

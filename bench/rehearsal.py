@@ -1,0 +1,174 @@
+"""The whole way at its true size, each stage trained for a few steps: what every command takes in time, memory and disk.
+
+    make rehearsal                                                    on a CPU
+    python bench/rehearsal.py --profile gpu --tokenizer FOLDER        on a card, the recipes as they are
+
+The base is TinyLlama's architecture (train/tinyllama.json) with random weights; the rows come from the demo's texts by the
+demo's commands. Each stage is killed at its first checkpoint and resumed by the same command. What a step takes says little
+of a whole training on a CPU; loading, checking, checkpoints, evaluation and export take here what they will take there.
+Everything is made in bench/run/rehearsal; run it again and it continues. Writes bench/reports/rehearsal.json and .md, with
+--profile gpu rehearsal-gpu.json.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.gpu import machine
+from eval.tables import markdown
+from prep.common import ROOT, BadInput, commit, git_state, progress, read_json, run, versions, write_json, write_text
+from train import memory as planner
+
+GIB = 2**30
+STEPS = ["--max_steps=4", "--save_steps=2", "--eval_steps=4", "--logging_steps=1"]
+PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def commands(profile: str) -> dict[str, tuple[str, ...]]:
+    """{what a row is called: a script and its arguments}, in their order; * stands for the one file of that name."""
+    rows = (
+        "--tokenizer",
+        "models/base",
+        "--windows",
+        "all",
+        "--holdout",
+        "0.2",
+        "--heldout-windows",
+        "2",
+        "--seed",
+        "42",
+    )
+    gallica = ("prep/gallica.py", "--source", "data/raw/gallica", *rows)
+    recipes = ("--recipes", str(ROOT / "recipes"))
+    train = {
+        f"train {name}{more}": ("train/stage.py", name, *recipes, "--profile", profile, "--", *STEPS)
+        for name in ("2a", "2b", "2c")
+        for more in (", to its first checkpoint", ", resumed")
+    }
+    return {
+        "collect base": ("prep/collect.py", "base", "--source", "base"),
+        "texts": ("demo/corpus.py", "--out", "sources"),
+        "collect gallica": ("prep/collect.py", "gallica", "--source", "sources/gallica"),
+        "collect book": ("prep/collect.py", "book", "--source", "sources/novella.pdf"),
+        "prepare 2a": (*gallica, "--sequence-len", "512", "--split", "1/2", "--out", "data/2a.jsonl"),
+        "prepare 2b": (*gallica, "--sequence-len", "2048", "--split", "2/2", "--out", "data/2b.jsonl"),
+        "prepare 2c": ("prep/castle.py", "--book", "data/raw/book/book.pdf", *rows[:2], "--holdout", "0.2", "--out", "data/2c.jsonl"),
+        **train,
+        "evaluate": (
+            "eval/evaluation.py", *recipes, "--run", "rehearsal", "--out", "reports", "--limit", "2", "--samples", "1",
+            "--max-new-tokens", "32", "--positions", "0",
+        ),
+        "continue": ("eval/continuation.py", *recipes, "--words", "60", "--chunk-tokens", "64"),
+        "export 2c": ("eval/export.py", "2c", *recipes, "--report", "reports/rehearsal.json"),
+    }  # fmt: skip
+
+
+def save_base(config: Path, tokenizer: Path, folder: Path) -> None:
+    """A model of this architecture with random weights in bf16, and a tokenizer of as many tokens."""
+    torch.manual_seed(0)
+    making = folder.with_name("base-part")
+    AutoModelForCausalLM.from_config(planner.load_config(config), dtype=torch.bfloat16).save_pretrained(making)
+    for path in tokenizer.glob("*token*"):
+        shutil.copyfile(path, making / path.name)
+    making.rename(folder)
+
+
+def used(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            size += path.lstat().st_size if path.is_file() else 0
+    return size
+
+
+def measure(words: tuple[str, ...], work: Path, log: Path, enough: Callable[[], bool], card: bool) -> dict[str, Any]:
+    """Give a command, kill it once `enough` says so; seconds, peak bytes of its processes and of the card, bytes on the disk."""
+    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    before, memory, disk, on_card, killed = used(work), 0, 0, 0, False
+    began = time.monotonic()
+    with log.open("w") as handle:
+        process = psutil.Popen(command, cwd=work, env=environment, stdout=handle, stderr=handle)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):  # one has just ended
+                all_of_it = [process, *process.children(recursive=True)]
+                memory = max(memory, sum(each.memory_info().rss for each in all_of_it))
+            disk = max(disk, used(work) - before)
+            on_card = max(on_card, torch.cuda.device_memory_used(0)) if card else 0
+            if enough():
+                process.kill()
+                killed = True
+            time.sleep(0.2)
+    if process.wait() and not killed:
+        raise BadInput(f"{' '.join(words)} failed; its output is in {log}")
+    return {
+        "seconds": round(time.monotonic() - began, 1),
+        "memory": memory,
+        "card": on_card,
+        "disk_peak": disk,
+        "disk": used(work) - before,
+    }
+
+
+def page(report: dict[str, Any]) -> str:
+    """The Markdown page of a report."""
+    facts = report["facts"]
+    where = ", ".join(f"{key} {value}" for key, value in facts["machine"].items() if value)
+    used = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    head = ["command", "seconds", "memory, GiB", "card, GiB", "disk while it runs, GiB", "disk after, GiB"]
+    table = [
+        [name, f"{row['seconds']:,.0f}", *(f"{row[key] / GIB:.2f}" for key in ("memory", "card", "disk_peak", "disk"))]
+        for name, row in report["rows"].items()
+    ]
+    return (
+        f"# A dress rehearsal at true size\n\nTinyLlama's architecture with random weights, the demo's texts, "
+        f"{STEPS[0].removeprefix('--max_steps=')} steps a stage, profile `{facts['profile']}`: not a training. {where}. {used}. "
+        f"{commit(report['commit'])}.\n\n{markdown((head, table))}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--profile", default="rehearsal", help="section of train/overrides.yml (default: rehearsal, for a CPU)"
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with the base's tokenizer, 32,000 tokens")
+    parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
+    parser.add_argument("--work", type=Path, default=ROOT / "bench/run/rehearsal", help="working folder, 30 GB")
+    parser.add_argument("--only", nargs="+", help="stop after these commands, as `train` or `evaluate`")
+    parser.add_argument("--out", type=Path, help="default: bench/reports/rehearsal.json or rehearsal-gpu.json")
+    args = parser.parse_args()
+    work, card = args.work.absolute(), args.profile == "gpu"
+    out = (args.out or ROOT / f"bench/reports/rehearsal{'-gpu' if card else ''}.json").absolute()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    facts = {"machine": machine(card), "versions": versions(*PACKAGES), "profile": args.profile}
+    report = read_json(out, "move it away to start again") if out.exists() else {"facts": facts, "rows": {}}
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    if not (work / "base").exists():
+        save_base(args.base, args.tokenizer, work / "base")
+    left = {name: words for name, words in commands(args.profile).items() if name not in report["rows"]}
+    if args.only:
+        left = {name: words for name, words in left.items() if any(word in name for word in args.only)}
+    for name in progress(left, unit="command"):
+        stage = left[name][1]
+        first = work / "outputs" / stage / "checkpoint-2/complete.json"
+        enough = first.exists if name.endswith("checkpoint") else lambda: False
+        row = measure(left[name], work, work / "logs" / f"{name}.txt", enough, card)
+        report |= {"commit": git_state(), "rows": report["rows"] | {name: row}}
+        write_json(out, report)
+        write_text(out.with_suffix(".md"), page(report))
+
+
+if __name__ == "__main__":
+    run(main)
