@@ -48,7 +48,7 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
-        eval reading export merge push continue compare notebook plan bench-gpu bench-eval bench-faults bench-start bench-train \
+        eval reading export merge push continue compare notebook plan bench-gpu rehearsal bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
@@ -145,6 +145,9 @@ plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--b
 
 bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.md (ARGS="--minutes 9": resume later)
 	@$(WITH_ARGS) $(BIN)/python bench/gpu.py "$${more[@]}"
+
+rehearsal: $(READY) ## The whole way with a base of TinyLlama's size, two steps a stage: time, memory, disk -> bench/reports/rehearsal.md
+	@$(WITH_ARGS) $(BIN)/python bench/rehearsal.py "$${more[@]}"
 
 bench-eval: $(READY) ## What evaluation costs, beside lm-eval's own command, on the demo's models -> bench/reports/eval.json
 	@cd demo/run; $(WITH_ARGS) ../../$(BIN)/python ../../bench/compare_with_lm_eval.py --recipes ../../recipes "$${more[@]}"

@@ -326,11 +326,12 @@ def page(report: dict[str, Any]) -> str:
     facts = report["facts"]
     where = ", ".join(f"{key} {value}" for key, value in facts["machine"].items() if value)
     used = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    flops = report["peak_flops"]
+    peak = f"Achievable peak: {flops / 1e12:,.3g} TFLOP/s, by large matrix products. " if flops else ""
     lines = [
         "# Speed and memory of the recipes\n" if facts["machine"]["gpu"] else "# A test of bench/gpu.py on a CPU\n",
         f"{facts['what']} {facts['parameters']:,} parameters. {where}. {used}. {commit(report['commit'])}.\n",
-        f"Achievable peak: {report['peak_flops'] / 1e12:,.3g} TFLOP/s, by large matrix products. "
-        "What the columns mean: [bench/README.md](../README.md).\n",
+        peak + "What the columns mean: [bench/README.md](../README.md).\n",
         markdown((HEAD, [row(key, found, report["peak_flops"]) for key in found])),
     ]
     return "\n".join(lines) + "\n"
@@ -343,7 +344,7 @@ def speed(runs: list[dict[str, Any]]) -> float | None:
     return statistics.median(result["tokens_per_s"] for result in runs)
 
 
-def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float) -> list[str]:
+def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float | None) -> list[str]:
     """One line of the page's table."""
     runs, (recipe, variant, card) = found[key], key
     rate = speed(runs)
@@ -371,7 +372,7 @@ def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float) -> 
         f"{rate:,.0f}" + (f" ({rates[0]:,.0f} to {rates[-1]:,.0f})" if len(rates) > 1 else ""),
         *(f"{rate / other:.2f}" if other else "–" for other in others),
         f"{statistics.median(result['step_s'] for result in runs) * 1000:,.0f}",
-        f"{rate * runs[-1]['flops_per_token'] / peak_flops:.0%}",
+        f"{rate * runs[-1]['flops_per_token'] / peak_flops:.0%}" if peak_flops else "–",
         memory("loaded"),
         memory("at_optimizer_step"),
         memory("peak_allocated", f" (loading {loading / GIB:.2f})" if loading > largest("peak_allocated") else ""),

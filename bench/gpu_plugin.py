@@ -68,6 +68,7 @@ class Stopwatch(TrainerCallback):
         self.seconds: list[float] = []
         self.step_tokens: list[int] = []
         self.memory: dict[str, int] = {}
+        self.peak = 0  # Axolotl resets torch's own each time it logs
 
     def counting(self, compute_loss: Callable[..., Any]) -> Callable[..., Any]:
         """The trainer's method, counting tokens; torch_compile would compile a hook of the model with it."""
@@ -101,6 +102,7 @@ class Stopwatch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         now = self.now()
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if GPU else 0)
         self.seconds.append(now - self.last)
         self.step_tokens.append(self.tokens)
         self.last, self.tokens = now, 0
@@ -110,7 +112,7 @@ class Stopwatch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if GPU:
             self.memory |= {
-                "peak_allocated": torch.cuda.max_memory_allocated(),
+                "peak_allocated": self.peak,
                 "peak_reserved": torch.cuda.max_memory_reserved(),
                 "retries": torch.cuda.memory_stats()["num_alloc_retries"],  # the cache was emptied: the card was full
                 "driver": driver_memory(),

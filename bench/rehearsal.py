@@ -1,7 +1,7 @@
-"""The whole way at its true size, each stage trained for a few steps: what every command takes in time, memory and disk.
+"""The whole way at its true size, each stage trained for two steps: what every command takes in time, memory and disk.
 
-    make rehearsal                                                    on a CPU
-    python bench/rehearsal.py --profile gpu --tokenizer FOLDER        on a card, the recipes as they are
+    make rehearsal                                                        on a CPU, a step of one window
+    make rehearsal ARGS="--profile gpu --tokenizer FOLDER"                on a card, the recipes as they are
 
 The base is TinyLlama's architecture (train/tinyllama.json) with random weights; the rows come from the demo's texts by the
 demo's commands. Each stage is killed at its first checkpoint and resumed by the same command. What a step takes says little
@@ -30,7 +30,7 @@ from prep.common import ROOT, BadInput, commit, git_state, progress, read_json, 
 from train import memory as planner
 
 GIB = 2**30
-STEPS = ["--max_steps=4", "--save_steps=2", "--eval_steps=4", "--logging_steps=1"]
+STEPS = ["--max_steps=2", "--save_steps=1", "--eval_steps=2", "--logging_steps=1"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -133,7 +133,7 @@ def page(report: dict[str, Any]) -> str:
     ]
     return (
         f"# A dress rehearsal at true size\n\nTinyLlama's architecture with random weights, the demo's texts, "
-        f"{STEPS[0].removeprefix('--max_steps=')} steps a stage, profile `{facts['profile']}`: not a training. {where}. {used}. "
+        f"{facts['steps']} steps a stage, profile `{facts['profile']}`: not a training. {where}. {used}. "
         f"{commit(report['commit'])}.\n\n{markdown((head, table))}\n"
     )
 
@@ -143,16 +143,18 @@ def main() -> None:
     parser.add_argument(
         "--profile", default="rehearsal", help="section of train/overrides.yml (default: rehearsal, for a CPU)"
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with the base's tokenizer, 32,000 tokens")
+    parser.add_argument(
+        "--tokenizer", type=Path, default="models/base", help="folder of one of 32,000 tokens (default: models/base)"
+    )
     parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
     parser.add_argument("--work", type=Path, default=ROOT / "bench/run/rehearsal", help="working folder, 30 GB")
-    parser.add_argument("--only", nargs="+", help="stop after these commands, as `train` or `evaluate`")
+    parser.add_argument("--only", nargs="+", help="commands whose name holds one of these, as `train`")
     parser.add_argument("--out", type=Path, help="default: bench/reports/rehearsal.json or rehearsal-gpu.json")
     args = parser.parse_args()
     work, card = args.work.absolute(), args.profile == "gpu"
     out = (args.out or ROOT / f"bench/reports/rehearsal{'-gpu' if card else ''}.json").absolute()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    facts = {"machine": machine(card), "versions": versions(*PACKAGES), "profile": args.profile}
+    facts = {"machine": machine(card), "versions": versions(*PACKAGES), "profile": args.profile, "steps": 2}
     report = read_json(out, "move it away to start again") if out.exists() else {"facts": facts, "rows": {}}
     (work / "logs").mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
@@ -162,7 +164,7 @@ def main() -> None:
         left = {name: words for name, words in left.items() if any(word in name for word in args.only)}
     for name in progress(left, unit="command"):
         stage = left[name][1]
-        first = work / "outputs" / stage / "checkpoint-2/complete.json"
+        first = work / "outputs" / stage / "checkpoint-1/complete.json"
         enough = first.exists if name.endswith("checkpoint") else lambda: False
         row = measure(left[name], work, work / "logs" / f"{name}.txt", enough, card)
         report |= {"commit": git_state(), "rows": report["rows"] | {name: row}}

@@ -13,7 +13,7 @@ from axolotl_preprocessing import axolotl_windows
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bench import gpu, gpu_plugin
+from bench import gpu, gpu_plugin, rehearsal
 from prep.common import BadInput
 from train.memory import load_config
 from train.plugins import unknown_keys
@@ -235,3 +235,23 @@ def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(BadInput, match="made with another model"):  # a report is of one model
         monkeypatch.setattr(gpu, "TINY", LlamaConfig(**gpu.TINY.to_diff_dict() | {"hidden_size": 32}))
         bench(monkeypatch, *arguments)
+
+
+# --- the dress rehearsal ----------------------------------------------------------------------------------------------
+
+
+def test_a_command_of_the_rehearsal_is_measured_and_killed_once_it_has_done_enough(tmp_path: Path) -> None:
+    script, made = tmp_path / "script.py", tmp_path / "made"
+    script.write_text(
+        "import time; kept = b'x' * (300 << 20); open('made', 'wb').write(bytes(1 << 20)); time.sleep(60)"
+    )
+    row = rehearsal.measure((str(script),), tmp_path, tmp_path / "log", made.exists, card=False)
+    assert row["seconds"] < 30 and row["disk"] >= 1 << 20 and row["disk_peak"] >= 1 << 20 and row["memory"] > 300 << 20
+
+
+def test_a_command_of_the_rehearsal_that_fails_ends_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('no')")
+    with pytest.raises(BadInput, match="failed; its output is in "):
+        rehearsal.measure((str(script),), tmp_path, tmp_path / "log", lambda: False, card=False)
+    assert (tmp_path / "log").read_text() == "no\n"

@@ -32,9 +32,8 @@ from train.stages import load_recipe
 
 GIB = 2**30
 CARDS = (8, 12, 16, 24)  # GiB
-# Assumed, not measured: what driver and desktop take, and what CUDA takes (context, cuBLAS workspaces).
-RESERVED = 1.0 * GIB
-CUDA_CONTEXT = 0.5 * GIB
+RESERVED = 1.0 * GIB  # assumed: what driver and desktop take
+CUDA_CONTEXT = 0.74 * GIB  # context and cuBLAS workspaces, on an H100 (bench/reports/gpu.md: driver less reserved)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 OPTIMIZERS = {
     "adamw_torch": "full", "adamw_torch_fused": "full", "adamw_torch_8bit": "torchao",
@@ -338,7 +337,7 @@ def table(plans: dict[str, Plan]) -> str:
     parts = {
         "weights": "weights", "adapter, copies": "adapter", "gradients": "gradients", "optimizer": "optimizer",
         "activations": "activations", "logits and loss": "logits", "**planned peak, allocator**": "peak",
-        "**with CUDA context (assumed)**": "card",
+        "**with CUDA context**": "card",
     }  # fmt: skip
     planned = plans.values()
     rows = [[name, *(f"{getattr(plan, part) / GIB:.2f}" for plan in planned)] for name, part in parts.items()]
