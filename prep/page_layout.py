@@ -298,6 +298,7 @@ def _misread(line: str, value: int) -> bool:
 
 # --- headers and footers --------------------------------------------------------------------------------------------
 
+_PROSE = re.compile(r"[a-zà-ÿœ]{4}.*?[^a-zà-ÿœ][a-zà-ÿœ]{4}")
 _MISSING = re.compile(r" ?\[texte[ _]manquant\] ?", re.I)
 _MARK = re.compile(  # no more than two digits, no word of three letters
     r"(?=.{1,12}$)(?!.*\w\d{2}|.*[^\W\d_]{3})(?:(?:[ITL][.,]? )?[\W\d_]*\d[\W\d_]*|.*[|_*+=<>#\\^{}©®§~].*)"
@@ -335,6 +336,9 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
         elif len(line) <= 12 and _DASHED.match(line):
             drop.add(i)
             counts["page_numbers"] += 1
+    below = _below_blots(lines, sorted(ends), headers) - drop
+    drop |= below
+    counts["running_headers"] += len(below)
     first = min(chain, default=0)
     title = [i for i in range(first) if lines[i] and i not in drop]
     if len(title) <= 12 and any(lines[i] in headers for i in range(first)) and all(lines[i].isupper() for i in title):
@@ -342,6 +346,22 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
         counts["title_page"] += len(title)
         drop.update(title)
     return _nonblank(lines, drop, counts)
+
+
+def _below_blots(lines: list[str], ends: list[int], headers: set[str]) -> set[int]:
+    """Headers in capitals that blots surround or part from the top of their page, after the first that has none."""
+    first = next((i for i, line in enumerate(lines) if line in headers), len(lines))
+    keys = {key for line in headers if line.isupper() and len(key := letters_of(line)) >= 6}
+    found = set()
+    for end in ends:
+        for i in range(max(end, first) + 1, min(end + 20, len(lines))):
+            if _PROSE.search(lines[i]) or i in ends:
+                break
+            capitals = "".join(filter(str.isupper, lines[i])).lower()
+            if any(key in capitals and len(letters_of(lines[i])) <= len(key) + 8 for key in keys):
+                found.add(i)
+                break
+    return found
 
 
 def _nonblank(lines: list[str], drop: set[int], counts: Counter[str]) -> tuple[list[str], list[int]]:

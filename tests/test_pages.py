@@ -342,6 +342,19 @@ def test_a_header_below_blots_goes(novel):
     assert TITLE not in " ".join(found.paragraphs)
 
 
+def test_a_header_among_blots_goes_with_those_that_have_none(novel):
+    """But not the same words after prose."""
+
+    def head(n: int) -> list[str]:
+        return ["TA +4 2 h. LOL", "", f"Pan {TITLE} RS a"] if n % 5 == 4 else [f"{n} {TITLE}"]
+
+    sheets = list(pages(novel))
+    sheets[5][6:6] = ["Il relut longuement cette enseigne :", TITLE]
+    text = "\f".join("\n".join([*head(n), *page]) for n, page in enumerate(sheets, 10))
+    kept = "\n".join(clean_pages(text, keep_debris=True).paragraphs)
+    assert kept.count(TITLE) == 1 and "Pan " not in kept
+
+
 def test_title_page_goes_with_the_header_that_repeats_it(novel):
     title = f" \n{TITLE}\n \nPAR DELORME \n \nPARIS \nBIBLIOTHÈQUE NATIONALE \n \n"
     body = "\n \n".join("\n".join([f"{n} {TITLE}. ", *lines]) for n, lines in enumerate(pages(novel), 6))
