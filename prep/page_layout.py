@@ -359,7 +359,9 @@ def _below_blots(lines: list[str], ends: list[int], headers: set[str]) -> set[in
                 break
             capitals = "".join(filter(str.isupper, lines[i])).lower()
             if any(key in capitals and len(letters_of(lines[i])) <= len(key) + 8 for key in keys):
-                found.add(i)
+                below = _next(lines, i, 1)
+                if below is None or not lines[below].isupper():  # else a volume's title
+                    found.add(i)
                 break
     return found
 
