@@ -67,14 +67,15 @@ def test_rows_make_whole_windows(sequence_len: int, tmp_path: Path) -> None:
     assert kept[0][0] == 1 and max(max(window) for window in kept) < 1000
 
 
-def test_a_run_gets_what_a_12_gb_card_has_free_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_gets_what_a_12_gb_card_has_free_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     limits: list[float] = []
     monkeypatch.setattr(gpu_plugin, "GPU", True)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * gpu.GIB, 24 * gpu.GIB))
     for free in (None, gpu.CARD):
         gpu_plugin.Probe().pre_model_load(SimpleNamespace(probe_free_gib=free))
-    assert limits == [(11 - 0.5) / 24]
+    assert limits == pytest.approx([(11 - 0.74) / 24])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * gpu.GIB, 8 * gpu.GIB))
     with pytest.raises(RuntimeError, match=r"11 GiB of the card must be free: 7\.00 GiB are"):
         gpu_plugin.Probe().pre_model_load(SimpleNamespace(probe_free_gib=gpu.CARD))
