@@ -336,7 +336,7 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
         elif len(line) <= 12 and _DASHED.match(line):
             drop.add(i)
             counts["page_numbers"] += 1
-    below = _below_blots(lines, sorted(ends), headers) - drop
+    below = _below_blots(lines, {*ends}, headers) - drop
     drop |= below
     counts["running_headers"] += len(below)
     first = min(chain, default=0)
@@ -348,7 +348,7 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
     return _nonblank(lines, drop, counts)
 
 
-def _below_blots(lines: list[str], ends: list[int], headers: set[str]) -> set[int]:
+def _below_blots(lines: list[str], ends: set[int], headers: set[str]) -> set[int]:
     """Headers in capitals that blots surround or part from the top of their page, after the first that has none."""
     first = next((i for i, line in enumerate(lines) if line in headers), len(lines))
     keys = {key for line in headers if line.isupper() and len(key := letters_of(line)) >= 6}

@@ -26,6 +26,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, set_seed
 
 from prep.common import BadInput, end_with_parent, lock, need_room, seal
+from train.dequantise import is_quantised
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
 from train.stages import LOG, line_of, load_chain
@@ -161,7 +162,7 @@ def keep_16_bits(cfg: Any, model: Any) -> None:
     if cfg.bf16 and (cfg.load_in_4bit or cfg.load_in_8bit):
         for layer in model.modules():
             base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
-            if isinstance(base, torch.nn.Linear) and base.weight.dtype == torch.float32:
+            if isinstance(base, torch.nn.Linear) and not is_quantised(base) and base.weight.dtype == torch.float32:
                 base.to(torch.bfloat16)
 
 
