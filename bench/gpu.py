@@ -62,7 +62,7 @@ CARD = 11.0  # GiB free on a 12 GB card: 12 less what the driver and a desktop t
 WINDOWS_PER_ROW = 16  # as the rows of the recipes have at most
 SPECIALS = ["<unk>", "<s>", "</s>"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "torchao")
-LIMIT = 800.0  # seconds after which a run has failed
+LIMIT = 800.0  # seconds after which a run has failed, its wait for another terminal's included
 TINY = LlamaConfig(
     vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -318,19 +318,24 @@ def save(path: Path, report: dict[str, Any]) -> None:
     write_text(path.with_suffix(".md"), page(report))
 
 
+def made_by(report: dict[str, Any]) -> str:
+    """Machine, versions and commit of a report, in words."""
+    where = ", ".join(f"{key} {value}" for key, value in report["facts"]["machine"].items() if value)
+    used = ", ".join(f"{package} {version}" for package, version in report["facts"]["versions"].items())
+    return f"{where}. {used}. {commit(report['commit'])}."
+
+
 def page(report: dict[str, Any]) -> str:
     """The Markdown page of a report."""
     found: dict[Key, list[dict[str, Any]]] = {}  # the repetitions of each, in the order of their first run
     for name, result in report["runs"].items():
         found.setdefault(tuple(name.split(", ")[:3]), []).append(result)
     facts = report["facts"]
-    where = ", ".join(f"{key} {value}" for key, value in facts["machine"].items() if value)
-    used = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     flops = report["peak_flops"]
     peak = f"Achievable peak: {flops / 1e12:,.3g} TFLOP/s, by large matrix products. " if flops else ""
     lines = [
         "# Speed and memory of the recipes\n" if facts["machine"]["gpu"] else "# A test of bench/gpu.py on a CPU\n",
-        f"{facts['what']} {facts['parameters']:,} parameters. {where}. {used}. {commit(report['commit'])}.\n",
+        f"{facts['what']} {facts['parameters']:,} parameters. {made_by(report)}\n",
         peak + "What the columns mean: [bench/README.md](../README.md).\n",
         markdown((HEAD, [row(key, found, report["peak_flops"]) for key in found])),
     ]

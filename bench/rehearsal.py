@@ -24,9 +24,9 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.gpu import machine
+from bench.gpu import machine, made_by
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, commit, git_state, progress, read_json, run, versions, write_json, write_text
+from prep.common import ROOT, BadInput, git_state, progress, read_json, run, versions, write_json, write_text
 from train import memory as planner
 
 GIB = 2**30
@@ -76,6 +76,8 @@ def commands(profile: str) -> dict[str, tuple[str, ...]]:
 def save_base(config: Path, tokenizer: Path, folder: Path) -> None:
     """A model of this architecture with random weights in bf16, and a tokenizer of as many tokens."""
     torch.manual_seed(0)
+    if not (tokenizer / "tokenizer.json").is_file():
+        raise BadInput(f"no tokenizer in {tokenizer}; `make base` collects one, or give --tokenizer FOLDER")
     making = folder.with_name("base-part")
     AutoModelForCausalLM.from_config(planner.load_config(config), dtype=torch.bfloat16).save_pretrained(making)
     for path in tokenizer.glob("*token*"):
@@ -124,8 +126,6 @@ def measure(words: tuple[str, ...], work: Path, log: Path, enough: Callable[[], 
 def page(report: dict[str, Any]) -> str:
     """The Markdown page of a report."""
     facts = report["facts"]
-    where = ", ".join(f"{key} {value}" for key, value in facts["machine"].items() if value)
-    used = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     head = ["command", "seconds", "memory, GiB", "card, GiB", "disk while it runs, GiB", "disk after, GiB"]
     table = [
         [name, f"{row['seconds']:,.0f}", *(f"{row[key] / GIB:.2f}" for key in ("memory", "card", "disk_peak", "disk"))]
@@ -133,8 +133,8 @@ def page(report: dict[str, Any]) -> str:
     ]
     return (
         f"# A dress rehearsal at true size\n\nTinyLlama's architecture with random weights, the demo's texts, "
-        f"{facts['steps']} steps a stage, profile `{facts['profile']}`: not a training. {where}. {used}. "
-        f"{commit(report['commit'])}.\n\n{markdown((head, table))}\n"
+        f"{facts['steps']} steps a stage, profile `{facts['profile']}`: not a training. "
+        f"{made_by(report)}\n\n{markdown((head, table))}\n"
     )
 
 
@@ -144,7 +144,10 @@ def main() -> None:
         "--profile", default="rehearsal", help="section of train/overrides.yml (default: rehearsal, for a CPU)"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, default="models/base", help="folder of one of 32,000 tokens (default: models/base)"
+        "--tokenizer",
+        type=Path,
+        default=Path("models/base"),
+        help="folder of one of 32,000 tokens (default: models/base)",
     )
     parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
     parser.add_argument("--work", type=Path, default=ROOT / "bench/run/rehearsal", help="working folder, 30 GB")
