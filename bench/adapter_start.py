@@ -7,6 +7,8 @@ rows are the demo's training rows for 2b. Writes bench/reports/adapter_start.jso
 are kept: run it again to continue.
 """
 
+from prep.command import run
+
 import argparse
 import json
 from pathlib import Path
@@ -20,7 +22,7 @@ from bench.sweep_plugin import Diagonal, Start, Unweighted
 from eval import intervals, models, scoring
 from eval.tables import markdown
 from eval.tasks.texts import read_rows
-from prep.common import commit, cpu_name, git_state, progress, run, sha256, versions, write_text
+from prep.common import commit, cpu_name, git_state, progress, sha256, versions, write_text
 from train.adapter_start import calibration_rows, correct, unquantised
 
 REPORT = Path(__file__).with_name("reports") / "adapter_start.json"

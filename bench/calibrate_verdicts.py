@@ -7,6 +7,8 @@ the longest sequence of words that they share with the rest. The same folder and
     python bench/calibrate_verdicts.py --texts novels --works novels/works.csv      # novels/*.txt; columns file_id, author
 """
 
+from prep.command import run
+
 import argparse
 import random
 import statistics
@@ -18,7 +20,7 @@ import pandas as pd
 
 from eval import metrics, verdict
 from eval.tables import markdown
-from prep.common import BadInput, progress, run
+from prep.common import BadInput, progress
 from prep.typography import to_convention
 
 HELDOUT = 0.1  # of a novel, from its middle

@@ -6,6 +6,8 @@ Runs where stages are trained (the demo's folder). Writes bench/reports/eval.jso
 tokens/s, and the bits per byte of both, which must agree to 1e-3.
 """
 
+from prep.command import run
+
 import argparse
 import json
 import multiprocessing
@@ -21,7 +23,7 @@ import torch
 
 from eval import models, scoring
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, digest, run, write_json, write_text
+from prep.common import ROOT, BadInput, digest, write_json, write_text
 from train.stages import load_chain
 
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")

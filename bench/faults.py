@@ -10,6 +10,8 @@ ended in a fault are. What ended before it was disturbed does not count. When th
 Writes bench/reports/faults.json, and faults.md from it. A full disk needs root, for a small tmpfs.
 """
 
+from prep.command import run
+
 import argparse
 import itertools
 import json
@@ -30,7 +32,7 @@ from typing import Any
 import yaml
 
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, atomic_write, commit, cpu_name, git_state, progress, run, sha256, versions
+from prep.common import ROOT, BadInput, atomic_write, commit, cpu_name, git_state, progress, sha256, versions
 
 PLAN = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
 COMMANDS = {name: (command.format(root=ROOT), makes) for name, (command, makes) in PLAN["commands"].items()}

@@ -9,6 +9,8 @@ of book counts as much as any other (below 15 texts, less), and fiction as in th
 (95 %) resample authors. --write replaces prep/fiction.json and reports/fiction_filter.md.
 """
 
+from prep.command import run
+
 import argparse
 import csv
 import json
@@ -27,7 +29,7 @@ from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from prep.common import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write
 from prep.filters import _WORD, features, samples
 from prep.front_matter import drop_edition
 

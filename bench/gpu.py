@@ -12,6 +12,8 @@ otherwise, is a result too. Each result is written at once; run the command agai
   python bench/gpu.py --tiny --only '*, ours, 11 GiB, 1'     a tiny model on a CPU: tests this script, measures nothing
 """
 
+from prep.command import run
+
 import argparse
 import contextlib
 import fnmatch
@@ -48,7 +50,6 @@ from prep.common import (
     git_state,
     progress,
     read_json,
-    run,
     versions,
     write_json,
     write_text,

@@ -12,6 +12,8 @@ are near-duplicates. Processor seconds are those of our processes, so they compa
 memory are sampled ten times a second (pages that workers share count in each).
 """
 
+from prep.command import run
+
 import argparse
 import contextlib
 import json
@@ -34,7 +36,7 @@ import pyarrow.parquet as pq
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from prep.common import ROOT, BadInput, cpu_name, run, versions, write_json, write_text
+from prep.common import ROOT, BadInput, cpu_name, versions, write_json, write_text
 from prep.readers import read_books, source_paths
 
 LENGTH = 512

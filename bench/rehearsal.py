@@ -10,6 +10,8 @@ Everything is made in bench/run/rehearsal; run it again and it continues. Writes
 --profile gpu rehearsal-gpu.json.
 """
 
+from prep.command import run
+
 import argparse
 import contextlib
 import os
@@ -26,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.gpu import machine, made_by
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, git_state, progress, read_json, run, versions, write_json, write_text
+from prep.common import ROOT, BadInput, git_state, progress, read_json, versions, write_json, write_text
 from train import memory as planner
 
 GIB = 2**30

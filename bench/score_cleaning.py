@@ -15,6 +15,8 @@ that are no words, other lines without a word, blots inside paragraphs, words sp
 rule against noise: those that are found when the scan is cleaned without it.
 """
 
+from prep.command import run
+
 import argparse
 import itertools
 import re
@@ -27,7 +29,7 @@ import pyarrow.parquet as pq
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
-from prep.common import BadInput, run
+from prep.common import BadInput
 from prep.debris import SHORT_WORDS
 from prep.filters import lexicon
 from prep.front_matter import letters_of

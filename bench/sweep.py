@@ -12,6 +12,8 @@ or parent changed is trained again.
 Writes bench/reports/train.json (the evidence), train.md and train.svg; another plan's are named after it.
 """
 
+from prep.command import run
+
 import argparse
 import contextlib
 import json
@@ -40,7 +42,7 @@ from bench.sweep_report import BASE
 from eval import intervals, logs, metrics, models, scoring
 from eval.export import write_model
 from eval.tasks.texts import read_rows
-from prep.common import ROOT, BadInput, digest, run, sha256, write_json, write_text
+from prep.common import ROOT, BadInput, digest, sha256, write_json, write_text
 from train.gate import check_steps, checkpoints, movement_of_weights
 from train.resume import prepare_output
 from train.stage import command, launch_and_wait, load_profile

@@ -5,6 +5,8 @@
 Figures are means over seeds; intervals are 95 % over held-out works, paired on the same text.
 """
 
+from prep.command import run
+
 import argparse
 import json
 import math
@@ -16,7 +18,7 @@ import numpy as np
 
 from eval import intervals, plots
 from eval.tables import changed, markdown, number
-from prep.common import BadInput, commit, read_json, run, write_text
+from prep.common import BadInput, commit, read_json, write_text
 
 FORMAT = 2
 BASE = "base"

@@ -7,6 +7,8 @@ lines that end in a space, words cut at line ends, running headers, page numbers
 novella of demo/corpus/novella.txt becomes `novella.pdf`, a page number at the foot of each page. The same texts give the same bytes.
 """
 
+from prep.command import run
+
 import argparse
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.pdfgen.canvas import Canvas
 from reportlab.platypus import Paragraph, SimpleDocTemplate
 
-from prep.common import BadInput, atomic_write, run
+from prep.common import BadInput, atomic_write
 
 CORPUS = Path(__file__).with_name("corpus")
 LINE, PAGE = 58, 34  # characters a line and lines a page of an octavo volume

@@ -4,6 +4,8 @@ The workbench is served with the token and not without it, the mounted folders c
 was given still answers: it can vanish when the host reloads its services.
 """
 
+from prep.command import run
+
 import os
 import shutil
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import requests
 from jupyter_server.serverapp import list_running_servers
 
-from prep.common import BadInput, run
+from prep.common import BadInput
 
 CARD = Path("/dev/nvidiactl")  # in a container it is there if, and only if, a GPU was given
 

@@ -5,6 +5,8 @@ Runs are reports of eval/evaluation.py, of other sizes, recipes or bases. The pa
     python eval/compare.py small full --reports eval/reports        # writes eval/reports/compare.html
 """
 
+from prep.command import run
+
 import argparse
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +19,7 @@ from eval import logs, plots, report, tables, verdict
 from eval.plots import Point
 from eval.report import Section
 from eval.tables import Table, bits, measured
-from prep.common import BadInput, run, run_name, write_text
+from prep.common import BadInput, run_name, write_text
 
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: on a linear axis the short one is a dot
 

@@ -16,6 +16,8 @@ as it would have, and more --words prolong it.
     cd demo/run && python ../../eval/continuation.py --recipes ../../recipes --words 200
 """
 
+from prep.command import run
+
 import argparse
 import bisect
 import html
@@ -40,7 +42,7 @@ from eval import generation, metrics, models
 from eval.generation import DynamicCache, Tokenizer
 from eval.metrics import SENTENCE_END
 from eval.models import MAX_LENGTH
-from prep.common import BadInput, atomic_write, digest, lock, positive, read_json, run, sha256, write_json, write_text
+from prep.common import BadInput, atomic_write, digest, lock, positive, read_json, sha256, write_json, write_text
 from prep.typography import to_convention
 from train.stages import load_chain
 

@@ -15,6 +15,8 @@ Paths are relative to the working directory, as in the recipes.
     cd demo/run && python ../../eval/evaluation.py --recipes ../../recipes --run demo --max-new-tokens 80
 """
 
+from prep.command import run
+
 import argparse
 import itertools
 import sys
@@ -27,7 +29,7 @@ from typing import Any
 from eval import generation, intervals, logs, metrics, models, questions, reading, report, scoring
 from eval.models import environment, files_of
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, digest, hashed, lock, positive, read_json, run, run_name, write_json
+from prep.common import BadInput, digest, hashed, lock, positive, read_json, run_name, write_json
 from train.stages import load_chain
 
 HERE = Path(__file__).resolve().parent

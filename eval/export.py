@@ -25,6 +25,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from prep.command import run
+
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lm_eval.api.instance import Instance
@@ -42,7 +44,6 @@ from prep.common import (
     lock,
     need_room,
     reason,
-    run,
     versions,
     write_json,
     write_text,

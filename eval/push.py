@@ -7,6 +7,8 @@ The token is that of HF_TOKEN or of `hf auth login`. All files become one commit
 repository as it was; run again, it sends only what is not there yet. Afterwards the hub's hashes are compared with ours.
 """
 
+from prep.command import run
+
 import argparse
 import json
 import os
@@ -15,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prep.common import BadInput, hashed, lock, reason, run
+from prep.common import BadInput, hashed, lock, reason
 
 EXPORTS = Path("outputs/export")
 RECORD = "export.json"  # of each step its inputs and files; rights and memorisation

@@ -28,13 +28,15 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from prep.command import run
+
 import numpy as np
 from scipy.special import expit
 from scipy.stats import binomtest
 
 from eval import metrics, report
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, digest, hashed, lock, positive, run, run_name, write_json
+from prep.common import BadInput, digest, hashed, lock, positive, run_name, write_json
 from prep.typography import to_convention
 
 AUTHOR, ELSEWHERE = "the author", "the author, elsewhere"

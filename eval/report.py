@@ -5,6 +5,8 @@ The same JSON gives the same bytes, plots included.
     python eval/report.py eval/reports/demo.json       # writes demo.md, its plots, and demo.html beside it
 """
 
+from prep.command import run
+
 import argparse
 import json
 import re
@@ -19,7 +21,7 @@ from markupsafe import Markup
 
 from eval import plots, tables, verdict
 from eval.tables import Table, measured
-from prep.common import BadInput, commit, read_json, run, write_text
+from prep.common import BadInput, commit, read_json, write_text
 
 HERE = Path(__file__).parent
 SCHEMA = HERE / "report.schema.json"

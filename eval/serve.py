@@ -8,6 +8,8 @@ else, whatever Jupyter's settings on this machine say: the server reads none of 
 itself. JupyterLab, with its editor and terminal, is at /lab of the same address.
 """
 
+from prep.command import run
+
 import argparse
 import http.client
 import os
@@ -19,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from prep.common import BadInput, end_with_parent, run
+from prep.common import BadInput, end_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = "/voila/render/eval/workbench.ipynb"

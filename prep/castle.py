@@ -16,6 +16,8 @@ last run on the whole book, `2c.heldout.jsonl` is empty: any text in it would be
 cannot load an empty file, so that run has to leave out the recipe's `test_datasets`.
 """
 
+from prep.command import run
+
 import argparse
 import hashlib
 import itertools
@@ -27,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from prep.common import BadInput, run, source_files
+from prep.common import BadInput, source_files
 from prep.filters import not_french
 from prep.formats import BookText, read_book
 from prep.page_layout import Cleaned, clean_pages, clean_paragraphs

@@ -30,13 +30,15 @@ from typing import Any
 # A broken Xet download starts again from its first byte, a plain one continues where it broke.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
+from prep.command import run
+
 import httpx
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 
-from prep.common import BadInput, atomic_write, lock, need_room, progress, reason, run, sha256, source_files, versions
+from prep.common import BadInput, atomic_write, lock, need_room, progress, reason, sha256, source_files, versions
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
 from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns
 

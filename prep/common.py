@@ -165,25 +165,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave with its status; expected failures become one line on stderr.
-
-    Status 1: bad input or a failed read or write. 130: interrupted. A defect of ours keeps its traceback.
-    """
-    name = Path(sys.argv[0]).name
-    try:
-        sys.exit(main() or 0)
-    except BadInput as error:
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; nothing half-written was left, run the same command again", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
-
-
 def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
     """Have Linux send this process a signal when the one that started it ends, however it ends; elsewhere nothing."""
     if sys.platform == "linux":

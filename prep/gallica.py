@@ -16,6 +16,8 @@ the other holds out. Same input and seed give the same bytes, however the books 
 command resumes. Sources, filters and clusters: prep/README.md.
 """
 
+from prep.command import run
+
 import argparse
 import json
 import math
@@ -32,7 +34,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from prep.common import collected, digest, positive, run, sha256, source_files, versions
+from prep.common import collected, digest, positive, sha256, source_files, versions
 from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import COUNTER, Cluster, forget, take
 from prep.filters import (

@@ -12,6 +12,8 @@ held out, or of an earlier record, are dropped. Writes what prep/castle.py write
 on the disk; a record takes one or two kilobytes of memory, for its MinHash signature.
 """
 
+from prep.command import run
+
 import argparse
 import json
 import random
@@ -26,7 +28,7 @@ import xxhash
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from prep.common import BadInput, positive, progress, reason, run, source_files
+from prep.common import BadInput, positive, progress, reason, source_files
 from prep.dedup import COPY, held_out
 from prep.rows import SPECIAL, Row, holdout_share, jsonl_path, load_tokenizer, read_row, write_prepared
 

@@ -7,7 +7,9 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -221,3 +223,16 @@ def test_the_same_command_twice_at_once(
 ) -> None:
     with locked(target) as other:
         refused(command, f"process {other} is writing {target}", monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    "script", [path.relative_to(ROOT) for path in ROOT.glob("*/*.py") if "\n    run(" in path.read_text()], ids=str
+)
+def test_ctrl_c_while_python_imports(script: Path) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / script), "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr and any(line.endswith(" prep.command\n") for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert "Traceback" not in said
+    assert process.returncode == -signal.SIGINT

@@ -16,6 +16,8 @@ train/plugins.py calls it at the end of every training. The command checks what 
   python train/gate.py 2b         one, and what it builds on
 """
 
+from prep.command import run
+
 import argparse
 import re
 import sys
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prep.common import BadInput, digest, hashed, read_json, run, versions, write_json
+from prep.common import BadInput, digest, hashed, read_json, versions, write_json
 from train.stages import Stage, line_of, load_chain
 
 # Least movement of a full-weight stage, by kind of tensor: fraction of elements that changed, and norm of the change

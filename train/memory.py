@@ -12,6 +12,8 @@ The peak is at one of three moments: the loss (every checkpoint, and the logits)
 (every gradient). Known are Llama's kind of layer (RMSNorm, grouped attention, gated MLP), trained in bf16.
 """
 
+from prep.command import run
+
 import argparse
 import functools
 import json
@@ -26,7 +28,7 @@ from peft import LoraConfig, get_peft_model
 from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from prep.common import ROOT, BadInput, run
+from prep.common import ROOT, BadInput
 from train.gate import COPIES, is_frozen
 from train.stages import load_recipe
 

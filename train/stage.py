@@ -9,6 +9,8 @@ prints goes to outputs/2b/train.log. A stage that has passed its gate is not tra
 do so.
 """
 
+from prep.command import run
+
 import argparse
 import contextlib
 import os
@@ -27,7 +29,7 @@ import yaml
 from tqdm import tqdm
 
 from eval.logs import Run
-from prep.common import BadInput, end_with_parent, progress, run
+from prep.common import BadInput, end_with_parent, progress
 from train.gate import check_ready, describe, recall
 from train.stages import Stage, line_of, load_chain
 

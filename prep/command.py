@@ -1,0 +1,41 @@
+"""What every script begins and ends with. Imported before all else (pyproject.toml orders imports so): torch takes seconds."""
+
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from prep.common import ROOT, BadInput
+
+# Until `run` reports it, Ctrl-C ends one of our scripts as the shell expects; Python would print where its imports were.
+# Not where it is ignored (nohup), nor in pytest, Axolotl and the workers of a script, which import this as well.
+script = Path(sys.argv[0]).resolve()
+if (
+    script.suffix == ".py"
+    and script.parent.parent == ROOT
+    and not multiprocessing.parent_process()
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and leave with its status; expected failures become one line on stderr.
+
+    Status 1: bad input or a failed read or write. 130: interrupted. A defect of ours keeps its traceback.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.exit(main() or 0)
+    except BadInput as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; nothing half-written was left, run the same command again", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
