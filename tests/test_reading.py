@@ -318,12 +318,17 @@ def test_the_page_by_keyboard_alone(browser: Any, drawn_place: Path, device: str
     for _ in range(3):
         press("1", "2")
     assert "All 10 pairs read" in text("#progress") and text("#end").count("your choice") == 10
-    assert text("#end").count("taken for the author") == 4
+    choices = [*([1, 0] * 4)[:7], 0, 0, 0]
+    told = [(pair["by"], pair["by"][choice]) for pair, choice in zip(pairs, choices, strict=True)]
+    for stage in STAGES:
+        taken = [chosen == stage for by, chosen in told if {*by} & {AUTHOR, ELSEWHERE} and stage in by]
+        interval = "[{:.0f}, {:.0f}]".format(*(100 * limit for limit in wilson(sum(taken), len(taken))))
+        assert f"{stage}, taken for the author: {sum(taken)} of {len(taken)}, a share of {interval} %" in text("#end")
     link = browser.execute_script("const a = document.getElementById('save'); return [a.download, a.href]")
     assert link[0] == f"tiny.answers.{device}-{scheme}.jsonl"
     saved = [json.loads(line) for line in urllib.parse.unquote(link[1].partition(",")[2]).splitlines()]
     assert [answer["pair"] for answer in saved] == list(range(10))
-    assert [answer["choice"] for answer in saved[:7]] == [1, 0, 1, 0, 1, 0, 1]
+    assert [answer["choice"] for answer in saved] == choices
     assert [answer["sure"] for answer in saved[:7]] == [True, False, False, True, False, False, True]
     assert browser.execute_script("return document.documentElement.scrollWidth") == width
     assert browser.get_log("browser") == []
