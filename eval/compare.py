@@ -15,24 +15,25 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval import logs, plots, report, tables, verdict
+from eval import intervals, logs, plots, report, tables, verdict
 from eval.plots import Point
 from eval.report import Section
-from eval.tables import Table, bits, measured
+from eval.tables import Table, bits, changed, measured
 from prep.common import BadInput, run_name, write_text
 
 LOGARITHMIC = 20  # times as many tokens in the longest run as in the shortest: on a linear axis the short one is a dot
 
 
 def curve(report: dict[str, Any]) -> list[Point]:
-    """A run's losses over all the tokens it has seen, its stages one after another with a NaN between them."""
+    """A run's losses over the tokens seen, each stage from where the one it builds on ended, with a NaN between them."""
     points: list[Point] = []
-    before = 0.0
-    for stage in measured(report).values():
+    ends: dict[str, float] = {}
+    for name, stage in measured(report).items():
+        before = ends[name] = ends.get(stage["parent"], 0)
         if stage["training"]:
             points += [(before, math.nan, math.nan)] if points else []
             points += [(before + seen, loss, check) for seen, loss, check in logs.curve(stage["training"])]
-            before = points[-1][0]
+            ends[name] = points[-1][0]
     return points
 
 
@@ -67,6 +68,23 @@ def beside(reports: Sequence[dict[str, Any]]) -> Table:
             if set(cells) != {"–"}:
                 rows.append([f"{stage}, {task}", *cells])
     return ["stage, text", *(each["run"] for each in reports)], rows
+
+
+def paired(reports: Sequence[dict[str, Any]]) -> Table | None:
+    """Each run less the first, on the same text and questions; a row a stage and run; None where nothing is the same."""
+    first, tasks, rows = reports[0], in_order(reports, "tasks"), []
+    asked = tables.ANSWERED if first.get("questions") else {}
+    for name, before in measured(first).items():
+        for each in reports[1:]:
+            after = measured(each).get(name)
+            same = [task for task in tasks if after and first["tasks"].get(task) == each["tasks"].get(task)]
+            sides = [{task: stage["scores"][task]["documents"] for task in same} for stage in (before, after) if stage]
+            cells = [changed(intervals.difference(*(side[t] for side in sides)) if t in same else None) for t in tasks]
+            if asked:
+                cells += tables.answered(after if each.get("questions") == first["questions"] else None, before)
+            if set(cells) != {"–"}:
+                rows.append([f"{name}: {each['run']} - {first['run']}", *cells])
+    return (["stage", *tasks, *asked.values()], rows) if rows else None
 
 
 def merged(reports: Sequence[dict[str, Any]], table: Callable[[dict[str, Any]], Table | None]) -> Table | None:
@@ -108,6 +126,9 @@ def sections(reports: Sequence[dict[str, Any]]) -> list[Section]:
         Section("Loss over tokens", "Stage after stage; token losses compare only with a shared tokenizer.", "loss"),
         Section("Bits per byte", "Lower is better. In brackets the 95 % bootstrap interval.", table=beside(reports)),
         Section("What each stage changed", "Paired, within its run.", table=merged(reports, tables.changes)),
+        Section("Run less run", "Paired, on the same text and the same questions.", table=paired(reports)),
+        Section("Questions", same, table=merged(reports, tables.questions)),
+        Section("lm-eval's tasks", same, table=merged(reports, tables.benchmarks)),
         Section("Memorisation", same, table=merged(reports, tables.memorisation)),
         Section("Degeneration", same, table=merged(reports, tables.degeneration)),
         Section("Style", same, table=merged(reports, tables.style)),

@@ -83,6 +83,7 @@ def measure(
     model: Any,
     tokenizer: Any,
     tasks: dict[str, Any],
+    benchmarks: dict[Any, Any],
     prompts: list[dict[str, str]],
     asked: list[dict[str, str]],
     trained_on: metrics.CopyFinder | None,
@@ -107,6 +108,7 @@ def measure(
             copied = trained_on.longest(sample["text"]) if trained_on else None
             written.append({"prompt": prompt["name"], "seed": args.seed, "index": index, **sample, "copied": copied})
     answers = [] if row.form else questions.ask(model, tokenizer, asked, args.max_new_tokens)
+    others = {} if row.form else scoring.benchmark(model, tokenizer, benchmarks, args.limit, args.batch_size)
     times.append(time.perf_counter())
     seconds = [round(end - start, 1) for start, end in itertools.pairwise(times)]
     return {
@@ -115,6 +117,7 @@ def measure(
         "memorisation": metrics.memorisation(scores),
         "samples": written,
         **({"answers": answers} if answers else {}),
+        **({"benchmarks": others} if others else {}),
         "degeneration": metrics.degeneration(written) if written else None,
         "seconds": dict(zip(("scoring", "positions", "sampling"), seconds, strict=True)),
     }
@@ -203,7 +206,7 @@ def parse() -> argparse.Namespace:
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
-    option("--tasks", nargs="+", default=TASKS)
+    option("--tasks", nargs="+", default=TASKS, help="of eval/tasks, of lm-eval's own, or a task's YAML file")
     option("--prompts", type=Path, default=HERE / "prompts.yml")
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")
     option("--max-new-tokens", type=positive, default=500, help="length of each continuation (default 500)")
@@ -239,7 +242,9 @@ def main() -> None:
     entries = generation.load_prompts(args.prompts)
     asked = [entry for entry in entries if "question" in entry]
     prompts = [entry for entry in entries if "question" not in entry]
-    tasks = scoring.load_tasks(args.tasks)
+    texts = [name for name in args.tasks if (scoring.TASKS / f"{name}.yaml").is_file()]
+    benchmarks = scoring.load_benchmarks([name for name in args.tasks if name not in texts])
+    tasks = scoring.load_tasks(texts)
     described = describe_tasks(tasks, args.limit)
     paths = {name: description["path"] for name, description in described.items()}
     rows_trained_on = [row["text"] for row in rows_of(paths.get("novel_train"))]
@@ -325,7 +330,7 @@ def main() -> None:
 
     waiting = [row for row in chosen if row.name not in measured]
     for row, model, tokenizer in models.loaded(waiting, args.device, models.DTYPES[args.dtype]):
-        measured[row.name] = measure(row, model, tokenizer, tasks, prompts, asked, trained_on, args)
+        measured[row.name] = measure(row, model, tokenizer, tasks, benchmarks, prompts, asked, trained_on, args)
         write()  # after each, so that an interrupted run continues where it was
     result = write()
     page = report.write(result, args.out)

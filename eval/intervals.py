@@ -27,27 +27,27 @@ def units(documents: list[dict[str, Any]]) -> tuple[str, np.ndarray]:
     return "block", np.array(blocks, dtype=float)
 
 
-def bits_per_byte(nll: np.ndarray, size: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Ratio of sums, in bits per byte; nll in nats."""
-    return nll.sum(axis) / size.sum(axis) / math.log(2)
+def ratio(amount: np.ndarray, size: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Of the sums."""
+    return amount.sum(axis) / size.sum(axis)
 
 
-def percentiles(nll: np.ndarray, size: np.ndarray) -> list[float] | None:
-    """The 95 % interval of bits per byte over units that are drawn together; None for a single one.
+def percentiles(amount: np.ndarray, size: np.ndarray) -> list[float] | None:
+    """The 95 % interval of that ratio over units that are drawn together; None for a single one.
 
     One seed, so the same draws for every stage.
     """
     if len(size) < 2:
         return None
     settings = {"paired": True, "vectorized": True, "n_resamples": DRAWS, "method": "percentile"}
-    result = bootstrap((nll, size), bits_per_byte, rng=np.random.default_rng(0), **settings)
+    result = bootstrap((amount, size), ratio, rng=np.random.default_rng(0), **settings)
     return [float(limit) for limit in result.confidence_interval]
 
 
 def interval(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """95 % interval of bits per byte over the documents' units."""
     unit, table = units(documents)
-    return {"unit": unit, "units": len(table), "bits_per_byte": percentiles(*table.T)}
+    return {"unit": unit, "units": len(table), "bits_per_byte": percentiles(table[:, 0] / math.log(2), table[:, 1])}
 
 
 def difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -58,6 +58,13 @@ def difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dic
     (unit, first), (_, second) = units(before), units(after)
     if not np.array_equal(first[:, 1], second[:, 1]):
         return None
-    change, size = second[:, 0] - first[:, 0], first[:, 1]
-    bits = float(bits_per_byte(change, size))
+    change, size = (second[:, 0] - first[:, 0]) / math.log(2), first[:, 1]
+    bits = float(ratio(change, size))
     return {"unit": unit, "units": len(size), "bits_per_byte": bits, "interval": percentiles(change, size)}
+
+
+def difference_of_shares(before: list[bool | None], after: list[bool | None]) -> tuple[float, list[float]] | None:
+    """How much more often it is true after, with the paired 95 % interval over what is known of both; None below two."""
+    change = np.array([float(new) - old for old, new in zip(before, after, strict=True) if None not in (old, new)])
+    interval = percentiles(change, np.ones_like(change))
+    return (float(change.mean()), interval) if interval else None

@@ -119,8 +119,14 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "Questions",
             "Asked in the model's own chat template, greedy decoding; the answers are below. Right: the reference is among the "
-            "words, or is a number of its own. The language is py3langid's guess for answers of 20 letters or more.",
+            "words, or is a number of its own. The language is py3langid's guess for answers of 20 letters or more. What each "
+            "stage changed, above, has the paired differences of these shares, where both answers can be judged.",
             table=tables.questions(report),
+        ),
+        Section(
+            "lm-eval's tasks",
+            "By lm-eval itself, with its standard error; which way is better depends on the metric.",
+            table=tables.benchmarks(report),
         ),
         Section(
             "Style",

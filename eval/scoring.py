@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager, get_task_dict
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, load_yaml_config, make_disjoint_window
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from eval.intervals import difference, interval
+from eval.intervals import DRAWS, difference, interval
 from eval.metrics import CONTEXT, SPAN
 from eval.models import MAX_LENGTH
-from prep.common import BadInput, progress
+from prep.common import BadInput, progress, reason
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 
@@ -117,8 +117,49 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise BadInput(f"no task {', '.join(unknown)} in {TASKS}; there are: {', '.join(manager.all_tasks)}")
-    tasks = get_task_dict(list(names), manager)
+    tasks = manager.load_task_or_group(list(names))
     return {name: tasks[name] for name in names}
+
+
+def load_benchmarks(names: Sequence[str]) -> dict[Any, Any]:
+    """Tasks and groups of lm-eval's own, by name, or one of yours, by its YAML file; as `lm_eval.evaluate` takes them.
+
+    Raises BadInput when there is no such task, or its data cannot be had.
+    """
+    files = [name for name in names if Path(name).is_file()]
+    if len(files) < len(names):
+        print("looking through lm-eval's own tasks", file=sys.stderr)  # 14,000: seconds
+    manager = TaskManager(include_defaults=len(files) < len(names))
+    if unknown := sorted({*names} - {*files} - {*manager.all_tasks}):
+        ours = ", ".join(sorted(path.stem for path in TASKS.glob("*.yaml")))
+        raise BadInput(
+            f"no task {', '.join(unknown)}: neither ours ({ours}), lm-eval's (`lm_eval ls tasks`) nor a file"
+        )
+    try:
+        yours = manager.load_task_or_group([load_yaml_config(name) for name in files])
+        for name, task in yours.items():
+            task.config.task = name  # lm-eval forgets it
+        return yours | manager.load_task_or_group([name for name in names if name not in files])
+    except Exception as error:  # datasets, the hub's client and lm-eval each raise their own
+        raise BadInput(f"{', '.join(names)} cannot be loaded: {reason(error)}") from error
+
+
+def benchmark(
+    model: Any, tokenizer: Tokenizer, tasks: dict[Any, Any], limit: int | None, batch_size: int
+) -> dict[str, dict[str, float | None]]:
+    """{"hellaswag, acc": {value, stderr}, ...}, as lm-eval's own command would have it: no texts of ours, no TokenScorer."""
+    if not tasks:
+        return {}
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=MAX_LENGTH, backend="causal")
+    found = {}
+    for task, said in lm_eval.evaluate(plain, tasks, limit=limit, bootstrap_iters=DRAWS)["results"].items():
+        for key, value in said.items():
+            metric, _, filtered = key.partition(",")
+            if filtered and not metric.endswith("_stderr") and isinstance(value, float):
+                error = said.get(f"{metric}_stderr,{filtered}")
+                name = f"{task}, {key.removesuffix(',none')}"
+                found[name] = {"value": value, "stderr": error if isinstance(error, float) else None}
+    return found
 
 
 def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:

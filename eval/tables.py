@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from eval import intervals
+
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -54,6 +56,21 @@ def changed(difference: dict[str, Any] | None, star: str = " *") -> str:
     return bracket(difference["bits_per_byte"], interval, "+") + (star if sure else "")
 
 
+ANSWERED = {"right": "right", "own_language": "in the questions' language", "ended": "stops by itself"}
+
+
+def answered(after: dict[str, Any] | None, before: dict[str, Any] | None) -> list[str]:
+    """Paired differences of the shares of ANSWERED, with intervals and stars; dashes unless both answered the questions."""
+    sides = [(stage or {}).get("answers") or [] for stage in (before, after)]
+    sides = sides if all(sides) else [[], []]
+    cells = []
+    for key in ANSWERED:
+        found = intervals.difference_of_shares(*([answer[key] for answer in side] for side in sides))
+        sure = " *" if found and found[1][0] * found[1][1] > 0 else ""
+        cells.append("{:+.0%} [{:+.0%}, {:+.0%}]".format(found[0], *found[1]) + sure if found else "–")
+    return cells
+
+
 def passed(stage: dict[str, Any] | None) -> str:
     """The gate's result for the weights that were measured."""
     if stage is None or stage["recipe"] is None:
@@ -71,13 +88,17 @@ def overview(report: dict[str, Any]) -> Table:
 
 
 def changes(report: dict[str, Any]) -> Table | None:
-    """Each stage against the one it builds on, adapters also against their full model; a star where the interval excludes 0."""
-    tasks = list(report["tasks"])
+    """Each stage against the one it builds on, adapters also against their full model, and an ablation; a star where the
+    interval excludes 0."""
+    tasks, stages = list(report["tasks"]), report["stages"]
+    asked = ANSWERED if any(stage.get("answers") for stage in measured(report).values()) else {}
     rows = []
     for name, difference in report["differences"].items():
         label = name if " - " in name else f"{name} - {difference['against']}"
-        rows.append([label, *(changed(difference["scores"].get(task)) for task in tasks)])
-    return (["change", *tasks], rows) if rows else None
+        sides = (stages[label.removesuffix(f" - {difference['against']}")], stages[difference["against"]])
+        cells = [changed(difference["scores"].get(task)) for task in tasks]
+        rows.append([label, *cells, *(answered(*sides) if asked else [])])
+    return (["change", *tasks, *asked.values()], rows) if rows else None
 
 
 def perplexities(report: dict[str, Any]) -> Table:
@@ -168,12 +189,23 @@ def questions(report: dict[str, Any]) -> Table | None:
     for name, stage in measured(report).items():
         if answers := stage.get("answers"):
             cells = []
-            for key in ("right", "own_language", "ended", "template"):
+            for key in (*ANSWERED, "template"):
                 known = [answer[key] for answer in answers if answer[key] is not None]
                 cells.append(f"{percent(sum(known) / len(known))} of {len(known)}" if known else "–")
             rows.append([name, *cells, f"{sum(answer['tokens'] for answer in answers) / len(answers):.0f}"])
-    head = ["answers of", "right", "in the questions' language", "stops by itself", "repeats the template", "tokens"]
+    head = ["answers of", *ANSWERED.values(), "repeats the template", "tokens"]
     return (head, rows) if rows else None
+
+
+def benchmarks(report: dict[str, Any]) -> Table | None:
+    """lm-eval's own tasks: a row a stage, a column a task and metric; None without any."""
+    found = {name: stage["benchmarks"] for name, stage in measured(report).items() if stage.get("benchmarks")}
+    head = list(dict.fromkeys(figure for figures in found.values() for figure in figures))
+    rows = [
+        [name, *(f"{number(figures[key]['value'])} ± {number(figures[key]['stderr'])}" for key in head)]
+        for name, figures in found.items()
+    ]
+    return (["task, metric", *head], rows) if rows else None
 
 
 def reading(report: dict[str, Any]) -> dict[str, Any] | None:

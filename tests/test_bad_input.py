@@ -135,7 +135,12 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{EVALUATE} --prompts nowhere.yml", nothing, "nowhere.yml"),
     (f"{EVALUATE} --prompts given.yml", write("given.yml", "text: Il neigeait."), "given.yml"),
     (f"{EVALUATE} --prompts given.yml", write("given.yml", b"\xff\xfe"), "given.yml"),
-    (f"{EVALUATE} --tasks moon", nothing, "moon"),
+    (f"{EVALUATE} --tasks moon", nothing, "no task moon: neither ours"),
+    (
+        f"{EVALUATE} --tasks given.yaml",
+        write("given.yaml", "task: given\ndataset_path: nowhere"),
+        "given.yaml cannot be",
+    ),
     (f"{EVALUATE} --stages 2c", gone("outputs/2b"), "stage 2b is missing"),
     (EVALUATE, gone("data/2b.heldout.jsonl"), "2b.heldout.jsonl"),
     (EVALUATE, write("data/2b.heldout.jsonl", '{"text": "Il neig'), "2b.heldout.jsonl"),

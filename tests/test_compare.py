@@ -27,6 +27,7 @@ def reports() -> list[dict[str, Any]]:
         each = report.load(DEMO) | {"run": run, "differences": {}, "style": None}
         each["stages"] = {name: each["stages"][name] for name in ("base", "2a", "2b")}
         for name, stage in each["stages"].items():
+            stage["parent"] = {"2a": "base", "2b": "2a"}.get(name)
             stage["training"] = [
                 {"step": step, "epoch": None, "tokens": tokens, "loss": loss, "eval_loss": check}
                 for step, (tokens, loss, check) in enumerate(losses.get(name, []), 1)
@@ -41,6 +42,37 @@ def test_losses_are_over_all_tokens_of_the_chain(reports):
     points = compare.curve(reports[1])
     assert points[0] == (1000, 3.9, None) and points[-1] == (1500, 2.0, 2.5)  # 2b continues where 2a ended
     assert len(points) == 3 and math.isnan(points[1][1] or 0)  # no line between the stages
+    reports[1]["stages"]["2b"]["parent"] = "base"  # an ablation starts where its base is
+    assert compare.curve(reports[1])[-1] == (500, 2.0, 2.5)
+
+
+def test_runs_are_paired_and_so_are_answers(reports):
+    assert compare.paired(reports)[0] == ["stage", *reports[0]["tasks"]]  # no questions were asked
+    small, large = reports
+    del small["tasks"]["english"]
+    large["tasks"]["code"] = large["tasks"]["code"] | {"text_sha256": "b" * 64}
+    small["questions"] = large["questions"] = [{"name": "q", "question": "?"}]
+    base = large["stages"]["base"] = json.loads(json.dumps(large["stages"]["base"]))
+    for document in base["scores"]["novel_heldout"]["documents"]:
+        for block in [document, *document["blocks"]]:
+            block["nll"] *= 1.1
+    for stage, known in ((small["stages"]["base"], [True] * 4 + [False] * 8), (base, [True] * 12)):
+        stage["answers"] = [{"right": right, "own_language": None, "ended": True, "tokens": 1} for right in known]
+    head, rows = compare.paired(reports)
+    cells = dict(zip(head, next(row for row in rows if row[0] == "base: large - small"), strict=True))
+    bits = small["stages"]["base"]["scores"]["novel_heldout"]["bits_per_byte"]
+    assert cells["novel_heldout"].startswith(f"{0.1 * bits:+.3f} [+") and cells["novel_heldout"].endswith("] *")
+    assert cells["code"] == cells["english"] == cells["in the questions' language"] == "–"
+    assert re.fullmatch(r"\+67% \[\+[34]\d%, \+(8|9)\d%\] \*", cells["right"])
+    assert cells["stops by itself"] == "+0% [+0%, +0%]"
+    large["questions"] = []
+    assert dict(zip(head, compare.paired(reports)[1][0], strict=True))["right"] == "–"
+
+    # The ablation's row has its answers beside its bits per byte.
+    base["parent"], large["differences"] = None, {"2a - base": {"against": "base", "scores": {}}}
+    large["stages"]["2a"]["answers"] = small["stages"]["base"]["answers"]
+    head, [row] = tables.changes(large)
+    assert dict(zip(head, row, strict=True))["right"].startswith("-67% [-") and row[0] == "2a - base"
 
 
 def test_one_axis_holds_every_run(reports):
@@ -74,7 +106,9 @@ def test_bits_are_side_by_side(reports):
 
 def test_what_does_not_compare_is_said_or_left_out(reports):
     titles = re.findall(r"<h2>(.*?)</h2>", compare.html(reports))
-    assert titles == ["Loss over tokens", "Bits per byte", "Memorisation", "Degeneration", "Perplexity"]
+    assert titles == [
+        "Loss over tokens", "Bits per byte", "Run less run", "Memorisation", "Degeneration", "Perplexity"
+    ]  # fmt: skip
     assert compare.warning(reports) == ""
     reports[1]["tasks"]["novel_heldout"]["text_sha256"] = "b" * 64
     assert "novel_heldout" in compare.warning(reports)

@@ -170,9 +170,37 @@ def test_an_adapter_is_evaluated_on_its_base_as_its_recipe_quantises_it(in_four_
     assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
 
 
+def multiple_choice() -> str:
+    """A task of lm-eval's kind with a file of its own: the base model is right once in two questions, by its own choice."""
+    tokenizer = AutoTokenizer.from_pretrained("models/base")
+    model = LlamaForCausalLM.from_pretrained("models/base").eval()
+    questions, choices = ["La porte était", "Il prit la"], ["ouverte", "lampe", "neige"]
+    rows = []
+    for number, question in enumerate(questions):
+        said = []
+        for choice in choices:
+            asked, whole = (
+                tokenizer(text, return_tensors="pt").input_ids for text in (question, f"{question} {choice}")
+            )
+            with torch.no_grad():
+                logprobs = model(whole).logits[0].log_softmax(-1)
+            said.append(sum(logprobs[i - 1, whole[0, i]].item() for i in range(asked.shape[1], whole.shape[1])))
+        rows.append({"question": question, "choices": choices, "gold": (np.argmax(said).item() + number) % 3})
+    Path("choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "choice.jsonl"}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "question", "doc_to_choice": "choices",
+        "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    Path("choice.yaml").write_text(yaml.safe_dump(task))
+    return "choice.yaml"
+
+
 def test_the_report_prices_quantising_and_merging(in_four_bits):
-    settings = ("--tasks", "gallica_heldout", "novel_heldout", "--samples", "1", "--limit", "1")
+    settings = ("--tasks", "gallica_heldout", "novel_heldout", multiple_choice(), "--samples", "1", "--limit", "2")
     result = evaluate(*settings)
+    assert result["stages"]["base"]["benchmarks"] == {"choice, acc": {"value": 0.5, "stderr": 0.5}}
+    assert "benchmarks" not in result["stages"]["2c (merged)"] and list(result["tasks"]) == list(settings[1:3])
     bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}
     for name, against in (("2a (nf4)", "2a"), ("2b", "2b (start)"), ("2c (merged)", "2c")):
         change = result["differences"][name]
@@ -185,6 +213,7 @@ def test_the_report_prices_quantising_and_merging(in_four_bits):
     assert lines["2a (nf4)"].startswith("the weights of 2a in another form: gallica_heldout ")
     assert "against 2b (start)" in lines["2b"] and "behind 2a on" in lines["2b"] + lines["2c"]
     page = Path("eval/reports/tiny.md").read_text(encoding="utf-8")
+    assert re.search(r"\| task, metric +\| +choice, acc \|\n.*\n\| base +\| +0\.500 ± 0\.500 \|", page)
     assert "2c (merged) - 2c" in page and "2c (merged) - 2a" in page and "**2c (merged)**" in page
 
     # Some stages alone add to the report, and take nothing from it; with other settings they are refused.
@@ -193,7 +222,7 @@ def test_the_report_prices_quantising_and_merging(in_four_bits):
         each["scores"] for each in result["stages"].values()
     ]
     with pytest.raises(BadInput, match=r"has other arguments and tasks, and .*2c.* would be lost"):
-        evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "1", "--stages", "2b")
+        evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "2", "--stages", "2b")
 
 
 def test_an_unwritable_folder_is_refused_before_scoring(place, monkeypatch):
