@@ -34,7 +34,7 @@ from prep.command import run
 
 import httpx
 from huggingface_hub import HfApi, constants, get_session, snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 
@@ -125,6 +125,8 @@ def one_line(what: str) -> Iterator[None]:
     """Turn what the network, the hub and its client raise into BadInput; errors of the disk stay as they are."""
     try:
         yield
+    except GatedRepoError as error:
+        raise BadInput(f"{what} is gated: accept its terms on its page, and give your token in HF_TOKEN") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise BadInput(f"no {what}, or one that needs a token (HF_TOKEN)") from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:

@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
     served     {name: bytes sent in place of the file's}
     stop       {name: (bytes sent before the connection breaks, once; whether it falls silent instead)}
     breaks     sha256 of a file whose upload never ends
+    gated      a repository whose files need a token
     denies     status with which pushes are refused
     swaps      whether other bytes than the uploaded ones are committed
 
@@ -40,7 +41,7 @@ class Hub(ThreadingHTTPServer):
         self.seen: list[tuple[str, str, str | None]] = []
         self.blobs: dict[str, bytes] = {}  # uploaded, by sha256
         self.private: bool | None = None  # you/name
-        self.breaks, self.denies, self.swaps = "", 0, False
+        self.breaks, self.denies, self.swaps, self.gated = "", 0, False, ""
         self.puts: list[str] = []
         self.released = threading.Event()
 
@@ -99,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(b"", 401, X_Error_Code="RepoNotFound")
         if revision not in (None, "main", commit):
             return self.send(b"", 404, X_Error_Code="RevisionNotFound")
+        if not info and repo == hub.gated and not self.headers.get("Authorization"):
+            return self.send(b"", 401, X_Error_Code="GatedRepo")
         if info:
             told = [{"type": "file", "path": n, "rfilename": n, **stated(n, data)} for n, data in files.items()]
             about = {"id": repo, "sha": commit, "siblings": told, "private": hub.private is not False}

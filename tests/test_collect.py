@@ -331,6 +331,7 @@ UNREACHED = dict.fromkeys(
                 "gallica --dataset PleIAs/French-PD-Books --revision v9": "revision v9",
                 "gallica --dataset PleIAs/French-PD-Books --files 6": "--files 6: there are 5 files of books",
                 "base": "no model*.safetensors and no pytorch_model*.bin",
+                "base --repo meta/gated --revision main": "meta/gated is gated: accept its terms on its page, and give",
                 "book --source {url}/www/absent.pdf": "404",
                 "book --source ftp://example.org/roman.pdf": "unsupported protocol 'ftp://'",
                 "book --source file:///etc/passwd": "missing an 'http://'",
@@ -344,6 +345,8 @@ UNREACHED = dict.fromkeys(
 )
 def test_one_line_says_what_is_wrong(environment, cases, hub, books, start, tmp_path):
     hub.repos["model", BASE_REPO] = (BASE_REVISION, {"config.json": b"{}", "flax_model.msgpack": b""})
+    hub.repos["model", "meta/gated"] = (COMMIT, {"config.json": b"{}", "model.safetensors": b"x"})
+    hub.gated = "meta/gated"
     hub.www["roman"] = b"<!doctype html>"
     given = {
         "full/config.json": b"{}",

@@ -354,6 +354,19 @@ def test_a_stage_may_end_with_its_best_checkpoint() -> None:
     assert judge("3b")["steps"] == judge("3b")["steps"] | {"reached": 20, "kept": 10}
 
 
+def test_a_continued_adapter_of_another_vocabulary() -> None:
+    train_with_copies("3a", 0.01, 1e-3, 1e-3)
+    judge("3a")
+    gate.check_ready(CHAIN["3b"], STAGES)
+    base = Path("models/instruct")  # collected again, larger
+    larger = base_tensors() | {"model.embed_tokens.weight": torch.zeros(60, 8)}
+    write_weights(base, larger)
+    (base / "config.json").write_text('{"vocab_size": 60}')
+    (base / "source.json").write_text(json.dumps({"files": gate.described(base)}))
+    with pytest.raises(BadInput, match=r"inputs of stage 3a changed since .*remove outputs/3a and train 3a again"):
+        gate.check_ready(CHAIN["3b"], STAGES)
+
+
 def test_tied_copies_need_the_key_that_keeps_them_one() -> None:
     Path("models/instruct/config.json").write_text('{"vocab_size": 50, "tie_word_embeddings": true}')
     gate.check_tying(CHAIN["3a"])
