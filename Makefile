@@ -48,7 +48,7 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
-        eval reading export merge push continue compare notebook plan bench-gpu rehearsal bench-eval bench-faults bench-start bench-train \
+        eval reading export merge push continue compare notebook plan bench-gpu rehearsal rehearse-prep bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
@@ -145,6 +145,10 @@ plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--b
 
 bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.md (ARGS="--minutes 9": resume later)
 	@$(WITH_ARGS) $(BIN)/python bench/gpu.py "$${more[@]}"
+
+rehearse-prep: $(READY) ## The rows of the real run, from 5 GB of books made of CORPUS_DIR's novels: time, memory, disk -> bench/reports/rehearsal-prep.md
+	@$(WITH_ARGS) $(BIN)/python bench/rehearsal.py --library "$$CORPUS_DIR/gallica" --tokenizer "$$CORPUS_DIR/tokenizer" \
+		--only collect texts library prepare preprocess --work bench/run/rehearsal-prep --out bench/reports/rehearsal-prep.json "$${more[@]}"
 
 rehearsal: $(READY) ## The whole way with a base of TinyLlama's size, two steps a stage: time, memory, disk -> bench/reports/rehearsal.md
 	@$(WITH_ARGS) $(BIN)/python bench/rehearsal.py "$${more[@]}"

@@ -27,16 +27,18 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datatrove.data import Document
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from prep.common import ROOT, BadInput, cpu_name, versions, write_json, write_text
+from prep.common import ROOT, BadInput, cpu_name, progress, versions, write_json, write_text
 from prep.readers import read_books, source_paths
 
 LENGTH = 512
@@ -64,27 +66,32 @@ def perturbed(text: str, draw: random.Random) -> str:
     return "".join(another(word) if word.islower() and word.isalpha() else word for word in words)
 
 
-def write_corpus(source: Path, folder: Path, count: int) -> tuple[int, int]:
-    """`count` books in FILES parquet files; returns their bytes and words."""
+def write_corpus(source: Path, folder: Path, count: int, files: int = FILES) -> tuple[int, int]:
+    """`count` books in parquet files; returns their bytes and words."""
     books = [book for path in source_paths(source) for book in read_books(path) if len(book.text) > 100_000]
     novels = [b for b in books if not re.search("kocr|kdup", b.id) and " the " not in b.text[:20_000]]
     if not novels:
         raise BadInput(f"no novel of 100,000 characters in {source}")
-    folder.mkdir()
-    size = words = 0
-    for number in range(FILES):
-        rows = []
-        for i in range(number, count, FILES):
-            text, fields = novels[i % len(novels)].text, novels[i % len(novels)].metadata
-            if i >= len(novels):
-                letters = "".join(chr(97 + digit) for digit in (i // 676, i // 26 % 26, i % 26))
-                text = perturbed(text, random.Random(i))
-                fields = fields | {"title": f"{fields['title']} autrement {letters}"}
-            size += len(text.encode())
-            words += len(text.split())
-            named = {name: fields[name] for name in ("title", "author", "date")}
-            rows.append({"file_id": f"book{i:05d}", **named, "complete_text": text})
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"gallica_mono_{number + 1}.parquet")
+    folder.mkdir(parents=True)
+    with ProcessPoolExecutor(WORKERS) as pool:
+        made = [*progress(pool.map(partial(write_table, novels, folder, count, files), range(files)), total=files)]
+    return sum(size for size, _ in made), sum(words for _, words in made)
+
+
+def write_table(novels: list[Document], folder: Path, count: int, files: int, number: int) -> tuple[int, int]:
+    """Every `files`-th of `count` books, from `number` on; their bytes and words."""
+    rows, size, words = [], 0, 0
+    for i in range(number, count, files):
+        text, fields = novels[i % len(novels)].text, novels[i % len(novels)].metadata
+        if i >= len(novels):
+            letters = "".join(chr(97 + digit) for digit in (i // 676, i // 26 % 26, i % 26))
+            text = perturbed(text, random.Random(i))
+            fields = fields | {"title": f"{fields['title']} autrement {letters}"}
+        size += len(text.encode())
+        words += len(text.split())
+        named = {name: fields[name] for name in ("title", "author", "date")}
+        rows.append({"file_id": f"book{i:05d}", **named, "complete_text": text})
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"gallica_mono_{number + 1}.parquet")
     return size, words
 
 
@@ -249,7 +256,11 @@ def main() -> None:
     parser.add_argument("--books", type=int, nargs="+", default=[50, 200, 800], help="sizes (default 50 200 800)")
     parser.add_argument("--repeats", type=int, default=3, help="of both, at each size (default 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
+    parser.add_argument("--library", type=Path, help="only make the largest corpus, 40 tables in this folder")
     args = parser.parse_args()
+    if args.library:
+        write_corpus(args.source, args.library, args.books[-1], 40)
+        return
     report = measured(args)
     write_json(args.out, report)
     write_text(args.out.with_suffix(".md"), page(report))

@@ -2,9 +2,10 @@
 
     make rehearsal                                                        on a CPU, a step of one window
     make rehearsal ARGS="--profile gpu --tokenizer FOLDER"                on a card, the recipes as they are
+    make rehearse-prep CORPUS_DIR=FOLDER                                  a library and rows as many as the recipes' instead
 
 The base is TinyLlama's architecture (train/tinyllama.json) with random weights; the rows come from the demo's texts by the
-demo's commands. Each stage is killed at its first checkpoint and resumed by the same command. What a step takes says little
+demo's commands, or, with --library, from 5 GB of books made from the novels there (bench/prep_speed.py). Each stage is killed at its first checkpoint and resumed by the same command. What a step takes says little
 of a whole training on a CPU; loading, checking, checkpoints, evaluation and export take here what they will take there.
 Everything is made in bench/run/rehearsal; run it again and it continues. Writes bench/reports/rehearsal.json and .md, with
 --profile gpu rehearsal-gpu.json.
@@ -30,42 +31,48 @@ from bench.gpu import machine, made_by
 from eval.tables import markdown
 from prep.common import ROOT, BadInput, git_state, progress, read_json, versions, write_json, write_text
 from train import memory as planner
+from train.stage import as_arguments, load_profile
 
 GIB = 2**30
+BOOKS = 9_600  # half a megabyte each
 STEPS = ["--max_steps=2", "--save_steps=1", "--eval_steps=2", "--logging_steps=1"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes")
 
 
-def commands(profile: str) -> dict[str, tuple[str, ...]]:
-    """{what a row is called: a script and its arguments}, in their order; * stands for the one file of that name."""
-    rows = (
-        "--tokenizer",
-        "models/base",
-        "--windows",
-        "all",
-        "--holdout",
-        "0.2",
-        "--heldout-windows",
-        "2",
-        "--seed",
-        "42",
-    )
-    gallica = ("prep/gallica.py", "--source", "data/raw/gallica", *rows)
+def commands(profile: str, library: Path | None) -> dict[str, tuple[str, ...]]:
+    """{what a row is called: a script or module and its arguments}, in their order."""
+    base = ("--tokenizer", "models/base")
+    gallica = ("prep/gallica.py", "--source", "data/raw/gallica", *base)
+    few = ("--windows", "all", "--holdout", "0.2", "--heldout-windows", "2")
+    short, long = (("--windows", "1000000"), ("--windows", "250000")) if library else (few, few)
     recipes = ("--recipes", str(ROOT / "recipes"))
-    train = {
-        f"train {name}{more}": ("train/stage.py", name, *recipes, "--profile", profile, "--", *STEPS)
-        for name in ("2a", "2b", "2c")
-        for more in (", to its first checkpoint", ", resumed")
-    }
-    return {
+    books = (
+        "bench/prep_speed.py",
+        "--source",
+        str(library),
+        *base,
+        "--books",
+        str(BOOKS),
+        "--library",
+        "sources/gallica",
+    )
+    found = {
         "collect base": ("prep/collect.py", "base", "--source", "base"),
         "texts": ("demo/corpus.py", "--out", "sources"),
-        "collect gallica": ("prep/collect.py", "gallica", "--source", "sources/gallica"),
+        **({"library": books} if library else {}),
+        "collect gallica": ("prep/collect.py", "gallica", "--source", "library" if library else "sources/gallica"),
         "collect book": ("prep/collect.py", "book", "--source", "sources/novella.pdf"),
-        "prepare 2a": (*gallica, "--sequence-len", "512", "--split", "1/2", "--out", "data/2a.jsonl"),
-        "prepare 2b": (*gallica, "--sequence-len", "2048", "--split", "2/2", "--out", "data/2b.jsonl"),
-        "prepare 2c": ("prep/castle.py", "--book", "data/raw/book/book.pdf", *rows[:2], "--holdout", "0.2", "--out", "data/2c.jsonl"),
-        **train,
+        "prepare 2a": (*gallica, *short, "--sequence-len", "512", "--split", "1/2", "--out", "data/2a.jsonl"),
+        "prepare 2b": (*gallica, *long, "--sequence-len", "2048", "--split", "2/2", "--out", "data/2b.jsonl"),
+        "prepare 2c": ("prep/castle.py", "--book", "data/raw/book/book.pdf", *base, "--holdout", "0.2", "--out", "data/2c.jsonl"),
+    }  # fmt: skip
+    for name in ("2a", "2b", "2c"):
+        overrides = as_arguments(load_profile(profile, name)[1])
+        found[f"preprocess {name}"] = ("-m", "axolotl.cli.preprocess", str(ROOT / f"recipes/{name}.yml"), *overrides)
+    for name in ("2a", "2b", "2c"):
+        train = ("train/stage.py", name, *recipes, "--profile", profile, "--", *STEPS)
+        found |= {f"train {name}, to its first checkpoint": train, f"train {name}, resumed": train}
+    return found | {
         "evaluate": (
             "eval/evaluation.py", *recipes, "--run", "rehearsal", "--out", "reports", "--limit", "2", "--samples", "1",
             "--max-new-tokens", "32", "--positions", "0",
@@ -98,7 +105,7 @@ def used(folder: Path) -> int:
 
 def measure(words: tuple[str, ...], work: Path, log: Path, enough: Callable[[], bool], card: bool) -> dict[str, Any]:
     """Give a command, kill it once `enough` says so; seconds, peak bytes of its processes and of the card, bytes on the disk."""
-    command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+    command = [sys.executable, *words] if words[0] == "-m" else [sys.executable, str(ROOT / words[0]), *words[1:]]
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     before, memory, disk, on_card, killed = used(work), 0, 0, 0, False
     began = time.monotonic()
@@ -134,7 +141,7 @@ def page(report: dict[str, Any]) -> str:
         for name, row in report["rows"].items()
     ]
     return (
-        f"# A dress rehearsal at true size\n\nTinyLlama's architecture with random weights, the demo's texts, "
+        f"# A dress rehearsal at true size\n\nTinyLlama's architecture with random weights, {facts['texts']}, "
         f"{facts['steps']} steps a stage, profile `{facts['profile']}`: not a training. "
         f"{made_by(report)}\n\n{markdown((head, table))}\n"
     )
@@ -153,23 +160,34 @@ def main() -> None:
     )
     parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
     parser.add_argument("--work", type=Path, default=ROOT / "bench/run/rehearsal", help="working folder, 30 GB")
+    parser.add_argument("--library", type=Path, help="folder of French novels in parquet: rows as many as the recipes'")
     parser.add_argument("--only", nargs="+", help="commands whose name holds one of these, as `train`")
     parser.add_argument("--out", type=Path, help="default: bench/reports/rehearsal.json or rehearsal-gpu.json")
     args = parser.parse_args()
     work, card = args.work.absolute(), args.profile == "gpu"
     out = (args.out or ROOT / f"bench/reports/rehearsal{'-gpu' if card else ''}.json").absolute()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    facts = {"machine": machine(card), "versions": versions(*PACKAGES), "profile": args.profile, "steps": 2}
+    texts = f"{BOOKS:,} books made from novels" if args.library else "the demo's texts"
+    facts = {
+        "machine": machine(card),
+        "versions": versions(*PACKAGES),
+        "profile": args.profile,
+        "steps": 2,
+        "texts": texts,
+    }
     report = read_json(out, "move it away to start again") if out.exists() else {"facts": facts, "rows": {}}
     (work / "logs").mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
         save_base(args.base, args.tokenizer, work / "base")
-    left = {name: words for name, words in commands(args.profile).items() if name not in report["rows"]}
+    left = {
+        name: words
+        for name, words in commands(args.profile, args.library and args.library.absolute()).items()
+        if name not in report["rows"]
+    }
     if args.only:
         left = {name: words for name, words in left.items() if any(word in name for word in args.only)}
     for name in progress(left, unit="command"):
-        stage = left[name][1]
-        first = work / "outputs" / stage / "checkpoint-1/complete.json"
+        first = work / "outputs" / left[name][1] / "checkpoint-1/complete.json"
         enough = first.exists if name.endswith("checkpoint") else lambda: False
         row = measure(left[name], work, work / "logs" / f"{name}.txt", enough, card)
         report |= {"commit": git_state(), "rows": report["rows"] | {name: row}}
