@@ -47,7 +47,7 @@ override SPLIT = readarray -d '' -t more < <(xargs -r printf '%s\0' <<<"$$$(1)")
 override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
-.PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c stage-a stage-b stage-c check \
+.PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c prep-d stage-a stage-b stage-c stage-d check \
         eval reading export merge push continue compare notebook plan bench-gpu rehearsal rehearse-prep bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
 
@@ -100,12 +100,16 @@ prep-c: $(READY) ## The novel in four phases -> data/2c.jsonl
 	@book=$$(ls data/raw/book/book.*) || { echo "no novel yet: make book BOOK=..." >&2; exit 1; }; \
 		$(SHOW) $(BIN)/python prep/castle.py --book "$$book" --tokenizer models/base --sequence-len 2048 --stride 512 --holdout "$$HOLDOUT" --seed 42 --out data/2c.jsonl
 
+prep-d: $(READY) ## Optional: what 2c writes in the novel's places, beside the author -> data/2d.jsonl
+	@$(WITH_ARGS) $(BIN)/python prep/pairs.py "$${more[@]}"
+
 # --- steps 2a, 2b, 2c: training ---
 
 stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens (CURRICULUM=3: 3a, recipes/README.md)
 stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, windows of 2048
 stage-c: stage-%: $(READY) ## Train 2c: the same adapter, on the novel
-stage-a stage-b stage-c: stage-%:
+stage-d: stage-%: $(READY) ## Optional: train 2d: the same adapter, the author preferred to 2c (recipes/README.md)
+stage-a stage-b stage-c stage-d: stage-%:
 	@$(WITH_ARGS) $(BIN)/python train/stage.py "$${CURRICULUM}$*" --profile "$$PROFILE" -- "$${more[@]}"
 
 check: $(READY) ## Did every stage train? The gates, on whatever is there

@@ -409,6 +409,7 @@ def main() -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     ours, kafka = load_chain(ROOT / "recipes", "2"), load_chain(ROOT / "bench/kafka")
+    ours = [stage for stage in ours if not stage.config.get("rl")]  # random rows are no pairs
     kafka = [stage for stage in kafka if not stage.adapter_from]  # a continued adapter costs what a new one does
     everything = schedule(ours, kafka, load_ablations(ROOT / "bench/ablations.yml", ours), args.repetitions)
     chosen = [item for item in everything if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in args.only)]

@@ -332,7 +332,7 @@ def parse() -> argparse.Namespace:
     option = parser.add_argument
     option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
     option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
-    option("--stage", help="who writes: base, 2a, ..., or an exported .gguf file (default: the chain's last)")
+    option("--stage", help="who writes: base, 2a, ..., or an exported .gguf file (default: the last that is trained)")
     option("--from", dest="source", metavar="FILE|WORDS", help="continue this (default: the prepared book)")
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
     for name, kind, text in (
@@ -360,13 +360,10 @@ def main() -> None:
     started = time.perf_counter()
     warnings.filterwarnings("ignore")
     chain = load_chain(args.recipes, args.curriculum)
-    if args.stage and args.stage.endswith(".gguf"):
-        row, args.device = models.exported(Path(args.stage)), "cpu"
-        if not row.model.is_file():
-            raise BadInput(f"{row.model} is missing (looked from {Path.cwd()}); `make export` makes it")
-    else:
-        [row, *_] = models.present(models.candidates(chain), [args.stage or chain[-1].name])
-    book = chain[-1].datasets[0].with_suffix(".txt")  # beside the rows of the last stage
+    row = models.writer(chain, args.stage)
+    args.device = "cpu" if row.form == models.GGUF else args.device
+    last = [stage for stage in chain if not stage.config.get("rl")][-1]  # pairs are not the book
+    book = last.datasets[0].with_suffix(".txt")  # beside its rows
     beginning, source = beginning_of(args.source, book)
     trained_on = metrics.CopyFinder([book.read_text(encoding="utf-8")]) if book.is_file() else None
     if trained_on is None:

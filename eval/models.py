@@ -100,15 +100,27 @@ def exported(path: Path) -> Candidate:
     return Candidate(path.stem, path, None, None, None, form=GGUF)
 
 
+def writer(chain: list[Stage], stage: str | None) -> Candidate:
+    """Who writes: a stage, an exported .gguf file, or by default the chain's last stage that has weights."""
+    if stage and stage.endswith(".gguf"):
+        if not Path(stage).is_file():
+            raise BadInput(f"{stage} is missing (looked from {Path.cwd()}); `make export` makes it")
+        return exported(Path(stage))
+    rows = candidates(chain)
+    trained = [row.name for row in rows if row.stage and row.weights]
+    [row, *_] = present(rows, [stage or (trained or [chain[-1].name])[-1]])
+    return row
+
+
 def with_forms(rows: list[Candidate]) -> list[Candidate]:
     """The rows, and between them the same weights in other forms: the price of each is its own difference.
 
     A model that an adapter's recipe quantises is also evaluated quantised, and with the adapter as it started: what that
-    corrects of the quantisation is not learning, so the trained adapter is compared with it. An adapter that no other
+    corrects of the quantisation is not learning, so the trained adapter is compared with it. An adapter that no trained one
     continues is also evaluated merged into one 16-bit model (train/dequantise.py), which people can share.
     """
     by_name = {row.name: row for row in rows}
-    continued = {row.parent for row in rows}
+    continued = {row.parent for row in rows if row.weights}
     result: dict[str, Candidate] = {}
     for row in rows:
         parent = by_name[row.parent] if row.parent else None

@@ -1,6 +1,7 @@
 """Axolotl plugins for the smoke test."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,19 @@ class KernelsOnCpu(BasePlugin):
             return dequantize_4bit(weight.t(), state).t() if len(weight) == 1 else dequantize_4bit(weight, state)
 
         lora.dequantize = dequantize
+
+
+class RecordPairs(BasePlugin):
+    """Appends the tokens and labels of every pair that is trained on to pairs.jsonl."""
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        collate = trainer.data_collator
+
+        def record(rows: Any) -> Any:
+            batch = collate(rows)
+            sides = {name: batch[name].tolist() for name in batch if name.endswith(("_input_ids", "_labels"))}
+            with Path("pairs.jsonl").open("a") as file:
+                file.write(json.dumps(sides) + "\n")
+            return batch
+
+        trainer.data_collator = record

@@ -20,7 +20,7 @@ from train.plugins import unknown_keys
 from train.stages import load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
-OURS = load_chain(ROOT / "recipes", "2")
+OURS = [stage for stage in load_chain(ROOT / "recipes", "2") if not stage.config.get("rl")]
 KAFKA = [stage for stage in load_chain(ROOT / "bench/kafka") if not stage.adapter_from]
 ABLATIONS = gpu.load_ablations(ROOT / "bench/ablations.yml", OURS)
 RUNS = gpu.schedule(OURS, KAFKA, ABLATIONS, repetitions=3)

@@ -249,12 +249,16 @@ def loss_memory(config: PretrainedConfig, recipe: dict[str, Any], tokens: int) -
 
     Plain: the fp32 log-softmax, its gradient and the logits' gradient, 12 bytes per token and word.
     Chunked (axolotl/monkeypatch/loss/chunked.py): bf16 logits and their gradient, 4 bytes, and a chunk of an eighth in fp32.
+    Preferences (trl/experimental/orpo/orpo_trainer.py): fp32 logits and their gradient, 8 bytes, and for the own loss of
+    the half that is chosen five fp32 copies, 20 bytes.
     Liger fused (liger_kernel/ops/fused_linear_cross_entropy.py): bf16 chunks of next_power_of_2(tokens / (V / h)) tokens,
     the gradient of the hidden states, and that of the head if it is trained.
     """
     h, v, residual = config.hidden_size, config.vocab_size, embeddings_width(recipe)
     head_cast = 2 * v * h if residual == 4 else 0
     norm = tokens * h * (residual + (0 if recipe.get("liger_rms_norm") else 4) + 2)
+    if recipe.get("rl"):
+        return norm + head_cast + 18 * tokens * v
     if recipe.get("liger_fused_linear_cross_entropy"):
         rows = -(-tokens // -(-v // h))
         chunk = 1 << (rows - 1).bit_length()
@@ -280,6 +284,8 @@ def plan(config: PretrainedConfig, recipe: dict[str, Any]) -> Plan:
     check_planned(recipe)
     kinds = tensors(build(config, recipe), recipe)
     tokens = recipe["micro_batch_size"] * recipe["sequence_len"]  # packed or not, a micro-step has them all
+    if recipe.get("rl"):
+        tokens *= 2  # chosen and rejected together; a reference, where there is one, is the adapter switched off
     layers, width = config.num_hidden_layers, embeddings_width(recipe) * config.hidden_size
     layer = layer_activations(config, recipe)
     if recipe.get("gradient_checkpointing"):
@@ -317,7 +323,9 @@ def remedy(config: PretrainedConfig, recipe: dict[str, Any], card_gib: float) ->
     """What to change for the recipe to fit, cheapest first, as YAML in a line; or that none of it is enough."""
     micro = recipe["micro_batch_size"]
     step = micro * recipe.get("gradient_accumulation_steps", 1)
-    steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}, {"liger_fused_linear_cross_entropy": True}]
+    steps: list[dict[str, Any]] = [{"gradient_checkpointing": True}]
+    if not recipe.get("rl"):  # TRL makes its loss of whole logits
+        steps.append({"liger_fused_linear_cross_entropy": True})
     steps += [
         {"micro_batch_size": size, "gradient_accumulation_steps": step // size}
         for size in range(micro - 1, 0, -1)

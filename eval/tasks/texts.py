@@ -30,22 +30,24 @@ def heldout(path: str, **_: Any) -> dict[str, Dataset]:
 
 
 def training(path: str, documents: int, characters: int, **_: Any) -> dict[str, Dataset]:
-    """Excerpts of the rows of a training JSONL, spread evenly over it: what memorisation is looked for in.
-
-    Rows that repeat text of an earlier one (the novel is there in four phases) are left out.
-    """
-    kept: list[str] = []
-    for row in sorted(read_rows(Path(path)), key=lambda row: row["part"]):
-        middle = len(row["text"]) // 2
-        if not any(row["text"][middle : middle + 200] in text for text in kept):
-            kept.append(row["text"])
-    whole = "\n\n".join(kept)
+    """Excerpts of the rows of a training JSONL, spread evenly over it: what memorisation is looked for in."""
+    whole = "\n\n".join(once(Path(path)))
     starts = [i * max(0, len(whole) - characters) // max(1, documents - 1) for i in range(documents)]
     starts = starts[:1] if len(whole) <= characters else starts
     excerpts = [
         {"text": whole[start : start + characters], "source": Path(path).name, "part": str(start)} for start in starts
     ]
     return {"test": Dataset.from_list(excerpts)}
+
+
+def once(path: Path) -> list[str]:
+    """The texts of a training JSONL without those that repeat an earlier one: the novel is there in four phases."""
+    kept: list[str] = []
+    for row in sorted(read_rows(path), key=lambda row: row["part"]):
+        middle = len(row["text"]) // 2
+        if not any(row["text"][middle : middle + 200] in text for text in kept):
+            kept.append(row["text"])
+    return kept
 
 
 def english(**_: Any) -> dict[str, Dataset]:

@@ -1,0 +1,91 @@
+"""Pairs of the author's passages and of what a stage wrote in their places, with a tiny random stage."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eval.tasks.texts import once
+from prep import pairs
+from prep.common import BadInput, sha256
+
+OUT, PART = Path("data/2d.jsonl"), Path("data/2d.part.json")
+
+
+@pytest.fixture
+def novel(place: Path) -> Path:
+    Path("data/2c.manifest.json").write_text('{"tokenizer": {"path": "models/base", "sha256": "0"}}')
+    return place
+
+
+def draw(*arguments: str) -> list[dict[str, str]]:
+    """Run prep/pairs.py as from the command line; the pairs."""
+    sizes = ["--pairs", "6", "--prompt-words", "12", "--words", "8", "--device", "cpu"]
+    sys.argv = ["pairs.py", *sizes, *arguments]
+    pairs.main()
+    return [json.loads(line) for line in OUT.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_pair_is_the_author_and_the_stage_after_the_same_lines(novel: Path) -> None:
+    drawn, texts = draw(), once(Path("data/2c.jsonl"))
+    assert len({pair["prompt"] for pair in drawn}) == 6
+    for pair in drawn:
+        assert any(pair["prompt"] + pair["chosen"] in text for text in texts)
+        assert pair["rejected"] != pair["chosen"]
+        assert (
+            pair["rejected"].startswith(" ") and len(pair["rejected"].split(" ")) <= len(pair["chosen"].split(" ")) == 9
+        )
+    manifest = json.loads(OUT.with_suffix(".manifest.json").read_text())
+    assert manifest["train"] == {"rows": 6, "sha256": sha256(OUT)} and manifest["stage"]["name"] == "2c"
+
+
+def test_killed_and_resumed_it_writes_the_same_bytes(novel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw()
+    undisturbed = {path: path.read_bytes() for path in (OUT, OUT.with_suffix(".manifest.json"))}
+
+    def interrupt() -> None:
+        while not PART.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        draw()
+    begun = json.loads(PART.read_text())["pairs"]
+    assert 0 < len(begun) < 6
+    capsys.readouterr()
+    assert draw()[: len(begun)] == begun and f"/{6 - len(begun)} " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in undisturbed} == undisturbed and not PART.exists()
+    assert draw("--seed", "43") != begun
+
+
+def test_of_several_draws_the_worst_is_taken(novel: Path) -> None:
+    good, loop = " Il vint. Puis il s'en alla vers le village.", " il vint il vint il vint il vint il vint"
+    words = [" Il zorbla. Puis il s'en fut vers le vlage.", " Il vint et puis il s'en alla vers le"]
+    assert pairs.failing(good) < min(map(pairs.failing, words)) and max([good, loop, *words], key=pairs.failing) == loop
+    one, three = ([pairs.failing(pair["rejected"]) for pair in draw("--candidates", count)] for count in "13")
+    assert sum(three) > sum(one)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "arguments", "said"),
+    [
+        (lambda: None, ["--words", "90000"], r"no row of data/2c\.jsonl has 90012 words: lower"),
+        (lambda: None, ["--stage", "2z"], "no stage 2z in the recipes"),
+        (lambda: None, ["--stage", "2c.gguf"], "2c.gguf is missing .* `make export` makes it"),
+        (lambda: Path("outputs/2c/adapter_model.safetensors").unlink(), [], "stage 2c is missing"),
+        (lambda: Path("data/2c.jsonl").write_text('{"text": "Il'), [], r"data/2c\.jsonl, line 1: not whole JSON"),
+        (lambda: Path("data/2c.manifest.json").unlink(), [], r"2c\.manifest\.json is missing; prepare the novel again"),
+        (lambda: PART.write_text("{"), [], r"2d\.part\.json is damaged; remove data/2d\.part\.json"),
+    ],
+)
+def test_bad_input(novel: Path, break_it: Callable[[], None], arguments: list[str], said: str) -> None:
+    break_it()
+    with pytest.raises(BadInput, match=said):
+        draw(*arguments)
