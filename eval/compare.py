@@ -141,6 +141,18 @@ def sections(reports: Sequence[dict[str, Any]]) -> list[Section]:
     ]
 
 
+def answers(reports: Sequence[dict[str, Any]]) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """Each question with the answers of every run's stages, as the page needs them."""
+    asked: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for each in reports:
+        names = {question["name"] for question in each.get("questions", ())}
+        for prompt, written in report.samples_by_prompt(each):
+            if prompt["name"] in names:
+                labelled = [answer | {"label": f"{each['run']}: {answer['label']}"} for answer in written]
+                asked.setdefault((prompt["name"], prompt["text"]), []).extend(map(report.marked, labelled))
+    return [({"name": name, "text": text}, written) for (name, text), written in asked.items()]
+
+
 def html(reports: Sequence[dict[str, Any]]) -> str:
     """The page."""
     figure = draw_losses(reports)
@@ -156,8 +168,8 @@ def html(reports: Sequence[dict[str, Any]]) -> str:
             if stage in each["stages"]
         ],
         warning=warning(reports),
-        decoding="",
-        prompts=[],
+        decoding="Questions are answered greedily, in each base's own chat template.",
+        prompts=answers(reports),
         versions="",
     )
 

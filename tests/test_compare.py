@@ -57,7 +57,11 @@ def test_runs_are_paired_and_so_are_answers(reports):
         for block in [document, *document["blocks"]]:
             block["nll"] *= 1.1
     for stage, known in ((small["stages"]["base"], [True] * 4 + [False] * 8), (base, [True] * 12)):
-        stage["answers"] = [{"right": right, "own_language": None, "ended": True, "tokens": 1} for right in known]
+        judged = {"own_language": None, "ended": True, "tokens": 1, "question": "q"}
+        stage["answers"] = [judged | {"right": right, "text": f"Réponse {i}"} for i, right in enumerate(known)]
+    [(prompt, written)] = compare.answers(reports)  # side by side
+    assert prompt == {"name": "q", "text": "?"} and len(written) == 24 and written[12]["text"] == "Réponse 0"
+    assert [each["label"].split(",")[0] for each in written[11:13]] == ["small: base", "large: base"]
     head, rows = compare.paired(reports)
     cells = dict(zip(head, next(row for row in rows if row[0] == "base: large - small"), strict=True))
     bits = small["stages"]["base"]["scores"]["novel_heldout"]["bits_per_byte"]
