@@ -46,7 +46,7 @@ def clean_book(book: BookText) -> Cleaned:
 
 # A figure glued to a word, to the mark after it or to a one-letter name ("K15"); "1,5", "10.30", "n.3", "km2" are none.
 _CALL = re.compile(
-    r"(?:(?<=[a-zà-öø-ÿœ]{2})|(?<=[.!?»,;:)])(?<!\d[.,:])(?<!\b[nN]\.)|(?P<name>(?<=\b[A-Z])))"
+    r"(?:(?<=[^\W\d_][a-zà-öø-ÿœ])|(?<=[.!?»,;:)])(?<!\d[.,:])(?<!\b[nN]\.)|(?P<name>(?<=\b[A-Z])))"
     r"(?<!\b[kcdm]m)(?:\d{1,3}|[¹²³⁰⁴-⁹]{1,3})(?![\w°]|[.,:]\d)"
 )
 _MISSING = 0.2  # what each figure missing from a count weighs, where each figure on it weighs 1

@@ -26,7 +26,9 @@ _TWICE = re.compile(
     f"[ÂÃÅ][{_TRAIL}]|â[€‚„\u0080\u0082\u0084][{_TRAIL}]|Ã(?= )"
 )  # Ã©, â€™; "Ã " has lost its no-break space
 _C1 = re.compile("[\u0080-\u009f]")
-_CODES = re.compile(r"=[0-9A-F]{2}|%[0-9A-F]{2}|\+A[\w+/]{2,}-|\\['`^\"c]\{?[A-Za-z]")  # é in a mail, a URL, UTF-7, TeX
+_CODES = re.compile(  # é in a mail, a URL, UTF-7, TeX, HTML without its ";"
+    r"=[0-9A-F]{2}|%[0-9A-F]{2}|\+A[\w+/]{2,}-|\\['`^\"c]\{?[A-Za-z]|&[a-zA-Z](?:acute|grave|circ|uml|cedil)(?!;)"
+)
 _LOST_OE = re.compile(r"[?½¼](?=u|il)([^\W\d_]+)", re.I)  # "c?ur" from Latin-1, "c½ur" from Latin-9
 _HEAD = re.compile(r"[^\W\d_]*$")
 # For a file that is UTF-8 in one part and CP1252 in another.
@@ -46,6 +48,7 @@ def decode(data: bytes, name: str) -> str:
             raise BadInput(
                 f"{name} is not in UTF-8, and in no other encoding are its words French: convert it to UTF-8"
             )
+    text = text and text.rstrip("\0")  # of a file whose end was never written
     if text is None or sum(text.count(chr(c)) for c in (*range(9), *range(14, 32))) > len(text) // 1000:
         raise BadInput(f"{name} is neither a PDF nor a text in a known encoding: convert it to UTF-8")
     return text
@@ -54,8 +57,10 @@ def decode(data: bytes, name: str) -> str:
 def _strict(data: bytes, encoding: str) -> str | None:
     try:
         return data.decode(encoding)
-    except UnicodeDecodeError:
-        return None
+    except UnicodeDecodeError as error:
+        whole = data[: error.start]
+        cut = error.end == len(data) and not whole.isascii()  # the file's end is in the middle of a character
+        return whole.decode(encoding) if cut else None
 
 
 def _most_french(readings: Iterable[str | None]) -> tuple[float, str]:
@@ -100,6 +105,7 @@ def repaired(text: str, name: str) -> str:
     ):
         if lost > limit:
             raise BadInput(f"{name} has lost {lost:,} letters (they {sign}): convert it to UTF-8 again from its source")
+    text = text.replace("\ufffd", "")  # too few to be refused
     if letters > 3_000 and sum("À" <= c < "\u2000" for c in sample) < letters // 500 and known_share(text) > 0.6:
         raise BadInput(f"{name} is French without accents: give an edition that has them")
     return text

@@ -131,7 +131,7 @@ _NO_BOOK = [  # how a file begins, what it is, what to do
     (rb"PAR1|SQLite format 3|GGUF|\x89HDF", "a data file", "give the book's text"),
     (rb"ITSF|ITOLITLS", "a Microsoft help file or reader book", "convert it to EPUB"),
     (
-        rb"(MIME-Version|Content-Type|Return-Path|Received): ",
+        rb"(MIME-Version|Content-Type|Return-Path|Received|From): ",
         "a mail or a saved web page (MHT)",
         "give the book's text",
     ),
@@ -157,7 +157,7 @@ def kind_of(data: bytes, name: str) -> str:
         if re.match(start, data[:300], re.S):
             raise BadInput(f"{name} is {what}, not a book: {advice}")
     text = decode(data, name)
-    if (root := _XML.match(text[:5000])) and root[1] in ("TEI", "TEI.2", "FictionBook"):
+    if (root := _XML.match(text[:5000])) and root[1] in ("TEI", "TEI.2", "FictionBook", "office:document"):
         return "xml"
     if _HTML.match(text[:5000]) or len(re.findall(r"</?(?:p|div|br|h[1-6])\b[^>]{0,200}>", text, re.I)) > 5:
         return "html"
@@ -200,8 +200,9 @@ def _no_prose(text: str) -> str | None:
             return "JSON data"
     lines = [line for line in text[:20_000].splitlines()[:50] if line.strip()][:-1]
     for delimiter in "\t;,|":
-        cells = {len(row) for row in csv.reader(lines, delimiter=delimiter)}
-        if len(lines) >= 4 and len(cells) == 1 and min(cells) >= 3:
+        rows = list(csv.reader(lines, delimiter=delimiter))
+        in_prose = all(cell[:1] == " " for row in rows for cell in row[1:])  # a comma and a space
+        if len(lines) >= 4 and len({*map(len, rows)}) == 1 and len(rows[0]) >= 3 and not in_prose:
             return "a table (CSV)"
     if sum(map(str.isalpha, text)) < 0.5 * sum(not c.isspace() for c in text):
         return "mostly figures and signs"
@@ -223,8 +224,8 @@ _SIGNS = dict.fromkeys(("br", "cr", "line-break"), "\v") | dict.fromkeys(("td", 
 _SIGNS["noBreakHyphen"] = "-"
 _SPACES = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}s"
 _UNSEEN = _words(
-    "head title script style nav button select noscript template svg rt rp del moveFrom Fallback"  # HTML, DOCX
-    " note annotation tracked-changes table-of-content forms sequence-decls"  # ODT
+    "head title script style nav button select noscript template svg figcaption rt rp del moveFrom Fallback"  # HTML, DOCX
+    " note annotation tracked-changes table-of-content forms sequence-decls page-number"  # ODT
 )
 _NOTE_BLOCKS = {"p", "li", "dd", "div", "aside", "tr"}
 _KINDS = {  # what an edition marks by epub:type, role or class; the first that fits counts
@@ -232,27 +233,47 @@ _KINDS = {  # what an edition marks by epub:type, role or class; the first that 
     "notes": {"footnote", "footnotes", "endnote", "endnotes", "rearnote", "rearnotes", "references"},
     "edition_parts": _words(
         "pagebreak pagenum pageno page-number toc landmarks page-list cover titlepage halftitlepage copyright-page"
-        " imprint colophon index pg-boilerplate pgheader pgfooter ws-noexport ws-pagenum mw-editsection"
+        " imprint colophon index caption ws-noexport ws-pagenum mw-editsection"
     ),
 }
+_SITE = _words("mw-navigation siteSub printfooter catlinks footer sidebar comments cookie-banner")  # ids of web sites
+_LARGEST_PART = 0.2  # of the book: what a class such as "cover" or "index" marks beyond that is its text
 _EPUB_TYPE = "{http://www.idpf.org/2007/ops}type"
 
 
 def _name(element: Any) -> str:
-    return etree.QName(element).localname if isinstance(element.tag, str) else ""
+    return re.sub(r"{.*}|.*:", "", element.tag) if isinstance(element.tag, str) else ""  # also Word's <o:p>
+
+
+def _size(element: Any) -> int:
+    return sum(map(len, element.itertext()))
 
 
 def _left_out(roots: list[Any]) -> dict[Any, str]:
     """Elements that are of the edition, not of the work, and the count each goes into."""
-    found: dict[Any, str] = {}
-    targets = {element.get("id"): element for root in roots for element in root.iter("*") if element.get("id")}
+    marked: list[tuple[Any, str, str]] = []
+    sizes: Counter[str] = Counter()
+    targets = {n: e for root in roots for e in root.iter("*") for n in (e.get("id"), e.get("name")) if n}
     for root in roots:
         for element in root.iter("*"):
             get = element.get
             kinds = f"{get('role') or ''} {get(_EPUB_TYPE) or get('epub:type') or ''}".split()
-            marks = {kind.removeprefix("doc-") for kind in kinds} | set((get("class") or "").split())
-            if kind := next((kind for kind, names in _KINDS.items() if marks & names), None):
-                found[element] = kind
+            marks = {kind.removeprefix("doc-") for kind in kinds} | {*(get("class") or "").split()}
+            if get("hidden") is not None or get("id") in _SITE or re.search(r"display: *none", get("style") or ""):
+                marked.append((element, "edition_parts", "hidden"))
+            elif kind := next((kind for kind, names in _KINDS.items() if marks & names), None):
+                mark = min(marks & _KINDS[kind])
+                sizes[mark] += _size(element) if kind == "edition_parts" else 0
+                marked.append((element, kind, mark))
+            elif element is not root and _name(element) in _BLOCKS and _is_contents(element, 3):
+                marked.append((element, "edition_parts", "links"))
+            elif _name(element) in ("docPartGallery", "pStyle") and re.match(
+                "Table of C|(TOC|TM)\\d", "".join(element.attrib.values())
+            ):
+                marked.append((next(element.iterancestors("{*}sdt", "{*}p")), "edition_parts", "contents"))
+    limit = _LARGEST_PART * sum(map(_size, roots))
+    found = {element: kind for element, kind, mark in marked if sizes[mark] <= limit}
+    for root in roots:
         for link in root.iter("{*}a"):
             text = "".join(link.itertext()).strip()
             label = re.fullmatch(r"[\[(]?(\d{1,3}|\*{1,3}|[a-z])[\])]?", text)
@@ -308,16 +329,18 @@ def _pieces(root: Any, counts: Counter[str], left_out: dict[Any, str], only: str
             counts.update([left_out[element]] if element in left_out else [])
             walker.skip_subtree()
         else:
-            yield " " if element.tag == _SPACES else _SIGNS.get(name, "")
+            initial = element.get("alt", "") if name == "img" else ""  # a drawn initial: the first letter of a word
+            yield initial if len(initial) == 1 else " " if element.tag == _SPACES else _SIGNS.get(name, "")
             preformatted += name == "pre"
             if only in ("", name):
                 yield spaced(element.text)
 
 
-def _is_contents(element: Any) -> bool:
-    """Whether most of a text is links, as in a table of contents or a page of a site's navigation."""
-    links = ["".join(link.itertext()).split() for link in element.iter("{*}a") if link.get("href")]
-    return len(links) >= 5 and 2 * sum(map(len, links)) > len("".join(element.itertext()).split())
+def _is_contents(element: Any, least: int = 5) -> bool:
+    """Whether most of a text is links, as in a table of contents or a site's navigation; calls of notes are none."""
+    texts = ["".join(link.itertext()) for link in element.iter("{*}a") if link.get("href")]
+    links = [text.split() for text in texts if re.search(r"[^\W_]{3}|[IVXLC]", text)]
+    return len(links) >= least and 2 * sum(map(len, links)) > len("".join(element.itertext()).split())
 
 
 def _book_of(roots: list[Any], only: str = "") -> BookText:
@@ -335,7 +358,10 @@ def _book_of(roots: list[Any], only: str = "") -> BookText:
 
 
 def _read_rtf(data: bytes, name: str) -> BookText:
-    text = rtf_to_text(data.decode("cp1252", "replace"), errors="replace")
+    source = data.decode("cp1252", "replace")
+    mac = source.startswith("{\\rtf1\\mac")
+    source = source.replace("\\ansicpg10000", "")  # a code page that Python has as mac_roman
+    text = rtf_to_text(source, "mac_roman" if mac else "cp1252", errors="replace")
     return BookText("", [p for line in text.split("\n") if (p := line.strip())], {}, [])
 
 
@@ -349,6 +375,10 @@ def _read_html(data: bytes, name: str) -> BookText:
     text = re.sub(r"^\s*<\?xml[^>]*>", "", text) + "<p></p>"  # never empty
     root = lxml.html.document_fromstring(text, parser=lxml.html.HTMLParser(huge_tree=True))
     book = _book_of([root])
+    sites = root.xpath("//main | //article | //*[@role='main'] | //*[contains(@class, 'mw-parser-output')]")
+    for part in map(_book_of, ([element] for element in sorted(sites, key=_size, reverse=True))):
+        if len(part.whole()) > 0.7 * len(book.whole()):
+            book = part  # without what the site has around it
     words = len(book.whole().split())
     if "table_of_contents" in book.counts or words < 100 or root.find(".//input[@type='password']") is not None:
         raise BadInput(
@@ -357,6 +387,7 @@ def _read_html(data: bytes, name: str) -> BookText:
     return book
 
 
+_UNREAD = ("note", "fw", "ref", "binary", "rdg", "figDesc")
 _LINES = _words("head title subtitle l v speaker ab text-author stage signed dateline")
 
 
@@ -365,7 +396,9 @@ def _read_xml(data: bytes, name: str) -> BookText:
     root = _parsed(data, name)
     bodies = [body for body in root.iter("{*}body") if body.get("name") not in ("notes", "comments")]
     for body in bodies:
-        etree.strip_elements(body, "{*}note", "{*}fw", "{*}ref", "{*}binary", with_tail=False)
+        for choice in body.iter("{*}choice"):  # else both spellings
+            etree.strip_elements(choice, "{*}orig", "{*}sic", "{*}abbr", with_tail=False)
+        etree.strip_elements(body, *(f"{{*}}{name}" for name in _UNREAD), with_tail=False)
         for element in body.iter("{*}*"):
             name = _name(element)
             if name in _LINES:
@@ -438,6 +471,9 @@ def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
 def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
     """A parsed member. XHTML's named letters (`&eacute;`) are resolved first, since no DTD is loaded."""
     data = _member(archive, member, name)
+    declared = re.search(rb"encoding *= *.(?!utf-8)", data[:200], re.I)
+    if not declared and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        data = decode(data, f"{name}: {member}").encode()
     if b"&" in data and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
         data = re.sub(
             rb"&(?!(?:amp|lt|gt|quot|apos);)[a-zA-Z]\w*;",

@@ -30,34 +30,49 @@ def drop_front_matter(lines: list[str], counts: Counter[str]) -> list[str]:
 
 # --- what digital editions add -------------------------------------------------------------------------
 
-_START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|\*END[ *]*THE SMALL PRINT", re.I)
+_START = re.compile(
+    r"\W*(?:START OF|D[ÉE]BUT D\w+)(?: \w+){0,2}? PROJE(?:CT|T) GUTENBERG|\*END[ *]*THE SMALL PRINT", re.I
+)
 _END = re.compile(
-    r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|(?:End of|Fin de)(?: the| this)? Project Gutenberg", re.I
+    r"\W*(?:END OF|FIN D\w+)(?: \w+){0,2}? PROJE(?:CT|T) GUTENBERG|Section 1\. +General Terms of Use and Redistributing",
+    re.I,
 )
 _HEADER = re.compile(
     r".*Project Gutenberg|This eBook is for the use of|(?:Title|Author|Translator|Editor|Illustrator|Release Date|Posting Date"
-    r"|Last Updated|Language|Character set encoding) ?:|\W?E(?:Book|text) ?#",
+    r"|(?:Most recently |Last )?Updated|Original publication|Language|Character set encoding) ?:|\W?E(?:Book|text) ?#",
     re.I,
 )
 # The last page of Wikisource's, Ebooks libres et gratuits' and others' books.
 _ABOUT = re.compile(
-    r"\W*(?:[ÀA] propos de cette [ée]dition [ée]lectronique|Ce livre num[ée]rique|Une édition|Cet ouvrage est le \d+e publié)\W*$",
+    r"\W*(?:[ÀA] propos de cette [ée]dition [ée]lectronique|Ce livre num[ée]rique|Une édition|Cet ouvrage est le \d+e publié"
+    r"|Merci pour votre lecture|(?:Liste des )?(?:corrections|modifications)|erreurs typographiques corrigées.{0,20}"
+    r"|Notes? (?:du|sur la|de) transcri\w+|Transcriber'?s'? notes?)\W*$",
     re.I,
 )
 _MAKERS = re.compile(
-    r"Wikisource|libres? (?:et gratuit|de droits)|bénévoles|numérique romande|électronique du Québec|bibebook|feedbooks",
+    r"Wikisource|libres? (?:et gratuit|de droits)|bénévoles|numérique romande|électronique du Québec|bibebook|feedbooks"
+    r"|atramenta|remplacée?s? par|(?:changed|corrected) to|replaced (?:by|with)",
     re.I,
 )
-_GOOGLE = re.compile(
-    r"This is a digital copy of a book that was preserved|Ceci est une copie numérique d'un ouvrage", re.I
-)
+# The first pages of Google, Gallica, the Internet Archive, Bibebook and Feedbooks: their first and their last line.
+_FIRST_PAGES = [
+    (re.compile(first, re.I), re.compile(last, re.I))
+    for first, last in (
+        (r"This is a digital copy of a book|Ceci est une copie numérique d'un ouvrage", r".*books\.google"),
+        (r"Rappel de votre demande", r".*\d ?%\.?$"),  # its last words: the share of letters that were read well
+        (r"Digitized by the Internet Archive", r".*archive\.org/"),
+        (r"Une édition$", r"Lire la licence$"),
+        (r"Catégorie\(s\) ?:", r"Strictly for personal use, do not"),
+    )
+]
 _EXPORTED = re.compile(
     r"Export[ée]e? de Wikisource le \d.{4,20}$|La Bibliothèque électronique du Québec$|Collection À tous les vents$"
-    r"|Volume \d+ : version \d[\d.]*$|BeQ$|Note ?: This book is brought to you by Feedbooks$|Strictly for personal use, do not"
-    r"|Publication ?: \d{4}$|Catégorie\(s\) ?: |Source ?: http\S+$|(?:https?://)?www\.(?:feedbooks|ebooksgratuits|bibebook)\.com/?$"
+    r"|Volume \d+ : version \d[\d.]*$|BeQ$|Note ?: This book is brought to you by Feedbooks$|Food for the mind$|Publication ?: \d{4}$|Catégorie\(s\) ?: |Source ?: http\S+$|(?:https?://)?www\.(?:feedbooks|ebooksgratuits|bibebook)\.com/?$"
 )
 _CREDITS = re.compile(
-    r"(?:Produced|Credits|Transcribed|E-?text (?:prepared|produced)).{0,12}\b(?:by|:)|\W?Transcriber'?s'? note|\W?Notes? du transcript",
+    r"(?:This )?(?:E-?(?:text|book) )?(?:was )?(?:Produced|Prepared|Transcribed|Proofread|Credits|HTML version|Image source|Produit"
+    r"|Création de l'e-?text)\b.{0,40}?(?:\bby\b|\bpar\b|:)|\W?Transcriber'?s'? note|\W?Notes? (?:du|sur la|de) transcri"
+    r"|We thank the Biblioth",
     re.I,
 )
 
@@ -66,16 +81,17 @@ def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
     """The lines without Project Gutenberg's header, credits and licence, which its markers prove, and without the page
     about the edition at the end; all lines where there is none."""
     starts = [i for i, line in enumerate(lines) if _START.match(line)]
-    first = _after_block(lines, starts[-1]) if starts else 0
+    first = _after_marker(lines, starts[-1]) if starts else 0
     last = next((i for i in range(first, len(lines)) if _END.match(lines[i])), len(lines))
-    if starts or last < len(lines):
+    if starts or last < len(lines) or any("Project Gutenberg" in line for line in lines[:20]):
         for _ in range(20):  # blocks that may be of the header or credits
-            first = next((i for i in range(first, last) if lines[i]), last)
-            if first == last or not (_CREDITS.match(lines[first]) or _HEADER.match(lines[first])):
+            block = next((i for i in range(first, last) if letters_of(lines[i])), last)
+            if block == last or not (_CREDITS.match(lines[block]) or _HEADER.match(lines[block])):
                 break
-            first = _after_block(lines, first)
-    if any(map(_GOOGLE.match, lines[first : first + 60])):
-        first = next((i + 1 for i in range(first, min(first + 200, last)) if "books.google" in lines[i]), first)
+            first = _after_block(lines, block)
+    for begin, end in _FIRST_PAGES:
+        if any(map(begin.match, lines[first : first + 60])):
+            first = next((i + 1 for i in range(first, min(first + 200, last)) if end.match(lines[i])), first)
     for i in range(max(first, last - 300), last):
         if _ABOUT.match(lines[i]) and any(map(_MAKERS.search, lines[i : min(i + 20, last)])):
             last = i
@@ -87,6 +103,12 @@ def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
 
 def _after_block(lines: list[str], index: int) -> int:
     return next((i for i in range(index, len(lines)) if not lines[i]), len(lines))
+
+
+def _after_marker(lines: list[str], index: int) -> int:
+    """After the asterisks that end a marker, which may be on its second line; the text may follow without a blank one."""
+    block = range(index, _after_block(lines, index))
+    return next((i + 1 for i in block if lines[i].endswith("*")), block.stop)
 
 
 def letters_of(text: str) -> str:

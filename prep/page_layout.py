@@ -25,10 +25,12 @@ from prep.typography import clean_characters, to_convention
 _ILLUSTRATION = re.compile(
     r"\[(?:Illustration\b|(?:Image|Gravure|Vignette) ?:)(?:[^\[\]\f]|\[[^\[\]\f]*\]){0,600}\]", re.I
 )
-_NOTE = re.compile(r"\[(?:Foot)?note \w{1,3} ?:(?:[^\[\]\f]|\[[^\[\]\f]*\]){0,3000}\]", re.I)
+_NOTE = re.compile(r"\[(?:(?:Foot)?note \w{1,3}|\d{1,3}) ?:(?!\d)(?:[^\[\]\f]|\[[^\[\]\f]*\]){0,3000}\]", re.I)
 _TAG = re.compile(r"</?(?:i|b|u|em|strong|small|sup|span|center)>", re.I)
-_BRACKETED = re.compile(r"\[(?<=[^\n]\[)(\d{1,3})\](?!\w)")
-_LABEL = r"[(\[](\d{1,3}|\*{1,3}|[a-z])[)\]]"
+_BRACKETED = re.compile(r"\[(?<=[^\n]\[)\^?(\d{1,3})\](?!\w)")
+_PAGE_IN_TEXT = re.compile(r"\[(?:Pg|Page|p\.) ?\d{1,4}\]|\{\d{1,4}\}")
+_LABEL = r"[(\[]\^?(\d{1,3}|\*{1,3}|[a-z])[)\]]:?"
+_LISTED = re.compile(r": [(\[][1a][)\]] ")  # what follows in this paragraph is a list, not calls
 _CALL = re.compile(rf"(?:(?<=[\w.,;!?»*=\"']) ?|(?<=:)){_LABEL}(?!\w)")  # after ": " a list begins
 _LABELLED = re.compile(rf"{_LABEL} ?\S")
 _ITALICS = re.compile(r"_(?<!\w_)(?=[^\s_])([^_\n]{1,300}?)(?<=\S)_(?![\w_])")
@@ -84,6 +86,7 @@ def clean_paragraphs(paragraphs: list[str], counts: Counter[str], gaps: Sequence
 def without_marks(text: str, counts: Counter[str]) -> str:
     """Without the calls of notes and the signs for italics that editions leave in plain text."""
     text, counts["bracketed_calls"] = _BRACKETED.subn("", text)
+    text, counts["page_numbers_in_text"] = _PAGE_IN_TEXT.subn("", text)
     text, counts["italics"] = _ITALICS.subn(r"\1", text)
     return text
 
@@ -104,11 +107,11 @@ def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:
                 at = calls[label].pop()
                 kept[at] = _without_call(kept[at], label)
             elif not re.match(r"↑ ?\S", paragraph):  # Wikisource's notes
-                for label in _CALL.findall(paragraph):
+                for label in _CALL.findall(paragraph) if not _LISTED.search(paragraph) else ():
                     calls.setdefault(label, []).append(len(kept))
                 kept.append(paragraph)
     counts["notes"] += len(paragraphs) - len(kept)
-    if len(kept) < len(paragraphs) and kept and kept[-1].strip(" .:").lower() in ("note", "notes"):
+    if counts["notes"] and kept and kept[-1].strip(" .:").lower() in ("note", "notes"):
         kept.pop()
     return kept
 
@@ -290,8 +293,10 @@ def _expected_numbers(lines: list[str], chain: dict[int, int]) -> set[int]:
 
 
 def _misread(line: str, value: int) -> bool:
-    """Whether a line is a number of three digits or more that differs from `value` in one digit at most."""
+    """Whether a line is `value` in small roman numerals, or a number of three digits or more with one digit wrong at most."""
     match = _NUMBER.fullmatch(line)
+    if match and match[2]:
+        return line.islower() and _roman(match[2]) == value
     digits, wanted = (match and match[1]) or "", str(value)
     return len(digits) == len(wanted) >= 3 and sum(a != b for a, b in zip(digits, wanted, strict=True)) <= 1
 
@@ -314,7 +319,7 @@ def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[li
     drop = {*ends, *expected, *marks}
     counts.update(page_numbers=len(expected), page_marks=len(marks))
     edges = {i for i in (0, len(lines) - 1) if lines[i]} | chain.keys()
-    edges.update(beside for i in ends for beside in _neighbours(lines, i))
+    edges.update(beside for i in {*ends, *expected} for beside in _neighbours(lines, i))
     certain = Counter(letters_of(lines[i]) for i in edges)
     blank = [i for i, line in enumerate(lines) if not line]  # a page may end here, or a paragraph
     edges.update(beside for i in blank for beside in _neighbours(lines, i))

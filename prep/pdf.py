@@ -6,6 +6,7 @@ capitals, and footnotes (small lines at the foot that begin with a number that t
 
 import ctypes
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -131,6 +132,8 @@ def _lines(page: pdfium.PdfPage, number: int, unmapped: Counter[int]) -> list[_L
             continue
         if not (left <= (char.x0 + char.x1) / 2 <= right and bottom <= (char.y0 + char.y1) / 2 <= top):
             continue  # a printer's marks outside the page
+        if 0.1 < pdfium_c.FPDFText_GetCharAngle(textpage, i) % (math.pi / 2) < math.pi / 2 - 0.1:
+            continue  # a watermark or stamp
         private = 0xE000 <= ord(text) <= 0xF8FF or text == "\ufffd"
         if private or pdfium_c.FPDFText_HasUnicodeMapError(textpage, i) == 1:
             in_word = bool(lines[-1]) and lines[-1][-1].text.isalpha()

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from html.entities import html5
 
-_APOSTROPHES = "’‘ʼ‛′´`＇ˈ"
+_APOSTROPHES = "’‘ʼʹ‛′´`＇ˈ"
 _SPACES = "\t\v\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 _INVISIBLE = "\ufeff\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\ufffc\u007f" + "".join(
     chr(n) for n in range(32) if chr(n) not in "\t\n\v\f\r"

@@ -235,6 +235,7 @@ def test_every_kind_of_noise_goes_and_what_only_looks_like_it_stays(tmp_path):
         ("fin...1 puis2, puis4, et5.", "fin... puis, puis, et."),  # call 3 was lost
         ("un mot1. Chapitre deux : un mot1, un autre2.", "un mot. Chapitre deux : un mot, un autre."),
         ("le 3 juillet, chambre 15, la 10ème, n°4, 1,50 franc, 10.30", None),
+        ("Un1 mur, et Le2 bac", "Un mur, et Le bac"),
         ("le wagon27 passa", None),
         ("un mot2", None),
         ("à 541 km2, à 12 km² et 3 dm3, n.3, n.4", None),

@@ -25,6 +25,14 @@ def test_a_text_comes_back_from_every_encoding(encoding):
     assert read(text.encode(encoding)) == text
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_file_cut_in_a_character_or_never_written_to_its_end_is_read(encoding):
+    data = f"{TALE}é".encode(encoding)[:-1]
+    assert read(data) == TALE
+    assert read(f"{TALE}\0\0\0".encode() + bytes(500)) == TALE
+    assert read("Il est né".encode("cp1252")) == "Il est né"
+
+
 @pytest.mark.parametrize("wrong", ["latin-1", "cp1252"])
 def test_utf8_encoded_twice_and_cp1252_taken_for_latin1_are_repaired(wrong):
     text = (
@@ -48,6 +56,10 @@ def test_utf8_encoded_twice_and_cp1252_taken_for_latin1_are_repaired(wrong):
 def test_what_cannot_be_read_for_certain_is_refused_by_name(data, message):
     with pytest.raises(BadInput, match=f"conte.txt .*({message})"):
         read(data)
+
+
+def test_a_lone_replacement_character_is_not_written():
+    assert read(f"{TALE}\ufffd".encode()) == TALE
 
 
 @pytest.mark.parametrize("wrong", ["latin-1", "mac_roman", "cp850"])
@@ -75,6 +87,7 @@ LOST = {
     "question marks": ASCII,
     "codes": quopri.encodestring(TALE.encode()),
     "codes such": TALE.replace("é", r"\'e").encode(),
+    "codes such as": TALE.replace("é", "&eacute").encode(),
     "without accents": unicodedata.normalize("NFD", TALE).encode("ascii", "ignore"),
 }
 

@@ -42,7 +42,7 @@ def xhtml(body: str) -> str:
     return f'<?xml version="1.0"?><!DOCTYPE html><html {space}><head><title/></head><body>{body}</body></html>'
 
 
-def epub(chapters: dict[str, str], spine: list[str], **more: str) -> bytes:
+def epub(chapters: dict[str, str], spine: list[str], **more: str | bytes) -> bytes:
     """An EPUB whose spine is in another order than its manifest."""
     items = "".join(f'<item id="{n}" href="{n}%20x.xhtml" media-type="application/xhtml+xml"/>' for n in chapters)
     order = "".join(f'<itemref idref="{n}"/>' for n in spine)
@@ -64,12 +64,22 @@ def tagged(paragraphs: list[str]) -> str:
     return "\n".join(f"<p>{p}</p>" for p in paragraphs)
 
 
+def with_site(article: str) -> str:
+    """A page as a site serves it: menu, cookie banner, advertisement, footer."""
+    menu = "".join(f"<li><a href='/{n}'>Rubrique {n}</a></li>" for n in range(5))
+    banner = "<div id='cookie-banner'>Nous utilisons des témoins.</div><p hidden>Caché</p>"
+    return f"<html><body><ul>{menu}</ul>{banner}{article}<div id='footer'>Contact</div></body></html>"
+
+
 def docx(paragraphs: list[str]) -> bytes:
     runs = "".join(
         f"<w:p><w:pPr/><w:r><w:t>{p[:9]}</w:t></w:r><w:ins><w:r><w:t>{p[9:]}</w:t></w:r></w:ins></w:p>"
         for p in paragraphs
     )
-    deleted = "<w:p><w:del><w:r><w:delText>effacé</w:delText></w:r></w:del></w:p>"
+    deleted = (
+        "<w:p><w:del><w:r><w:delText>effacé</w:delText></w:r></w:del></w:p>"
+        '<w:p><w:pPr><w:pStyle w:val="TOC1"/></w:pPr><w:r><w:t>I 3</w:t></w:r></w:p>'
+    )
     space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     document = f"<w:document {space}><w:body>{runs}{deleted}</w:body></w:document>"
     return packed({"[Content_Types].xml": "<Types/>", "word/document.xml": document})
@@ -83,6 +93,13 @@ def odt(paragraphs: list[str]) -> bytes:
     return packed({"mimetype": "application/vnd.oasis.opendocument.text", "content.xml": content})
 
 
+def rtf_of_a_mac(paragraphs: list[str]) -> bytes:
+    text = "\\par ".join(
+        "".join(c if c < "\x80" else f"\\'{c.encode('mac_roman').hex()}" for c in p) for p in paragraphs
+    )
+    return f"{{\\rtf1\\mac\\ansicpg10000 {text}}}".encode()
+
+
 def rtf(paragraphs: list[str]) -> bytes:
     text = "".join("".join(c if c < "\x80" else f"\\u{ord(c)}?" for c in p) + "\\par\n" for p in paragraphs)
     return f"{{\\rtf1\\ansi{{\\info{{\\title Le titre}}}}{{\\header En-tete\\par}}{text}}}".encode()
@@ -90,6 +107,7 @@ def rtf(paragraphs: list[str]) -> bytes:
 
 def tei(paragraphs: list[str]) -> str:
     text = f"<head>{paragraphs[0]}</head>" + tagged([f'<pb n="3"/>{p}<note>Une note</note>' for p in paragraphs[1:]])
+    text = text.replace("crue", "<choice><orig>crüe</orig><reg>crue</reg></choice>")
     header = "<teiHeader><title>Un titre</title></teiHeader>"
     body = f"<text><front><p>Avis</p></front><body><div>{text}</div></body></text>"
     return f'<?xml version="1.0"?><TEI xmlns="http://www.tei-c.org/ns/1.0">{header}{body}</TEI>'
@@ -113,6 +131,16 @@ def fb2(paragraphs: list[str]) -> str:
         ("docx", docx(LONG)),
         ("odt", odt(LONG)),
         ("rtf", rtf(LONG)),
+        ("rtf of a Mac", rtf_of_a_mac(LONG)),
+        ("epub in cp1252", epub({"a": "<p>x</p>"}, ["a"], **{"OEBPS/a x.xhtml": xhtml(tagged(LONG)).encode("cp1252")})),
+        ("epub with a class", epub({"a": f'<div class="index">{tagged(LONG)}</div>'}, ["a"])),
+        ("html of Word", f"<html><body>{tagged([f'{p}<o:p></o:p>' for p in LONG])}</body></html>".encode()),
+        (
+            "html with drawn initials",
+            f"<html>{tagged(LONG).replace('<p>P', '<p><img src=p.png alt=P>')}</html>".encode(),
+        ),
+        ("html of a site", with_site(tagged(LONG)).encode()),
+        ("html of a site with an article", with_site(f"<p>Publicité</p><article>{tagged(LONG)}</article>").encode()),
         ("html", f"<!DOCTYPE html><html><body>{tagged(LONG)}</body></html>".encode()),
         ("html in latin-1", f"<meta charset='iso-8859-1'>{tagged(LONG)}".encode("cp1252")),
         ("html with line ends", ("<html><body>" + "<br><br>".join(LONG)).encode()),
@@ -193,7 +221,7 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (b'<?xml version="1.0"?><catalogue xmlns="x"><livre/></catalogue>', "XML data (<catalogue>)"),
         (packed({f"{n}.png": b"\x89PNG\r\n\x1a\n" for n in range(9)}), "a zip without a book (0.png is a picture"),
         (b"AT&TFORM" + bytes(99), "DjVu"),
-        (b"MIME-Version: 1.0\n\n<html>", "a saved web page"),
+        (b"From: x\nMIME-Version: 1.0\n\n<html>", "a saved web page"),
         (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
         (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
         (f"<html><body>{tagged(['Connexion requise'])}</body></html>".encode(), "a web page"),
@@ -219,6 +247,7 @@ def test_texts_that_begin_like_something_else_are_books():
         "[Illustration]\nLe passeur vint.",
         "<< Oui >>, dit-il.",
         "Un, deux\nTrois, quatre\nIl vint",
+        "Il vint, vit, et partit.\n" * 9,
         "MMe B...",
     ):
         assert read_bytes(text.encode(), "livre") == BookText(text, None, {}, [])
@@ -321,6 +350,14 @@ def test_the_last_page_of_a_book_in_two_columns_is_short(pdf):
             pdf.line(230, 545 - 14 * n, columns[1][n])
         pdf.canvas.showPage()
     assert pdf.read().text.split("\f")[3].split("\n") == [*columns[0][:3], *columns[1][:3]]
+
+
+def test_a_watermark_across_the_page_is_no_text(pdf):
+    lines = [f"Le passeur vint avec la lampe {n} fois." for n in range(9)]
+    pdf.lines(40, 560, lines)
+    pdf.canvas.rotate(45)
+    pdf.line(400, 100, "BIBLIOTHÈQUE", 40)
+    assert pdf.read().text.split() == " ".join(lines).split()
 
 
 def test_three_columns_are_said(pdf):

@@ -97,6 +97,14 @@ def test_page_numbers_and_running_headers_go_and_nothing_else(novel, kind, betwe
     assert f1(score(found.paragraphs, novel)) > 0.96
 
 
+@pytest.mark.parametrize("number", [str, roman], ids=["figures", "roman"])
+def test_a_short_last_page_loses_its_header_and_number_too(novel, number):
+    """Its number is nearer to the one before than a page is long; the header is beside it, not at the page's edge."""
+    sheets = [*itertools.islice(pages(novel), 12), ["Il se tut."]]
+    text = "\f".join("\n".join([*lines, TITLE, number(n)]) for n, lines in enumerate(sheets, 5))
+    assert " ".join(clean_pages(text).paragraphs) == " ".join(itertools.chain.from_iterable(sheets))
+
+
 def test_what_only_looks_like_a_page_number_or_a_header_stays(novel):
     """Chapter numerals, a year alone in its line, a reply that often comes first on its page, figures in sentences."""
     chapters = []
@@ -427,21 +435,51 @@ def test_a_pages_own_number_tells_a_header_that_was_read_as_rubbish(novel):
         assert another.strip() in " ".join(clean_pages(raw.replace(mine, another), keep_debris=True).paragraphs)
 
 
-@pytest.mark.parametrize("start", ["*** START OF THIS", "*** START OF THE", "The"])
-def test_project_gutenbergs_header_credits_and_licence_go(novel, start):
-    """Also where only the marker of the end is left."""
-    header = (
-        f"The Project Gutenberg EBook of Un conte\n\nTitle: Un conte\n\n{start} PROJECT GUTENBERG EBOOK UN\nCONTE ***"
-    )
-    credits = "Produced by a volunteer and the\nDistributed Proofreaders"
-    end = "End of Project Gutenberg's Un conte\n\n*** END OF THE PROJECT GUTENBERG EBOOK ***\n\nSection 1. Licence."
-    found = clean_pages("\n\n".join([header, credits, *novel, end]))
-    assert found.paragraphs == novel
-    assert clean_pages("\n\n".join([credits, *novel])).paragraphs[0].startswith("Produced by")  # no marker: no proof
+@pytest.mark.parametrize(
+    ("start", "credits", "end"),
+    [
+        (
+            "*** START OF THIS PROJECT",
+            "Produced by a volunteer and the\nDistributed Proofreaders",
+            "*** END OF THIS PROJECT",
+        ),
+        ("*** START OF THE PROJECT", "This Etext was prepared by a volunteer", "End of the Project"),
+        ("***START OF PROJECT", "***\n\nHTML version by a volunteer\n\nWe thank the Bibliothèque", "Fin du Projet"),
+        ("*** DÉBUT DU LIVRE PROJECT", "Note sur la transcription: les fautes", "*** FIN DE CE PROJET"),
+        ("The Project", "Updated: 2022\n\nCredits: a volunteer", "END OF THE PROJECT"),
+        (
+            "The Project",
+            "E-text prepared by a volunteer",
+            "Section 1.  General Terms of Use and Redistributing Project",
+        ),
+        ("*** START OF THE PROJECT", "", "Liste des modifications:\n\nbas remplacé par bac\n\n*** END OF THE PROJECT"),
+    ],
+)
+def test_project_gutenbergs_header_credits_and_licence_go(novel, start, credits, end):
+    """Also where one of the markers is missing, or the text follows it without a blank line."""
+    header = f"The Project Gutenberg EBook of Un conte\n\nTitle: Un conte\n\n{start} GUTENBERG EBOOK UN\nCONTE ***"
+    end += " GUTENBERG EBOOK ***\n\nSection 1. Licence."
+    found = clean_pages("\n\n".join([header + "\n\n" * bool(credits), credits, "1", *novel, end]))
+    assert found.paragraphs == ["1", *novel]
+    if "***" in start:
+        glued = clean_pages("\n".join([header, "\n\n".join(novel), end]))
+        assert glued.paragraphs == novel
+    assert clean_pages("\n\n".join(["Produced by", *novel])).paragraphs == [
+        "Produced by",
+        *novel,
+    ]  # no marker: no proof
 
 
-def test_googles_first_page_goes(novel):
-    first = "Ceci est une copie numérique d'un ouvrage conservé depuis\ndes générations.\n\nhttp://books.google.com"
+@pytest.mark.parametrize(
+    "first",
+    [
+        "Ceci est une copie numérique d'un ouvrage conservé depuis\ndes générations.\n\nhttp://books.google.com",
+        "Rappel de votre demande:\n\nNombre de pages: 310\n\nLe taux de reconnaissance estimé est de 98,5 %.",
+        "Digitized by the Internet Archive\nin 2010\n\nhttp://www.archive.org/details/bac",
+        "Un conte\n\nCatégorie(s): Contes\n\nÀ propos\n\nIl naquit.\n\nStrictly for personal use, do not use this file",
+    ],
+)
+def test_a_librarys_first_page_goes(novel, first):
     assert clean_pages("\n\n".join([first, *novel])).paragraphs == novel
 
 
@@ -451,6 +489,7 @@ def test_googles_first_page_goes(novel):
         "issu de la bibliothèque numérique Wikisource[1]",
         "libre de droits, par des bénévoles",
         "de la bibliothèque numérique romande",
+        "offert par Atramenta",
     ],
 )
 def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, made):
@@ -473,6 +512,13 @@ def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, 
             "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
         ),
         ("[1] Une note.", "[1] Une note."),  # nothing calls it
+        ("Il vint[38].\n\nII\n\n[38: Une note\n[sic].]", "Il vint.\nII"),
+        ("Il vint[^1].\n\n[^1]: Une note.", "Il vint."),
+        ("Il vint, [Pg 12] puis {13} vit.", "Il vint, puis vit."),
+        (
+            "Trois raisons : (1) le vent, (2) la mer.\n\n(1) Le vent.\n\n(2) La mer.",
+            "Trois raisons : (1) le vent, (2) la mer.\n(1) Le vent.\n(2) La mer.",
+        ),
         ("Il vint[1].\n\n[1] Une note.\n\nIl vit.", "Il vint.\nIl vit."),
         ("Il vint[1], puis[2].\n\nNOTES\n\n[1] Une note.\n\n[2] Une autre.", "Il vint, puis."),
         ("Il vint[1].\n\nNotes\n\n↑ Une note.", "Il vint."),
