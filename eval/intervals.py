@@ -65,6 +65,7 @@ def difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dic
 
 def difference_of_shares(before: list[bool | None], after: list[bool | None]) -> tuple[float, list[float]] | None:
     """How much more often it is true after, with the paired 95 % interval over what is known of both; None below two."""
-    change = np.array([float(new) - old for old, new in zip(before, after, strict=True) if None not in (old, new)])
+    known = [pair for pair in zip(before, after, strict=True) if None not in pair]
+    change = np.diff(np.array(known, dtype=float).reshape(-1, 2)).ravel()
     interval = percentiles(change, np.ones_like(change))
     return (float(change.mean()), interval) if interval else None
