@@ -49,7 +49,7 @@ override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c prep-d stage-a stage-b stage-c stage-d check \
         eval reading export merge push continue compare notebook plan bench-gpu rehearsal rehearse-prep bench-eval bench-faults bench-start bench-train \
-        bench-train-long bench-train-start bench-prep demo clean-demo test test-fast test-slow lint
+        bench-train-long bench-train-start bench-train-instruct bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -105,7 +105,7 @@ prep-d: $(READY) ## Optional: what 2c writes in the novel's places, beside the a
 
 # --- steps 2a, 2b, 2c: training ---
 
-stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens (CURRICULUM=3: 3a, recipes/README.md)
+stage-a: stage-%: $(READY) ## Train 2a: every weight, windows of 512 tokens (CURRICULUM=3: 3a, recipes/second-curriculum.md)
 stage-b: stage-%: $(READY) ## Train 2b: a QLoRA adapter, windows of 2048
 stage-c: stage-%: $(READY) ## Train 2c: the same adapter, on the novel
 stage-d: stage-%: $(READY) ## Optional: train 2d: the same adapter, the author preferred to 2c (recipes/README.md)
@@ -169,7 +169,8 @@ bench-start: $(READY) ## What quantisation costs, and what an adapter's start gi
 bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench/reports/train.md (CORPUS_DIR=folder; hours)
 bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md
 bench-train-start: $(READY) ## How an adapter should start, and how 2a should end -> bench/reports/train-start.md
-bench-train bench-train-long bench-train-start: bench-train%:
+bench-train-instruct: $(READY) ## The second curriculum's settings, on the demo's articles, after `make demo CURRICULUM=3`
+bench-train bench-train-long bench-train-start bench-train-instruct: bench-train%:
 	@$(WITH_ARGS) $(BIN)/python bench/sweep.py --plan bench/train$*.yml "$${more[@]}"
 
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/*.md")])
 # Made by a run, or yet to be made by the reader.
 PRODUCED = ("bench/run", "models/", "data/", "outputs/", "demo/run", ".venv", "eval/reports/", "recipes/3")
 
