@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -49,10 +49,10 @@ from train.stage import command, launch_and_wait, load_profile
 from train.stages import Stage, load_recipe
 
 VERSION = 1  # of the results: raise it when the same settings and data give other figures
-TASKS = ("gallica_heldout", "novel_heldout", "novel_train")
-DTYPE = "bfloat16"  # of scoring, as of training; on a CPU float32 takes 2.5 times as long
+TASKS = ("gallica_heldout", "novel_heldout", "novel_train")  # of a plan without `texts`
 MERGED = "outputs/merged"  # what a variant names as its base to get the parent's adapter merged
 PLAN_KEYS = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "variants")
+MORE_PLAN_KEYS = ("base", "texts")  # the base's folder, and {task: its name on the page}, if not those of train.yml
 KEYS = {"name", "recipe", "parent", "start", "quantised", "overrides", "against", "curve", "says"}
 
 
@@ -123,7 +123,8 @@ def runs_of(plan: dict[str, Any], data: dict[str, str], base_sha256: str) -> lis
 
     `data` is {stage: sha256 of its manifest}.
     """
-    base = Run(BASE, f"{BASE}-{digest([VERSION, data, base_sha256])[:10]}", Stage(BASE, Path(), {}, None))
+    decides = [VERSION, data, base_sha256, *plan.get("texts", ())]
+    base = Run(BASE, f"{BASE}-{digest(decides)[:10]}", Stage(BASE, Path(), {}, None))
     runs = [base]
     for seed in plan["seeds"]:
         made: dict[str | None, Run] = {None: base}
@@ -152,7 +153,7 @@ def prepare(plan: dict[str, Any]) -> dict[str, str]:
     done = Path("data/made.json")
     made_from = digest([plan["data"], sha256("models/base/tokenizer.json")])
     if not done.is_file() or json.loads(done.read_text()) != made_from:
-        if "CORPUS_DIR" not in os.environ:
+        if "CORPUS_DIR" in str(plan["data"]) and "CORPUS_DIR" not in os.environ:
             raise BadInput("set CORPUS_DIR to the folder with gallica/*.parquet and book/book.txt")
         done.parent.mkdir(exist_ok=True)
         for line in plan["data"]:
@@ -199,12 +200,17 @@ def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def score(row: models.Candidate) -> dict[str, Any]:
+def dtype(plan: dict[str, Any]) -> str:
+    """Of scoring, as of training."""
+    return "bfloat16" if plan["all"].get("bf16") else "float32"
+
+
+def score(row: models.Candidate, tasks: Sequence[str], dtype: str) -> dict[str, Any]:
     """Scores of one row: nats of each unit (work or block) of each text, and what these are."""
     warnings.filterwarnings("ignore")
     model: Any  # a PeftModel answers as the model under it does
-    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, DTYPE)):
-        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), scoring.load_tasks(TASKS), None)
+    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, dtype)):
+        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), scoring.load_tasks(tasks), None)
     texts, nll = {}, {}
     for task, score in scores.items():
         unit, table = intervals.units(score["documents"])
@@ -245,7 +251,7 @@ def finish(this: Run, plan: dict[str, Any]) -> None:
     else:
         trained = train(this, plan)
         row = models.candidate(this.stage)
-    scores = apart(score, row)
+    scores = apart(score, row, tuple(plan.get("texts", TASKS)), dtype(plan))
     write_json(this.result, {**trained, **scores})
     if trained:  # checkpoints hold optimiser states too; the final weights are beside them
         for checkpoint in checkpoints(this.stage.output_dir):
@@ -282,9 +288,9 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
     report = {
         "format": sweep_report.FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": models.environment("cpu", DTYPE),
+        "environment": models.environment("cpu", dtype(plan)),
         "base_sha256": sha256("models/base/model.safetensors"),
-        "plan": {key: plan[key] for key in PLAN_KEYS if key != "variants"},
+        "plan": {key: plan[key] for key in (*PLAN_KEYS, *MORE_PLAN_KEYS) if key in plan and key != "variants"},
         "manifests": manifests,
         "validation": validation,
         "texts": texts[0] if texts else {},
@@ -300,12 +306,13 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=ROOT / "bench/train.yml", help="default: bench/train.yml")
-    parser.add_argument("--base", type=Path, default=ROOT / "demo/run/models/base", help="folder of the base model")
+    parser.add_argument("--base", type=Path, help="folder of the base model (default: the plan's, or the demo's)")
     parser.add_argument("--work", type=Path, help="working folder, 0.3 GB per run of 2a (default: bench/run/PLAN)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/reports", help="folder of the report")
     parser.add_argument("--list", action="store_true", help="print which runs are finished")
     args = parser.parse_args()
-    plan, base = load_plan(args.plan), args.base.resolve()
+    plan = load_plan(args.plan)
+    base = (args.base or ROOT / plan.get("base", "demo/run/models/base")).resolve()
     if not (base / "model.safetensors").is_file():
         raise BadInput(f"{base} holds no base model; `make demo` collects one in its first step, or give --base FOLDER")
     target, work = (args.out / f"{args.plan.stem}.json").resolve(), args.work or ROOT / "bench/run" / args.plan.stem

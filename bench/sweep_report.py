@@ -22,12 +22,12 @@ from prep.common import BadInput, commit, read_json, write_text
 
 FORMAT = 2
 BASE = "base"
-TEXTS = {"gallica_heldout": "Gallica", "novel_heldout": "novel"}
+TEXTS = {"gallica_heldout": "Gallica", "novel_heldout": "novel"}  # of a plan that names none
 PAGE = """# Which settings learn
 
 Bits per byte on text that no variant was trained on; less is better. Means over seeds; in brackets the 95 %
-interval over held-out works (blocks of the novel), paired on the same text; * where it leaves out zero. A dash means
-not measured. `kafka` stands for the settings of [Almarch/kafka](../kafka), the project that this one continues.
+interval over works, or blocks where a text has few, paired on the same text; * where it leaves out zero. A dash means
+not measured.{kafka}
 Made by `make bench-{name}` from bench/{name}.yml.
 
 {cpu}, {threads} cores, no GPU; each run uses {plan[threads]}. Tokens of one pass: {trained}. Scored tokens: {scored}.
@@ -35,24 +35,23 @@ Every recipe's tokens per step are divided: {divisors}. From one seed to the oth
 by at most {spread}. The base before any training: {base}.
 
 {stages}
-## Movement of the weights in full fine-tuning
-
-Median over the matrices, measured in the precision of the trained weights.
-
-{movement}
-## Memorisation
-
-Token probability: geometric mean over spans of 50 tokens with at least 200 tokens of true text before them.
-
-{memorisation}
-## What each variant is
+{more}## What each variant is
 
 {variants}
 For every variant: `{plan[all]}`, profile `{plan[profile]}`.
 
-![bits per byte over tokens seen]({name}.svg)
+{picture}{date}, {commit}.
+"""
+KAFKA = " `kafka` stands for the settings of [Almarch/kafka](../kafka), the project that this one continues."
+MOVEMENT = """## Movement of the weights in full fine-tuning
 
-{date}, {commit}.
+Median over the matrices, measured in the precision of the trained weights.
+
+"""
+MEMORISATION = """## Memorisation
+
+Token probability: geometric mean over spans of 50 tokens with at least 200 tokens of true text before them.
+
 """
 
 
@@ -79,6 +78,8 @@ class Sweep:
     def __init__(self, report: dict[str, Any]) -> None:
         self.report = report
         self.variants: dict[str, dict[str, Any]] = report["variants"]
+        self.texts: dict[str, str] = report["plan"].get("texts", TEXTS)
+        self.drawn = any(variant.get("curve") for variant in self.variants.values())
 
     def names(self, stage: str) -> list[str]:
         """The variants of a stage."""
@@ -122,7 +123,7 @@ class Sweep:
         spreads = []
         for name, variant in self.variants.items():
             for other in [self.start(name), *variant.get("against", [])]:
-                for text in TEXTS:
+                for text in self.texts:
                     each = [self.less(name, other, text, seed) for seed in self.runs(name)]
                     values = [found["bits_per_byte"] for found in each if found]
                     spreads += [max(values) - min(values)] if len(values) > 1 else []
@@ -137,15 +138,16 @@ class Sweep:
             trained = "–" if variant.get("quantised") else f"{float(rate):.0e}".replace("e-0", "e-")
             steps = f"{runs[0]['steps']} x {runs[0]['tokens_per_step']:,}" if runs and runs[0].get("steps") else "–"
             row = [f"`{name}`", f"`{start}`", trained, steps, str(len(runs))]
-            for text in TEXTS:
+            for text in self.texts:
                 row += [number(self.bits(name, text)), changed(self.less(name, start, text))]
             reached.append(row)
             for other in variant.get("against", []):
                 seeds = len(self.runs(name).keys() & self.runs(other).keys())
-                figures = [changed(self.less(name, other, text)) for text in TEXTS]
+                figures = [changed(self.less(name, other, text)) for text in self.texts]
                 differences.append([f"`{name}`", f"`{other}`", *figures, str(seeds)])
-        head = ["variant", "started from", "learning rate", "steps", "seeds", "Gallica", "gain", "novel", "gain"]
-        tables = table(head, reached), table(["variant", "less", *TEXTS.values(), "seeds"], differences)
+        head = ["variant", "started from", "learning rate", "steps", "seeds"]
+        head += [each for name in self.texts.values() for each in (name, "gain")]
+        tables = table(head, reached), table(["variant", "less", *self.texts.values(), "seeds"], differences)
         return "\n".join([f"## {stage}\n", *filter(None, tables)])
 
     def page(self, name: str) -> str:
@@ -162,21 +164,26 @@ class Sweep:
             overrides = f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else ""
             variants.append(f"- `{each}`: {variant['recipe']}, seeds {seeds}. {variant.get('says', '')}{overrides}\n")
         tokens = {stage: rows["train"]["windows"] * rows["sequence_len"] for stage, rows in report["manifests"].items()}
-        texts = {text: report["texts"][text] for text in TEXTS if report["runs"]}
+        texts = {text: report["texts"][text] for text in self.texts if report["runs"]}
         head = ["variant", "bpb, trained pages", "bpb, held-out pages", "token probability, trained", "held out"]
+        more = {
+            MOVEMENT: (["variant", "elements changed", "change over norm"], movement),
+            MEMORISATION: (head, memorisation),
+        }
         return PAGE.format(
             name=name,
+            kafka=KAFKA if any("kafka" in variant["recipe"] for variant in self.variants.values()) else "",
             plan=report["plan"] | {"all": json.dumps(report["plan"]["all"])},
             cpu=report["environment"]["cpu"],
             threads=report["environment"]["threads"],
             trained=", ".join(f"{stage} {count:,}" for stage, count in tokens.items()),
             scored=", ".join(f"`{t}` {f['tokens']:,} ({len(f['bytes'])} {f['unit']}s)" for t, f in texts.items()),
             divisors=", ".join(f"{stage} by {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items()),
-            base=", ".join(f"{number(self.bits(BASE, text))} on `{text}`" for text in TEXTS),
+            base=", ".join(f"{number(self.bits(BASE, text))} on `{text}`" for text in self.texts),
             spread=number(self.spread()),
             stages="\n".join(self.results(stage) for stage in report["plan"]["batch_divisor"] if self.names(stage)),
-            movement=table(["variant", "elements changed", "change over norm"], movement),
-            memorisation=table(head, memorisation),
+            more="".join(f"{above}{table(*content)}\n" for above, content in more.items() if content[1]),
+            picture=f"![bits per byte over tokens seen]({name}.svg)\n\n" if self.drawn else "",
             variants="".join(variants),
             date=report["date"],
             commit=commit(report["environment"]["git"]),
@@ -227,7 +234,8 @@ def write(path: Path) -> None:
     """train.md and train.svg beside train.json."""
     sweep = load(path)
     write_text(path.with_suffix(".md"), sweep.page(path.stem))
-    write_text(path.with_suffix(".svg"), plots.svg(sweep.draw(), path.stem))
+    if sweep.drawn:
+        write_text(path.with_suffix(".svg"), plots.svg(sweep.draw(), path.stem))
 
 
 def main() -> None:
