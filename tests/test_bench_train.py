@@ -182,6 +182,21 @@ def test_figures_are_means_over_seeds_and_what_was_not_measured_is_a_dash() -> N
     assert re.search(r"`2c-full` *\| *`2b-ours-8bit` \| *1e-4 \| *– \| *0 \| *– \|", found.page("train"))
 
 
+def test_a_plan_has_texts_of_its_own_and_no_empty_parts(tmp_path: Path) -> None:
+    report = json.loads((ROOT / "bench/reports/train.json").read_text())
+    assert "kafka" in sweep_report.Sweep(report).page("other")
+    report["plan"]["texts"] = {"novel_heldout": "prose"}
+    report["variants"] = {"2a-nearest": report["variants"]["2a-nearest"] | {"curve": False, "against": []}}
+    for run in report["runs"].values():
+        run["moved"] = run["token_probability"] = None
+    (tmp_path / "other.json").write_text(json.dumps(report))
+    sweep_report.write(tmp_path / "other.json")
+    page = (tmp_path / "other.md").read_text()
+    assert re.search(r" seeds \| +prose \| +gain \|\n", page) and "12 works" not in page
+    assert re.findall(r"^## (.*)", page, re.M) == ["2a", "What each variant is"]
+    assert "kafka" not in page and "svg" not in page and not (tmp_path / "other.svg").exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
 def test_a_damaged_or_older_report_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(text)
@@ -204,6 +219,7 @@ threads: 1
 all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, saves_per_epoch: 2, bf16: true, plugins: [bench.sweep_plugin.Plugin], curriculum_sampling: null}
 batch_divisor: {2b: 16, 2c: 4}
 largest_batch: 2048
+texts: {gallica_heldout: Gallica}
 data:
   - '"$PYTHON" "$ROOT/demo/corpus.py" --out sources'
   - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 2048 --windows 4 --split 2/2 --holdout 0.2 --heldout-windows 2 --out data/2b.jsonl'

@@ -46,8 +46,16 @@ def test_losses_are_over_all_tokens_of_the_chain(reports):
     assert compare.curve(reports[1])[-1] == (500, 2.0, 2.5)
 
 
+def cells_of(table: tables.Table | None, row: str) -> dict[str, str]:
+    assert table
+    return next(dict(zip(table[0], cells, strict=True)) for cells in table[1] if cells[0] == row)
+
+
 def test_runs_are_paired_and_so_are_answers(reports):
-    assert compare.paired(reports)[0] == ["stage", *reports[0]["tasks"]]  # no questions were asked
+    assert list(cells_of(compare.paired(reports), "base: large - small")) == [
+        "stage",
+        *reports[0]["tasks"],
+    ]  # no questions
     small, large = reports
     del small["tasks"]["english"]
     large["tasks"]["code"] = large["tasks"]["code"] | {"text_sha256": "b" * 64}
@@ -62,21 +70,19 @@ def test_runs_are_paired_and_so_are_answers(reports):
     [(prompt, written)] = compare.answers(reports)  # side by side
     assert prompt == {"name": "q", "text": "?"} and len(written) == 24 and written[12]["text"] == "Réponse 0"
     assert [each["label"].split(",")[0] for each in written[11:13]] == ["small: base", "large: base"]
-    head, rows = compare.paired(reports)
-    cells = dict(zip(head, next(row for row in rows if row[0] == "base: large - small"), strict=True))
+    cells = cells_of(compare.paired(reports), "base: large - small")
     bits = small["stages"]["base"]["scores"]["novel_heldout"]["bits_per_byte"]
     assert cells["novel_heldout"].startswith(f"{0.1 * bits:+.3f} [+") and cells["novel_heldout"].endswith("] *")
     assert cells["code"] == cells["english"] == cells["in the questions' language"] == "–"
     assert re.fullmatch(r"\+67% \[\+[34]\d%, \+(8|9)\d%\] \*", cells["right"])
     assert cells["stops by itself"] == "+0% [+0%, +0%]"
     large["questions"] = []
-    assert dict(zip(head, compare.paired(reports)[1][0], strict=True))["right"] == "–"
+    assert cells_of(compare.paired(reports), "base: large - small")["right"] == "–"
 
     # The ablation's row has its answers beside its bits per byte.
     base["parent"], large["differences"] = None, {"2a - base": {"against": "base", "scores": {}}}
     large["stages"]["2a"]["answers"] = small["stages"]["base"]["answers"]
-    head, [row] = tables.changes(large)
-    assert dict(zip(head, row, strict=True))["right"].startswith("-67% [-") and row[0] == "2a - base"
+    assert cells_of(tables.changes(large), "2a - base")["right"].startswith("-67% [-")
 
 
 def test_one_axis_holds_every_run(reports):
