@@ -48,7 +48,7 @@ override SHOW := PS4='$$ '; set -x;
 override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c prep-d stage-a stage-b stage-c stage-d check \
-        eval reading export merge push continue compare notebook plan bench-gpu rehearsal rehearse-prep bench-eval bench-faults bench-start bench-train \
+        eval reading export merge push continue compare notebook plan bench-gpu rehearse-prep rehearsal bench-eval bench-faults bench-start bench-train \
         bench-train-long bench-train-start bench-train-instruct bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
