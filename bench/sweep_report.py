@@ -163,7 +163,11 @@ class Sweep:
                 memorisation.append([f"`{each}`", *map(number, figures)])
             overrides = f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else ""
             variants.append(f"- `{each}`: {variant['recipe']}, seeds {seeds}. {variant.get('says', '')}{overrides}\n")
-        tokens = {stage: rows["train"]["windows"] * rows["sequence_len"] for stage, rows in report["manifests"].items()}
+        tokens = {
+            stage: rows["train"]["windows"] * rows["sequence_len"]
+            or rows["train"]["tail_tokens"]  # rows below a window
+            for stage, rows in report["manifests"].items()
+        }
         texts = {text: report["texts"][text] for text in self.texts if report["runs"]}
         head = ["variant", "bpb, trained pages", "bpb, held-out pages", "token probability, trained", "held out"]
         more = {
