@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from docker import health
 from eval import llamacpp, workbench
 from eval.serve import ask
-from prep.common import BadInput
+from prep.common import BadInput, write_text
 from train.stages import load_chain
 
 ROOT = Path(__file__).parent.parent
@@ -415,6 +415,7 @@ def test_the_page_in_a_browser(
     a second browser beside the first, an exported GGUF, and a stage that is removed under both."""
     from selenium.common.exceptions import StaleElementReferenceException
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import Select, WebDriverWait
 
     def find(page: Any, selector: str) -> Any:
@@ -457,6 +458,9 @@ def test_the_page_in_a_browser(
 
     with ExitStack() as opened:
         browser, second = open_browser(), open_browser()
+        shutil.copy(ROOT / "eval/reports/demo.json", folder / "eval/reports/x.json")  # which has a blind reading
+        write_text(folder / "eval/reports/x.reading.html", "made from x.json")
+        os.utime(folder / "eval/reports/x.reading.html", (1, 1))  # the newest is shown first
         address, line = opened.enter_context(served("--port", str(free_port()), "--dir", str(folder), JUPYTER_TOKEN=""))
         opened.callback(ended.set)
         token = line.strip().partition("?token=")[2]
@@ -517,11 +521,29 @@ def test_the_page_in_a_browser(
         find(second, ".try-keep-0").click()
         until(browser, lambda page: "base, seed 42" in page.page_source)
 
-        headers = browser.find_elements(By.CSS_SELECTOR, ".jupyter-widget-Collapse-header, .lm-Collapse-header")
+        collapse = ".jupyter-widget-Collapse-header, .lm-Collapse-header"
+        headers = browser.find_elements(By.CSS_SELECTOR, collapse)
         next(one for one in headers if "Reports" in one.text).click()
         frame = until(browser, lambda page: find(page, "iframe.report"))
         assert "bits per byte" in (frame.get_attribute("srcdoc") or "").lower() and frame.size["height"] > 500
         picture(browser, "report")
+
+        # Two readers at once; what is answered is on the disk though the browsers end.
+        for page in (browser, second):
+            if not until(page, lambda page: find(page, "iframe.report")).is_displayed():
+                next(one for one in page.find_elements(By.CSS_SELECTOR, collapse) if "Reports" in one.text).click()
+            selects = page.find_elements(By.CSS_SELECTOR, "select")
+            Select(next(one for one in selects if "x.reading" in one.text)).select_by_visible_text("x.reading")
+            frame = until(page, lambda page: (f := find(page, "iframe.report")).get_attribute("sandbox") is None and f)
+            page.switch_to.frame(frame)
+            until(page, lambda page: find(page, "#name")).send_keys("anne" if page is browser else "bert", Keys.ENTER)
+            page.switch_to.active_element.send_keys("1", "2", "2", "1")
+            page.switch_to.default_content()
+        answers = folder / "eval/reports/x.answers.{}.jsonl"
+        for page, name in ((browser, "anne"), (second, "bert")):
+            own = Path(str(answers).format(name))
+            until(page, lambda page, own=own: own.is_file() and len(own.read_text().splitlines()) == 2)
+            assert [json.loads(line)["choice"] for line in own.read_text().splitlines()] == [0, 1]
 
         shutil.rmtree(folder / "outputs/2a")  # a stage is removed while both pages are open
         for page in (browser, second):
