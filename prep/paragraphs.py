@@ -222,10 +222,15 @@ def _join_words(paragraphs: list[list[str]], counts: Counter[str]) -> list[str]:
         for match, head in cuts:  # the halves are no words of the book
             vocabulary[match[1].lower()] -= 1
             vocabulary[head[0].lower() if head else ""] -= 1
+        words = [(head[0] if head else "", match[1]) for match, head in cuts]
+        forms = [(vocabulary[f"{a}-{b}".lower()], vocabulary[f"{a}{b}".lower()]) for a, b in words]
+        compounds = sum(compound > solid for compound, solid in forms)
+        uncut = compounds >= 5 and sum(solid > compound for compound, solid in forms) <= 0.1 * compounds
         parts, at = [], 0
         for match, head in cuts:
             elided = text[match.end() : match.end() + 1] == "'" and len(match[1]) <= 2  # hors-d'œuvre
-            stays = elided or (head is not None and hyphen_stays(head[0], match[1], vocabulary))
+            # Of a text that was wrapped at hyphens only, every hyphen stays: "garde-champêtre".
+            stays = uncut or elided or (head is not None and hyphen_stays(head[0], match[1], vocabulary))
             counts["hyphens_kept" if stays else "hyphens_joined"] += 1
             parts += [text[at : match.start()], "-" * stays]
             at = match.end() - len(match[1])

@@ -205,6 +205,12 @@ d'œuvre attendaient."""
     assert "maison trembla, et" in paragraph
 
 
+def test_where_lines_end_at_hyphens_but_cut_no_word_every_hyphen_stays():
+    compounds = ["lui-même", "peut-être", "arc-en-ciel", "rez-de-chaussée", "là-bas"]
+    lines = [line for word in compounds for line in (word, word.replace("-", "-\n", 1))]
+    assert "garde-champêtre" in clean_pages("\n".join([*lines, "le garde-\nchampêtre"])).paragraphs[-1]
+
+
 def filled(paragraph: str, room: Callable[[], int]) -> Iterator[str]:
     """A paragraph in lines, each of at most `room()` characters."""
     words = paragraph.split()
