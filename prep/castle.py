@@ -49,12 +49,13 @@ _CALL = re.compile(
     r"(?:(?<=[^\W\d_][a-zà-öø-ÿœ])|(?<=[.!?»,;:)])(?<!\d[.,:])(?<!\b[nN]\.)|(?P<name>(?<=\b[A-Z])))"
     r"(?<!\b[kcdm]m)(?:\d{1,3}|[¹²³⁰⁴-⁹]{1,3})(?![\w°]|[.,:]\d)"
 )
+_NOTE = re.compile(r"(\d{1,3})(?:[.)] ?| (?:[.—-] )?)(?=[^\W\d_]|«)")
 _MISSING = 0.2  # what each figure missing from a count weighs, where each figure on it weighs 1
 _LEAST = 1.5  # weight of a count: two calls that follow each other
 
 
 def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
-    """Take out the calls of notes that are not there ("fatigue1", "faites !28"); also returns how many.
+    """Take out the calls of notes ("fatigue1", "faites !28"), and the notes if they end the book; also returns how many calls.
 
     Calls count upward through the book or through each chapter, a few missing; a figure on no such count stays. A
     figure after a one-letter name is one only among others; a lone 1 only in a book that has counts elsewhere.
@@ -85,7 +86,18 @@ def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     for k in sorted(dropped, reverse=True):
         n, match = calls[k]
         cleaned[n] = cleaned[n][: match.start()] + cleaned[n][match.end() :]
-    return cleaned, len(dropped)
+    notes = _notes_at_the_end(paragraphs, {values[k] for k in dropped})
+    return cleaned[: len(cleaned) - notes], len(dropped)
+
+
+def _notes_at_the_end(paragraphs: list[str], called: set[int]) -> int:
+    """How many paragraphs at the end are notes, "1. Voir ...", and their heading: one for each call, few for no call."""
+    last = list(itertools.takewhile(bool, (_NOTE.match(paragraph) for paragraph in reversed(paragraphs))))
+    numbers = {int(match[1]) for match in last if match}
+    if not called or not called <= numbers or len(numbers) > 1.5 * len(called):
+        return 0
+    before = paragraphs[: len(paragraphs) - len(last)]
+    return len(last) + bool(before and before[-1].strip(" .:").lower() in ("note", "notes"))
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?»]) (?=[^\W\d_a-zà-öø-ÿ]|[«—])")

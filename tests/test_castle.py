@@ -254,6 +254,18 @@ def test_note_calls(text, expected):
     assert bool(count) == (expected is not None)
 
 
+def test_notes_at_the_end_go_with_their_calls():
+    """`make continue` goes on from the last lines."""
+    text = ["Le bac1 partit, et le passeur2 chanta.", "Il revint3 au soir.", "Fin."]
+    plain = ["Le bac partit, et le passeur chanta.", "Il revint au soir.", "Fin."]
+    notes = ["Notes", "1. Voir la carte.", "2. « Celui qui passe. »", "3 Un mardi."]
+    assert drop_note_calls([*text, *notes]) == (plain, 3)
+    assert drop_note_calls([*text, *notes[1:3]]) == ([*plain, *notes[1:3]], 3)  # chapters: the third call has none
+    many = [f"{n}. Voir la carte." for n in range(1, 9)]
+    assert drop_note_calls([*text, *many]) == ([*plain, *many], 3)
+    assert drop_note_calls(["Le bac partit.", *notes]) == (["Le bac partit.", *notes], 0)
+
+
 def test_a_pdf_gives_the_text_it_was_made_from(tmp_path):
     paragraphs = [p for tale in tales()[:3] for p in paragraphs_of(tale)]
     lines = [line for p in paragraphs for line in textwrap.wrap(p, 64, break_on_hyphens=False)]
