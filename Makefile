@@ -49,7 +49,7 @@ override WITH_ARGS = $(call SPLIT,ARGS) $(SHOW)
 
 .PHONY: help setup setup-gpu lock data base gallica book prep prep-a prep-b prep-c prep-d stage-a stage-b stage-c stage-d check \
         eval reading export merge push continue compare notebook plan bench-gpu rehearse-prep rehearsal bench-eval bench-faults bench-start bench-train \
-        bench-train-long bench-train-start bench-train-instruct bench-prep demo clean-demo test test-fast test-slow lint
+        bench-train-long bench-train-start bench-train-instruct bench-preference bench-prep demo clean-demo test test-fast test-slow lint
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -170,8 +170,9 @@ bench-train: $(READY) ## Which settings learn: bench/train.yml on a CPU -> bench
 bench-train-long: $(READY) ## The same on three times the tokens, a few variants -> bench/reports/train-long.md
 bench-train-start: $(READY) ## How an adapter should start, and how 2a should end -> bench/reports/train-start.md
 bench-train-instruct: $(READY) ## The second curriculum's settings, on the demo's articles, after `make demo CURRICULUM=3`
-bench-train bench-train-long bench-train-start bench-train-instruct: bench-train%:
-	@$(WITH_ARGS) $(BIN)/python bench/sweep.py --plan bench/train$*.yml "$${more[@]}"
+bench-preference: $(READY) ## Which preference loss mends the demo's 2c without forgetting -> bench/reports/preference.md
+bench-train bench-train-long bench-train-start bench-train-instruct bench-preference: bench-%:
+	@$(WITH_ARGS) $(BIN)/python bench/sweep.py --plan bench/$*.yml "$${more[@]}"
 
 bench-prep: $(READY) ## Speed and memory of the preparation beside the naive method (CORPUS_DIR) -> bench/reports/prep.json
 	@test -n "$${CORPUS_DIR-}" || { echo 'say where the corpus is: make bench-prep CORPUS_DIR=folder' >&2; exit 1; }

@@ -39,10 +39,12 @@ from filelock import FileLock, Timeout
 
 from bench import sweep_report
 from bench.sweep_report import BASE
-from eval import intervals, logs, metrics, models, scoring
+from eval import generation, intervals, logs, metrics, models, scoring
 from eval.export import write_model
-from eval.tasks.texts import read_rows
+from eval.reading import TOKENS_A_WORD
+from eval.tasks.texts import once, read_rows
 from prep.common import ROOT, BadInput, digest, sha256, write_json, write_text
+from prep.pairs import places, side
 from train.gate import check_steps, checkpoints, movement_of_weights
 from train.resume import prepare_output
 from train.stage import command, launch_and_wait, load_profile
@@ -52,7 +54,7 @@ VERSION = 1  # of the results: raise it when the same settings and data give oth
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train")  # of a plan without `texts`
 MERGED = "outputs/merged"  # what a variant names as its base to get the parent's adapter merged
 PLAN_KEYS = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "variants")
-MORE_PLAN_KEYS = ("base", "texts")  # the base's folder, and {task: its name on the page}, if not those of train.yml
+MORE_PLAN_KEYS = ("base", "texts", "samples")  # the base's folder; {task: its name on the page}; what each run writes
 KEYS = {"name", "recipe", "parent", "start", "quantised", "overrides", "against", "curve", "says"}
 
 
@@ -194,7 +196,9 @@ def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
     config, log = stage.config, logs.training_log(stage.output_dir) or []
     return {
         "steps": steps["reached"],
-        "tokens_per_step": config["sequence_len"] * config["micro_batch_size"] * config["gradient_accumulation_steps"],
+        "tokens_per_step": None  # pairs have as many tokens as their texts
+        if config.get("rl")
+        else config["sequence_len"] * config["micro_batch_size"] * config["gradient_accumulation_steps"],
         "moved": moved,
         "log": [[point["step"], point["loss"], point["eval_loss"]] for point in log],
     }
@@ -205,13 +209,15 @@ def dtype(plan: dict[str, Any]) -> str:
     return "bfloat16" if plan["all"].get("bf16") else "float32"
 
 
-def score(row: models.Candidate, tasks: Sequence[str], dtype: str) -> dict[str, Any]:
-    """Scores of one row: nats of each unit (work or block) of each text, and what these are."""
+def score(row: models.Candidate, tasks: Sequence[str], dtype: str, samples: dict[str, int] | None) -> dict[str, Any]:
+    """Scores of one row: nats of each unit (work or block) of each text, and what these are; measures of what it writes."""
     warnings.filterwarnings("ignore")
     model: Any  # a PeftModel answers as the model under it does
-    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, dtype)):
+    texts, nll, written = {}, {}, {}
+    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, dtype), unpacked=bool(samples)):
         scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), scoring.load_tasks(tasks), None)
-    texts, nll = {}, {}
+        if samples:
+            written["samples"], texts["author"] = write(model, tokenizer, **samples)
     for task, score in scores.items():
         unit, table = intervals.units(score["documents"])
         texts[task] = {"tokens": score["tokens"], "unit": unit, "bytes": table[:, 1].astype(int).tolist()}
@@ -221,7 +227,27 @@ def score(row: models.Candidate, tasks: Sequence[str], dtype: str) -> dict[str, 
     memorised = metrics.memorisation(scores)
     sides = ("train", "heldout")
     probability = {side: memorised[side]["token_probability"] for side in sides} if memorised else None
-    return {"nll": nll, "token_probability": probability, "texts": texts}
+    return {"nll": nll, "token_probability": probability, "texts": texts, **written}
+
+
+def write(model: Any, tokenizer: Any, prompts: int, draws: int, words: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measures, by place, of what a row and what the author wrote after held-out lines of the novel: the mean of each draw's."""
+    copies = metrics.CopyFinder(once(Path("data/2c.jsonl")))
+    held = [place for row in read_rows(Path("data/2c.heldout.jsonl")) for place in places(row["text"], words, words)]
+
+    def measures(texts: list[str]) -> dict[str, float]:
+        found = metrics.degeneration([{"text": text, "ended": False} for text in texts])
+        copied = statistics.fmean(copies.longest(text)["words"] for text in texts)
+        return {key: found[key] or 0.0 for key in ("looping", "rep_4", "not_french")} | {"copied": copied}
+
+    sides: list[list[dict[str, float]]] = [[], []]
+    for number, (prompt, author) in enumerate(held[:: max(1, len(held) // prompts)][:prompts]):
+        decoding, ids = generation.decoding(TOKENS_A_WORD * words), generation.encode(tokenizer, prompt)
+        drawn = generation.draw(model, tokenizer, ids, draws, number, decoding, open_ended=True)
+        sides[0].append(measures([side(sample.text.lstrip().split(" ")[:words]) for sample in drawn]))
+        sides[1].append(measures([author]))
+    rows, authors = ({key: [round(each[key], 4) for each in found] for key in found[0]} for found in sides)
+    return rows, authors
 
 
 def save_merged(row: models.Candidate, target: Path) -> None:
@@ -251,7 +277,7 @@ def finish(this: Run, plan: dict[str, Any]) -> None:
     else:
         trained = train(this, plan)
         row = models.candidate(this.stage)
-    scores = apart(score, row, tuple(plan.get("texts", TASKS)), dtype(plan))
+    scores = apart(score, row, tuple(plan.get("texts", TASKS)), dtype(plan), plan.get("samples"))
     write_json(this.result, {**trained, **scores})
     if trained:  # checkpoints hold optimiser states too; the final weights are beside them
         for checkpoint in checkpoints(this.stage.output_dir):
@@ -280,6 +306,8 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
     for stage in plan["batch_divisor"]:
         found = manifests[stage] = json.loads(Path(f"data/{stage}.manifest.json").read_text())
         found["source"]["path"] = Path(found["source"]["path"]).name  # the corpus's folder is this machine's
+        if not found["heldout"]["sha256"]:
+            continue
         rows = read_rows(Path(f"data/{stage}.heldout.jsonl"))
         tokens = found["heldout"]["tokens"] + found["heldout"]["tail_tokens"]
         # By which a validation loss becomes bits per byte.

@@ -1,5 +1,6 @@
 """What the training bench needs of Axolotl beyond its keys: bf16 on a CPU, and one order of rows for every seed."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainerCallback
 
 from train.adapter_start import StartAdapter
 from train.plugins import SeedAdapter
+from train.preference import MidText
 
 ORDER = 42
 
@@ -48,6 +50,13 @@ class Unweighted(Start):
 
     def root(self, inputs: torch.Tensor) -> torch.Tensor:
         return torch.eye(inputs.shape[1])
+
+
+class Preference(MidText):
+    """Takes away the base that Axolotl saves beside the adapter after DPO."""
+
+    def post_train_unload(self, cfg: Any) -> None:
+        (Path(cfg.output_dir) / "model.safetensors").unlink(missing_ok=True)
 
 
 class Averaged(Plugin):

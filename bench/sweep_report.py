@@ -53,6 +53,13 @@ MEMORISATION = """## Memorisation
 Token probability: geometric mean over spans of 50 tokens with at least 200 tokens of true text before them.
 
 """
+DEGENERATION = """## Degeneration
+
+What each writes after places of the novel's held-out pages: means over places and seeds, with the difference from what it started
+from and its 95 % interval over places; above, the author's own words there. Looping: share of draws. Repeated: share of 4-grams. Not
+French: share of words. Copied: the longest run of words that is in the training text too.
+
+"""
 
 
 def dumped(report: dict[str, Any]) -> str:
@@ -118,6 +125,27 @@ class Sweep:
             sides.append([{"source": text, "nll": sum(nll), "bytes": sum(sizes), "blocks": units}])
         return intervals.difference(*sides)
 
+    def written(self, name: str, measure: str) -> np.ndarray:
+        """By place, a measure of what a variant or the base wrote there; the mean over seeds."""
+        return np.mean([run["samples"][measure] for run in self.runs(name).values()], axis=0)
+
+    def degeneration(self) -> tuple[list[str], list[list[str]]]:
+        """Measures of samples beside the author's own; nothing in a sweep without samples."""
+        author, variants = self.report["texts"].get("author"), [BASE, *filter(self.runs, self.variants)]
+        if not author:
+            return [], []
+        rows = [["the author", *(number(statistics.fmean(values)) for values in author.values())]]
+        for name in variants:
+            cells = [number(float(self.written(name, measure).mean())) for measure in author]
+            if name != BASE:
+                for place, measure in enumerate(author):
+                    less = self.written(name, measure) - self.written(self.start(name), measure)
+                    # A mean is a ratio of sums too.
+                    interval = intervals.percentiles(less, np.full(len(less), 1 / math.log(2)))
+                    cells[place] += f", {changed({'bits_per_byte': float(less.mean()), 'interval': interval})}"
+            rows.append([f"`{name}`", *cells])
+        return ["", "looping", "repeated", "not French", "copied"], rows
+
     def spread(self) -> float | None:
         """The largest change of any difference from one seed to another, in bits per byte."""
         spreads = []
@@ -136,7 +164,8 @@ class Sweep:
             variant, start, runs = self.variants[name], self.start(name), list(self.runs(name).values())
             rate = (self.report["recipes"][variant["recipe"]] | variant.get("overrides", {}))["learning_rate"]
             trained = "–" if variant.get("quantised") else f"{float(rate):.0e}".replace("e-0", "e-")
-            steps = f"{runs[0]['steps']} x {runs[0]['tokens_per_step']:,}" if runs and runs[0].get("steps") else "–"
+            tokens = f" x {runs[0]['tokens_per_step']:,}" if runs and runs[0].get("tokens_per_step") else ""
+            steps = f"{runs[0]['steps']}{tokens}" if runs and runs[0].get("steps") else "–"
             row = [f"`{name}`", f"`{start}`", trained, steps, str(len(runs))]
             for text in self.texts:
                 row += [number(self.bits(name, text)), changed(self.less(name, start, text))]
@@ -163,16 +192,20 @@ class Sweep:
                 memorisation.append([f"`{each}`", *map(number, figures)])
             overrides = f" Overrides: `{json.dumps(variant['overrides'])}`." if variant.get("overrides") else ""
             variants.append(f"- `{each}`: {variant['recipe']}, seeds {seeds}. {variant.get('says', '')}{overrides}\n")
-        tokens = {
-            stage: rows["train"]["windows"] * rows["sequence_len"]
-            or rows["train"]["tail_tokens"]  # rows below a window
-            for stage, rows in report["manifests"].items()
-        }
+        trained = []
+        for stage, rows in report["manifests"].items():
+            train = rows["train"]
+            pairs = "sequence_len" not in rows
+            tokens = (
+                0 if pairs else train["windows"] * rows["sequence_len"] or train["tail_tokens"]
+            )  # rows below a window
+            trained.append(f"{stage} {train['rows']} pairs" if pairs else f"{stage} {tokens:,}")
         texts = {text: report["texts"][text] for text in self.texts if report["runs"]}
         head = ["variant", "bpb, trained pages", "bpb, held-out pages", "token probability, trained", "held out"]
         more = {
             MOVEMENT: (["variant", "elements changed", "change over norm"], movement),
             MEMORISATION: (head, memorisation),
+            DEGENERATION: self.degeneration(),
         }
         return PAGE.format(
             name=name,
@@ -180,7 +213,7 @@ class Sweep:
             plan=report["plan"] | {"all": json.dumps(report["plan"]["all"])},
             cpu=report["environment"]["cpu"],
             threads=report["environment"]["threads"],
-            trained=", ".join(f"{stage} {count:,}" for stage, count in tokens.items()),
+            trained=", ".join(trained),
             scored=", ".join(f"`{t}` {f['tokens']:,} ({len(f['bytes'])} {f['unit']}s)" for t, f in texts.items()),
             divisors=", ".join(f"{stage} by {divisor}" for stage, divisor in report["plan"]["batch_divisor"].items()),
             base=", ".join(f"{number(self.bits(BASE, text))} on `{text}`" for text in self.texts),

@@ -135,7 +135,7 @@ def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [claim(), claim()] == ["adapter-1", None]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("train*.yml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("[tp]r*.yml")), ids=lambda path: path.stem)
 def test_a_shipped_plan_is_good_and_axolotl_knows_its_keys(path: Path) -> None:
     plan = sweep.load_plan(path)
     liger = ["axolotl.integrations.liger.LigerPlugin"]  # its keys stay in the recipe when a CPU leaves it out
@@ -220,6 +220,7 @@ all: {logging_steps: 1, eval_steps: null, save_steps: null, evals_per_epoch: 2, 
 batch_divisor: {2b: 16, 2c: 4}
 largest_batch: 2048
 texts: {gallica_heldout: Gallica}
+samples: {prompts: 2, draws: 2, words: 5}
 data:
   - '"$PYTHON" "$ROOT/demo/corpus.py" --out sources'
   - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 2048 --windows 4 --split 2/2 --holdout 0.2 --heldout-windows 2 --out data/2b.jsonl'
@@ -261,6 +262,8 @@ def test_a_sweep_trains_merges_quantises_and_continues(
     assert full["steps"] == 2 and full["moved"]["changed"] > 0.5 and "steps" not in runs["full-4bit-1"]
     assert [loss for step, _, loss in adapter["log"] if step in (0, 4) and loss]
     assert len({sum(run["nll"]["gallica_heldout"]) for run in runs.values()}) == 4
+    assert {len(values) for run in runs.values() for values in run["samples"].values()} == {2}
+    assert re.search(r"\| the author *\| 0\.000 ", (tmp_path / "reports/tiny.md").read_text())
     (merged,) = Path("outputs").glob("full-1-*-merged/model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
     assert not torch.equal(load_file(merged)[name].float(), load_file(base / "model.safetensors")[name].float())
