@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,7 +73,12 @@ def test_of_several_draws_the_worst_is_taken(novel: Path, monkeypatch: pytest.Mo
     assert pairs.failing(good) < min(map(pairs.failing, words)) and max([good, loop, *words], key=pairs.failing) == loop
 
     real, drawn = generation.draw, []
-    monkeypatch.setattr(generation, "draw", lambda *all, **more: drawn.append(real(*all, **more)) or drawn[-1])
+
+    def recorded(*all: Any, **more: Any) -> list[Any]:
+        drawn.append(real(*all, **more))
+        return drawn[-1]
+
+    monkeypatch.setattr(generation, "draw", recorded)
     for pair, samples in zip(draw("--candidates", "3"), drawn, strict=True):
         sides = [pairs.side(sample.text.lstrip().split(" ")[:8]) for sample in samples]
         assert len(sides) == 3 and pair["rejected"] == max(sides, key=pairs.failing)

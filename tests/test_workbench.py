@@ -539,11 +539,10 @@ def test_the_page_in_a_browser(
             until(page, lambda page: find(page, "#name")).send_keys("anne" if page is browser else "bert", Keys.ENTER)
             page.switch_to.active_element.send_keys("1", "2", "2", "1")
             page.switch_to.default_content()
-        answers = folder / "eval/reports/x.answers.{}.jsonl"
-        for page, name in ((browser, "anne"), (second, "bert")):
-            own = Path(str(answers).format(name))
-            until(page, lambda page, own=own: own.is_file() and len(own.read_text().splitlines()) == 2)
-            assert [json.loads(line)["choice"] for line in own.read_text().splitlines()] == [0, 1]
+        files = [folder / f"eval/reports/x.answers.{name}.jsonl" for name in ("anne", "bert")]
+        until(browser, lambda page: all(path.is_file() and path.read_text().count("\n") == 2 for path in files))
+        for path in files:
+            assert [json.loads(line)["choice"] for line in path.read_text().splitlines()] == [0, 1]
 
         shutil.rmtree(folder / "outputs/2a")  # a stage is removed while both pages are open
         for page in (browser, second):
