@@ -458,8 +458,8 @@ def test_the_page_in_a_browser(
 
     with ExitStack() as opened:
         browser, second = open_browser(), open_browser()
-        shutil.copy(ROOT / "eval/reports/demo.json", folder / "eval/reports/x.json")  # which has a blind reading
         write_text(folder / "eval/reports/x.reading.html", "made from x.json")
+        shutil.copy(ROOT / "eval/reports/demo.json", folder / "eval/reports/x.json")  # which has a blind reading
         os.utime(folder / "eval/reports/x.reading.html", (1, 1))  # the newest is shown first
         address, line = opened.enter_context(served("--port", str(free_port()), "--dir", str(folder), JUPYTER_TOKEN=""))
         opened.callback(ended.set)
