@@ -5,8 +5,9 @@
     make rehearse-prep CORPUS_DIR=FOLDER                                  a library and rows as many as the recipes' instead
 
 The base is TinyLlama's architecture (train/tinyllama.json) with random weights; the rows come from the demo's texts by the
-demo's commands, or, with --library, from 5 GB of books made from the novels there (bench/prep_speed.py). Each stage is killed at its first checkpoint and resumed by the same command. What a step takes says little
-of a whole training on a CPU; loading, checking, checkpoints, evaluation and export take here what they will take there.
+demo's commands, or, with --library, from 5 GB of books made from the novels there (bench/prep_speed.py). Each stage is killed
+at its first checkpoint and resumed by the same command. What a step takes says little of a whole training on a CPU; loading,
+checking, checkpoints, evaluation and export take here what they will take there.
 Everything is made in bench/run/rehearsal; run it again and it continues. Writes bench/reports/rehearsal.json and .md, with
 --profile gpu rehearsal-gpu.json.
 """
@@ -46,21 +47,13 @@ def commands(profile: str, library: Path | None) -> dict[str, tuple[str, ...]]:
     few = ("--windows", "all", "--holdout", "0.2", "--heldout-windows", "2")
     short, long = (("--windows", "1000000"), ("--windows", "250000")) if library else (few, few)
     recipes = ("--recipes", str(ROOT / "recipes"))
-    books = (
-        "bench/prep_speed.py",
-        "--source",
-        str(library),
-        *base,
-        "--books",
-        str(BOOKS),
-        "--library",
-        "sources/gallica",
-    )
+    source = "library" if library else "sources/gallica"
+    books = ("bench/prep_speed.py", "--source", str(library), *base, "--books", str(BOOKS), "--library", source)
     found = {
         "collect base": ("prep/collect.py", "base", "--source", "base"),
         "texts": ("demo/corpus.py", "--out", "sources"),
         **({"library": books} if library else {}),
-        "collect gallica": ("prep/collect.py", "gallica", "--source", "library" if library else "sources/gallica"),
+        "collect gallica": ("prep/collect.py", "gallica", "--source", source),
         "collect book": ("prep/collect.py", "book", "--source", "sources/novella.pdf"),
         "prepare 2a": (*gallica, *short, "--sequence-len", "512", "--split", "1/2", "--out", "data/2a.jsonl"),
         "prepare 2b": (*gallica, *long, "--sequence-len", "2048", "--split", "2/2", "--out", "data/2b.jsonl"),

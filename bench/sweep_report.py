@@ -139,10 +139,9 @@ class Sweep:
             cells = [number(float(self.written(name, measure).mean())) for measure in author]
             if name != BASE:
                 for place, measure in enumerate(author):
-                    less = self.written(name, measure) - self.written(self.start(name), measure)
-                    # A mean is a ratio of sums too.
-                    interval = intervals.percentiles(less, np.full(len(less), 1 / math.log(2)))
-                    cells[place] += f", {changed({'bits_per_byte': float(less.mean()), 'interval': interval})}"
+                    sides = [self.written(each, measure).tolist() for each in (self.start(name), name)]
+                    found = intervals.difference_of_means(*sides)
+                    cells[place] += f", {changed(found and {'bits_per_byte': found[0], 'interval': found[1]})}"
             rows.append([f"`{name}`", *cells])
         return ["", "looping", "repeated", "not French", "copied"], rows
 

@@ -5,6 +5,7 @@ work where there are enough of them, otherwise a block of consecutive tokens; ev
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,10 @@ def difference(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dic
     return {"unit": unit, "units": len(size), "bits_per_byte": bits, "interval": percentiles(change, size)}
 
 
-def difference_of_shares(before: list[bool | None], after: list[bool | None]) -> tuple[float, list[float]] | None:
-    """How much more often it is true after, with the paired 95 % interval over what is known of both; None below two."""
+def difference_of_means(
+    before: Sequence[float | None], after: Sequence[float | None]
+) -> tuple[float, list[float]] | None:
+    """Mean after less mean before, with the paired 95 % interval over what is known of both; None below two."""
     known = [pair for pair in zip(before, after, strict=True) if None not in pair]
     change = np.diff(np.array(known, dtype=float).reshape(-1, 2)).ravel()
     interval = percentiles(change, np.ones_like(change))

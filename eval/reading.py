@@ -12,11 +12,12 @@ page offers them for download. eval/evaluation.py (make eval) merges these files
     cd demo/run && python ../../eval/reading.py --recipes ../../recipes --run demo --out ../../eval/reports --pairs 20 --words 40
 """
 
+from prep.command import run
+
 import argparse
 import glob
 import itertools
 import json
-import os
 import random
 import re
 import sys
@@ -24,11 +25,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-from prep.command import run
 
 import numpy as np
 from scipy.special import expit

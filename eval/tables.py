@@ -65,7 +65,7 @@ def answered(after: dict[str, Any] | None, before: dict[str, Any] | None) -> lis
     sides = sides if all(sides) else [[], []]
     cells = []
     for key in ANSWERED:
-        found = intervals.difference_of_shares(*([answer[key] for answer in side] for side in sides))
+        found = intervals.difference_of_means(*([answer[key] for answer in side] for side in sides))
         sure = " *" if found and found[1][0] * found[1][1] > 0 else ""
         cells.append("{:+.0%} [{:+.0%}, {:+.0%}]".format(found[0], *found[1]) + sure if found else "–")
     return cells

@@ -32,7 +32,7 @@ from pathlib import Path
 from prep.common import BadInput, source_files
 from prep.filters import not_french
 from prep.formats import BookText, read_book
-from prep.page_layout import Cleaned, clean_pages, clean_paragraphs
+from prep.page_layout import Cleaned, clean_pages, clean_paragraphs, without_notes_heading
 from prep.rows import Cutter, Row, Tokens, holdout_share, jsonl_path, write_prepared
 
 
@@ -86,18 +86,16 @@ def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     for k in sorted(dropped, reverse=True):
         n, match = calls[k]
         cleaned[n] = cleaned[n][: match.start()] + cleaned[n][match.end() :]
-    notes = _notes_at_the_end(paragraphs, {values[k] for k in dropped})
-    return cleaned[: len(cleaned) - notes], len(dropped)
+    return _without_notes_at_the_end(cleaned, {values[k] for k in dropped}), len(dropped)
 
 
-def _notes_at_the_end(paragraphs: list[str], called: set[int]) -> int:
-    """How many paragraphs at the end are notes, "1. Voir ...", and their heading: one for each call, few for no call."""
+def _without_notes_at_the_end(paragraphs: list[str], called: set[int]) -> list[str]:
+    """Without the notes that end a book, "1. Voir ...", and their heading: one for each call, few for no call."""
     last = list(itertools.takewhile(bool, (_NOTE.match(paragraph) for paragraph in reversed(paragraphs))))
     numbers = {int(match[1]) for match in last if match}
     if not called or not called <= numbers or len(numbers) > 1.5 * len(called):
-        return 0
-    before = paragraphs[: len(paragraphs) - len(last)]
-    return len(last) + bool(before and before[-1].strip(" .:").lower() in ("note", "notes"))
+        return paragraphs
+    return without_notes_heading(paragraphs[: len(paragraphs) - len(last)])
 
 
 _SENTENCE_END = re.compile(r"(?<=[.!?»]) (?=[^\W\d_a-zà-öø-ÿ]|[«—])")

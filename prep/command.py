@@ -10,10 +10,10 @@ from prep.common import ROOT, BadInput
 
 # Until `run` reports it, Ctrl-C ends one of our scripts as the shell expects; Python would print where its imports were.
 # Not where it is ignored (nohup), nor in pytest, Axolotl and the workers of a script, which import this as well.
-script = Path(sys.argv[0]).resolve()
+_script = Path(sys.argv[0]).resolve()
 if (
-    script.suffix == ".py"
-    and script.parent.parent == ROOT
+    _script.suffix == ".py"
+    and _script.parent.parent == ROOT
     and not multiprocessing.parent_process()
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):

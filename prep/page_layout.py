@@ -111,9 +111,14 @@ def _without_notes(paragraphs: list[str], counts: Counter[str]) -> list[str]:
                     calls.setdefault(label, []).append(len(kept))
                 kept.append(paragraph)
     counts["notes"] += len(paragraphs) - len(kept)
-    if counts["notes"] and kept and kept[-1].strip(" .:").lower() in ("note", "notes"):
-        kept.pop()
+    if counts["notes"]:
+        kept = without_notes_heading(kept)
     return kept
+
+
+def without_notes_heading(paragraphs: list[str]) -> list[str]:
+    """Paragraphs of which the notes at the end have been taken, without the heading of these."""
+    return paragraphs[:-1] if paragraphs and paragraphs[-1].strip(" .:").lower() in ("note", "notes") else paragraphs
 
 
 def _label(line: str) -> str:

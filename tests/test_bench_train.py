@@ -197,6 +197,20 @@ def test_a_plan_has_texts_of_its_own_and_no_empty_parts(tmp_path: Path) -> None:
     assert "kafka" not in page and "svg" not in page and not (tmp_path / "other.svg").exists()
 
 
+def test_samples_are_compared_by_place() -> None:
+    report = json.loads((ROOT / "bench/reports/train.json").read_text())
+    report["texts"]["author"] = {"copied": [1, 2]}
+    report["variants"] = {"2a-nearest": report["variants"]["2a-nearest"]}
+    for name, run in report["runs"].items():
+        run["samples"] = {"copied": [3, 5] if name == "base" else [4, 6]}
+    _, rows = sweep_report.Sweep(report).degeneration()
+    assert rows == [
+        ["the author", "1.500"],
+        ["`base`", "4.000"],
+        ["`2a-nearest`", "5.000, +1.000 [+1.000, +1.000] *"],
+    ]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}'])
 def test_a_damaged_or_older_report_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(text)

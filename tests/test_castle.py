@@ -255,7 +255,7 @@ def test_note_calls(text, expected):
 
 
 def test_notes_at_the_end_go_with_their_calls():
-    """`make continue` goes on from the last lines."""
+    """`make continue` continues the last lines."""
     text = ["Le bac1 partit, et le passeur2 chanta.", "Il revint3 au soir.", "Fin."]
     plain = ["Le bac partit, et le passeur chanta.", "Il revint au soir.", "Fin."]
     notes = ["Notes", "1. Voir la carte.", "2. « Celui qui passe. »", "3 Un mardi."]
