@@ -17,6 +17,7 @@ HF_HUB_OFFLINE=1 (local sources only) are honoured.
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -282,7 +283,8 @@ def collect_base(args: argparse.Namespace) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        model = base.convert(source or downloads, new, given)
+        with contextlib.redirect_stderr(io.StringIO()):  # Transformers' progress bars
+            model = base.convert(source or downloads, new, given)
         made = sorted(new.iterdir())
         for path in made:
             path.chmod(0o644)  # safetensors writes 0600

@@ -1,5 +1,6 @@
 """What every script begins and ends with. Imported before all else (pyproject.toml orders imports so): torch takes seconds."""
 
+import logging
 import multiprocessing
 import signal
 import sys
@@ -7,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prep.common import ROOT, BadInput
+
+# torchao names each CUDA kernel that a CPU cannot load, and torch a deprecation in torchao: neither is the user's.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 # Until `run` reports it, Ctrl-C ends one of our scripts as the shell expects; Python would print where its imports were.
 # Not where it is ignored (nohup), nor in pytest, Axolotl and the workers of a script, which import this as well.
