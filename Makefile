@@ -147,7 +147,7 @@ notebook: $(READY) ## Watch trainings, write with the stages, read reports: a pa
 plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--base models/base recipes/2a.yml")
 	@$(WITH_ARGS) $(BIN)/python train/memory.py "$${more[@]}"
 
-bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.md (ARGS="--minutes 9": resume later)
+bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.md (run again to resume)
 	@$(WITH_ARGS) $(BIN)/python bench/gpu.py "$${more[@]}"
 
 rehearse-prep: $(READY) ## The rows of the real run, from 5 GB of books made of CORPUS_DIR's novels: time, memory, disk -> bench/reports/rehearsal-prep.md

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from bench.sweep_plugin import Diagonal, Start, Unweighted
 from eval import intervals, models, scoring
-from eval.tables import markdown
+from eval.tables import changed, markdown, number
 from eval.tasks.texts import read_rows
 from prep.common import commit, cpu_name, git_state, progress, sha256, versions, write_text
 from train.adapter_start import calibration_rows, correct, unquantised
@@ -62,18 +62,14 @@ def measure(variant: dict[str, Any], folder: Path, texts: Path) -> dict[str, Any
     said = None
     if rank := variant.get("rank"):
         set_seed(42)
-        settings = LoraConfig(
-            r=rank, lora_alpha=16, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, settings)
+        linear: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **linear))
         tokens = [tokenizer(row["text"])["input_ids"] for row in read_rows(texts)]
-        whole = [
-            {"input_ids": row[at : at + WINDOW]} for row in tokens for at in range(0, len(row) - WINDOW + 1, WINDOW)
-        ]
+        starts = [(row, at) for row in tokens for at in range(0, len(row) - WINDOW + 1, WINDOW)]
+        windows = [{"input_ids": row[at : at + WINDOW]} for row, at in starts]
         limit = variant.get("tokens", 4096)
-        rows = calibration_rows(whole, 42, limit)
-        root = variant.get("start", Start)().root
-        said = correct(model, unquantised(str(folder)), [row[:limit] for row in rows], root)
+        rows = [row[:limit] for row in calibration_rows(windows, 42, limit)]
+        said = correct(model, unquantised(str(folder)), rows, variant.get("start", Start)().root)
     scores = scoring.score(scoring.TokenScorer(model.eval(), tokenizer, 1, "scoring"), scoring.load_tasks(TASKS), None)
     return {"scores": scores, "said": said}
 
@@ -84,15 +80,9 @@ def page(report: dict[str, Any]) -> str:
     for name, result in found.items():
         cells = []
         for task in TASKS:
-            change = intervals.difference(
-                found["16 bits"]["scores"][task]["documents"], result["scores"][task]["documents"]
-            )
-            assert change and change["interval"]
-            low, high = change["interval"]
-            cells += [
-                f"{result['scores'][task]['bits_per_byte']:.3f}",
-                f"{change['bits_per_byte']:+.4f} [{low:+.4f}, {high:+.4f}]",
-            ]
+            exact, score = found["16 bits"]["scores"][task], result["scores"][task]
+            less = intervals.difference(exact["documents"], score["documents"])
+            cells += [number(score["bits_per_byte"]), changed(less)]
         rows.append([name, *cells])
     head = ["base and start", "Gallica", "against 16 bits", "novel", "against 16 bits"]
     waiting = [name for name in VARIANTS if name not in found]
@@ -100,8 +90,8 @@ def page(report: dict[str, Any]) -> str:
     where = f"{report['cpu']}, {commit(report['git'])}, {', '.join(f'{k} {v}' for k, v in report['versions'].items())}"
     return (
         "# What quantisation costs, and what the adapter's start gives back\n\nHeld-out bits per byte of the demo's 2a, lower is "
-        "better, with the paired 95 % interval of the difference. Nothing is trained. Where a rank stands, the adapter starts as "
-        f"the correction of the quantisation error.\n\n{markdown((head, rows))}\n\n"
+        "better, with the paired 95 % interval of the difference, * where it leaves out zero. Nothing is trained. With a rank, the "
+        f"adapter starts as the correction of the quantisation error.\n\n{markdown((head, rows))}\n\n"
         f"{missing}{where}. Model: {report['model'][:16]}.\n"
     )
 
@@ -109,19 +99,14 @@ def page(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("outputs/2a"), help="a full model (default: outputs/2a)")
-    parser.add_argument(
-        "--rows", type=Path, default=Path("data/2b.jsonl"), help="training rows (default: data/2b.jsonl)"
-    )
+    parser.add_argument("--rows", type=Path, default=Path("data/2b.jsonl"), help="training rows (data/2b.jsonl)")
     args = parser.parse_args()
     model = sha256(args.model / "model.safetensors")
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
     if report.get("model") != model:
         report = {"model": model, "variants": {}}
-    report |= {
-        "cpu": cpu_name(),
-        "git": git_state(),
-        "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
-    }
+    packages = versions("torch", "transformers", "peft", "bitsandbytes")
+    report |= {"cpu": cpu_name(), "git": git_state(), "versions": packages}
     for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):
         report["variants"][name] = measure(VARIANTS[name], args.model, args.rows)
         write_text(REPORT, json.dumps(report, ensure_ascii=False) + "\n")

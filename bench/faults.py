@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -32,7 +31,7 @@ from typing import Any
 import yaml
 
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, atomic_write, commit, cpu_name, git_state, progress, sha256, versions
+from prep.common import ROOT, BadInput, commit, cpu_name, git_state, progress, sha256, versions, write_json, write_text
 
 PLAN = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
 COMMANDS = {name: (command.format(root=ROOT), makes) for name, (command, makes) in PLAN["commands"].items()}
@@ -71,24 +70,18 @@ def hear_signals() -> None:
 def give(name: str, place: Path, disturb: Callable[[Any], object] = lambda process: None) -> tuple[int, str]:
     """Run a command in `place`: its exit status, and what it printed."""
     script, *arguments = shlex.split(COMMANDS[name][0])
+    command = [sys.executable, str(ROOT / script), *arguments]
+    alone: dict[str, Any] = {"cwd": place, "env": ENVIRONMENT, "start_new_session": True, "preexec_fn": hear_signals}
     with (place.parent / "printed").open("w+b") as said:
-        command = [sys.executable, str(ROOT / script), *arguments]
-        process = subprocess.Popen(
-            command,
-            cwd=place,
-            env=ENVIRONMENT,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-            preexec_fn=hear_signals,
-        )
+        process = subprocess.Popen(command, stdout=said, stderr=said, **alone)
         try:
             disturb(process)
             process.wait(1800)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         said.seek(0)
-        return process.wait(), said.read().decode(errors="replace")
+        return process.returncode, said.read().decode(errors="replace")
 
 
 def left_in(place: Path) -> list[str]:
@@ -107,17 +100,14 @@ def left_in(place: Path) -> list[str]:
     return found
 
 
-def timeless(value: Any) -> Any:
-    """What a JSON file says, but for times."""
-    if isinstance(value, dict):
-        return {key: timeless(each) for key, each in value.items() if key not in ("date", "seconds", "training")}
-    return [timeless(each) for each in value] if isinstance(value, list) else value
-
-
 def figures(path: Path) -> Any:
     """What a JSON file says, but for times; of any other, and of a damaged one, the sha256."""
+
+    def timeless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in pairs if key not in ("date", "seconds", "training")}
+
     try:
-        return timeless(json.loads(path.read_bytes()))
+        return json.loads(path.read_bytes(), object_pairs_hook=timeless)
     except ValueError:
         return sha256(path)
 
@@ -214,11 +204,8 @@ def trouble(said: str, status: int, name: str) -> str | None:
     if "Traceback (most recent call last)" in said:
         return f"traceback: {lines[-1]}"
     script = Path(shlex.split(COMMANDS[name][0])[0]).name if name else ""
-    return (
-        None
-        if any(re.match(re.escape(f"{script}: "), line) for line in lines[-3:]) or not name
-        else f"{status}: {lines[-1]}"
-    )
+    own = not name or any(line.startswith(f"{script}: ") for line in lines[-3:])
+    return None if own else f"{status}: {lines[-1]}"
 
 
 def try_case(
@@ -269,19 +256,18 @@ def page(report: dict[str, Any]) -> str:
     ]
 
     def table(head: str, groups: list[str]) -> str:
-        counts = Counter((group, results[name]["outcome"]) for group, (name, *_) in zip(groups, deeds, strict=True))
-        rows: list[list[Any]] = [
-            [group, *(counts[group, outcome] for outcome in OUTCOMES)] for group in dict.fromkeys(groups)
-        ]
-        rows.append(["all", *(sum(row[column] for row in rows) for column in range(1, len(OUTCOMES) + 1))])
-        cells = [[str(cell) for cell in (row[0], sum(row[1:]), *row[1:])] for row in rows]
-        return markdown(([head, "times", *OUTCOMES], cells))
+        ends = [(group, results[name]["outcome"]) for group, (name, *_) in zip(groups, deeds, strict=True)]
+        counts = Counter([*ends, *(("all", outcome) for _, outcome in ends)])
+        rows = []
+        for group in dict.fromkeys([*groups, "all"]):
+            numbers = [counts[group, outcome] for outcome in OUTCOMES]
+            rows.append([group, *map(str, (sum(numbers), *numbers))])
+        return markdown(([head, "times", *OUTCOMES], rows))
 
     def listed(outcome: str) -> list[str]:
         chosen = {name: result for name, result in results.items() if result["outcome"] == outcome}
-        return [f"- **{plan[name][0]}**: {'; '.join(r['done'])}: `{r['said']}`" for name, r in chosen.items()] or [
-            "None."
-        ]
+        lines = [f"- **{plan[name][0]}**: {'; '.join(r['done'])}: `{r['said']}`" for name, r in chosen.items()]
+        return lines or ["None."]
 
     return "\n".join([
         "# Killed, damaged, out of disk: what comes of the same command\n",
@@ -320,10 +306,8 @@ def main() -> None:
         name, setup, deeds = chosen[case]
         result = try_case(name, setup, deeds, states[name], work, random.Random(case))
         results[case] = result | {"commit": commit(git_state())}
-        with atomic_write(args.out) as file:
-            json.dump(report, file, ensure_ascii=False, indent=1)
-        with atomic_write(args.out.with_suffix(".md")) as file:
-            file.write(page(report))
+        write_json(args.out, report)
+        write_text(args.out.with_suffix(".md"), page(report))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from prep.common import BadInput, atomic_write
+from eval.tables import markdown
+from prep.common import ROOT, BadInput, write_text
 from prep.filters import _WORD, features, samples
 from prep.front_matter import drop_edition
 
-HERE = Path(__file__).parent
 SHARE = 0.067  # of prose fiction in the library: 19,240 of 289,000 books have its shelfmark
 RECALL = 0.92  # the limit keeps so much of the other folds' fiction
 WORDS, C = 1200, 0.1  # the most frequent words, and the inverse of the penalty: the best of a few tried
@@ -43,12 +43,8 @@ LONGEST = 250_000  # characters set; of a longer text every n-th stretch
 VERSE, SPEAKER, PROSE = range(3)
 Parts = list[tuple[int, str]]
 # What a machine reads for a letter.
-_CONFUSED = {
-    letter: others.split(",")
-    for letter, others in re.findall(
-        r"(\S)(\S+)", "ec éé,è,e èé,e êè,e ce,o oc,0 nu,ii i1,l un l1,i rv tl ao sf ft hb,li bh mni,rn dcl"
-    )
-}
+MISREAD = "ec éé,è,e èé,e êè,e ce,o oc,0 nu,ii i1,l un l1,i rv tl ao sf ft hb,li bh mni,rn dcl"
+_CONFUSED = {word[0]: word[1:].split(",") for word in MISREAD.split()}
 
 
 # --- the texts as pages -----------------------------------------------------------------------------------------------
@@ -145,9 +141,8 @@ def read(clones: Path, row: dict[str, str]) -> str:
     except (OSError, subprocess.CalledProcessError) as error:
         raise BadInput(f"no {row['path']} in {clones / row['repository']}: clone that repository") from error
     parts = tei(data) if row["path"].endswith((".xml", ".tei")) else plain(data, Path(row["path"]).name)
-    text = (
-        pages(stretch(parts), random.Random(zlib.crc32(f"{row['repository']}/{row['path']}".encode()))) if parts else ""
-    )
+    seed = zlib.crc32(f"{row['repository']}/{row['path']}".encode())
+    text = pages(stretch(parts), random.Random(seed)) if parts else ""
     return "\n".join(samples(text)) if len(text) >= 4000 else ""
 
 
@@ -181,7 +176,7 @@ def main() -> None:
     parser.add_argument("clones", type=Path)
     parser.add_argument("--write", action="store_true", help="replace prep/fiction.json and the report")
     args = parser.parse_args()
-    with (HERE / "fiction_sample.csv").open(encoding="utf-8", newline="") as file:
+    with (ROOT / "bench/fiction_sample.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts = [read(args.clones, row) for row in rows]
     rows, texts = [row for row, text in zip(rows, texts, strict=True) if text], [text for text in texts if text]
@@ -200,9 +195,8 @@ def main() -> None:
     weights /= weights.mean()
 
     scores, fold = np.zeros(len(rows)), np.zeros(len(rows), int)
-    for number, (others, these) in enumerate(
-        GroupKFold(10, shuffle=True, random_state=0).split(table, fiction, authors)
-    ):
+    folds = GroupKFold(10, shuffle=True, random_state=0)
+    for number, (others, these) in enumerate(folds.split(table, fiction, authors)):
         coefficients, bias = fit(table[others], fiction[others], weights[others])
         scores[these], fold[these] = table[these] @ coefficients + bias, number
     limits = np.array([np.quantile(scores[fiction & (fold != number)], 1 - RECALL) for number in range(10)])
@@ -216,42 +210,37 @@ def main() -> None:
         figures = rates(taken[at], fiction[at], kinds[at])
         return figures["precision"], figures["recall"], figures["false"]
 
-    spread = bootstrap(
-        (np.arange(len(groups)),), resampled, vectorized=False, n_resamples=999, method="percentile", rng=0
-    ).confidence_interval
-    lines = [
-        "# The fiction filter",
-        "",
-        f"Made by `python bench/fit_fiction_filter.py CLONES --write`: {fiction.sum()} works of prose fiction and "
-        f"{(~fiction).sum()} other books by {len(groups)} authors, cross-validated by author; other kinds weigh alike.",
-        "",
-        "| | | 95 % |",
-        "|---|--:|---|",
-    ]
+    whole = (np.arange(len(groups)),)
+    drawn = bootstrap(whole, resampled, vectorized=False, n_resamples=999, method="percentile", rng=0)
+    low, high = drawn.confidence_interval
     names = {
         "precision": f"precision expected where {SHARE:.1%} is fiction",
         "recall": "recall",
         "false": "other books taken for fiction",
     }
-    for i, (key, name) in enumerate(names.items()):
-        lines.append(f"| {name} | {found[key]:.3f} | {spread.low[i]:.3f} to {spread.high[i]:.3f} |")
-    lines += ["", "| kind | texts | taken for fiction |", "|---|--:|--:|"]
-    for kind in sorted(set(kinds)):
-        lines.append(f"| {kind} | {(kinds == kind).sum()} | {taken[kinds == kind].sum()} |")
+    figures = [
+        [name, f"{found[key]:.3f}", f"{low[i]:.3f} to {high[i]:.3f}"] for i, (key, name) in enumerate(names.items())
+    ]
+    counts = [[kind, f"{(kinds == kind).sum()}", f"{taken[kinds == kind].sum()}"] for kind in sorted(set(kinds))]
     wrong = [f"{rows[i]['title'] or rows[i]['path']} ({kinds[i]})" for i in np.flatnonzero(taken & ~fiction)]
-    lines += ["", "Wrongly taken: " + ("; ".join(wrong) or "none") + "."]
-    report = "\n".join(lines) + "\n"
+    report = f"""# The fiction filter
+
+Made by `python bench/fit_fiction_filter.py CLONES --write`: {fiction.sum()} works of prose fiction and {(~fiction).sum()} other books by \
+{len(groups)} authors, cross-validated by author; other kinds weigh alike.
+
+{markdown((["", "", "95 %"], figures))}
+
+{markdown((["kind", "texts", "taken for fiction"], counts))}
+
+Wrongly taken: {"; ".join(wrong) or "none"}.
+"""
     print(report)
     if args.write:
         coefficients, bias = fit(table, fiction, weights)
         made = {"words": words, "weights": [round(float(w), 3) for w in coefficients], "bias": round(bias, 3)}
         made["limit"] = round(float(np.quantile(scores[fiction], 1 - RECALL)), 2)
-        for path, content in (
-            (HERE.parent / "prep" / "fiction.json", json.dumps(made, ensure_ascii=False) + "\n"),
-            (HERE / "reports" / "fiction_filter.md", report),
-        ):
-            with atomic_write(path) as output:
-                output.write(content)
+        write_text(ROOT / "prep/fiction.json", json.dumps(made, ensure_ascii=False) + "\n")
+        write_text(ROOT / "bench/reports/fiction_filter.md", report)
 
 
 if __name__ == "__main__":

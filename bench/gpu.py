@@ -6,7 +6,6 @@ on a 12 GB card (the allocator gets no more), and with all of it; then each abla
 otherwise, is a result too. Each result is written at once; run the command again to continue.
 
   python bench/gpu.py                          everything: bench/reports/gpu.json and gpu.md
-  python bench/gpu.py --minutes 9              time limit; run again to continue
   python bench/gpu.py --list                   all runs in their order
   python bench/gpu.py --only '2a, *, whole*'   some of them
   python bench/gpu.py --tiny --only '*, ours, 11 GiB, 1'     a tiny model on a CPU: tests this script, measures nothing
@@ -19,7 +18,6 @@ import contextlib
 import fnmatch
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -27,16 +25,13 @@ import shutil
 import statistics
 import subprocess
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
@@ -48,6 +43,7 @@ from prep.common import (
     cpu_name,
     digest,
     git_state,
+    lock,
     progress,
     read_json,
     versions,
@@ -63,11 +59,11 @@ CARD = 11.0  # GiB free on a 12 GB card: 12 less what the driver and a desktop t
 WINDOWS_PER_ROW = 16  # as the rows of the recipes have at most
 SPECIALS = ["<unk>", "<s>", "</s>"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "torchao")
-LIMIT = 800.0  # seconds after which a run has failed, its wait for another terminal's included
-TINY = LlamaConfig(
-    vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+LIMIT = 800  # seconds after which a run has failed
+TINY: dict[str, Any] = {
+    "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 QUIET: dict[str, Any] = {  # without what only a long training needs
     "test_datasets": None, "eval_steps": None, "save_steps": None, "save_strategy": "no",
     "auto_resume_from_checkpoints": False, "use_tensorboard": False,
@@ -103,43 +99,28 @@ class Run:
 
 
 def load_ablations(path: Path, ours: list[Stage]) -> list[Run]:
-    """The ablations' runs in the file's order. Raises BadInput on one that is not well formed."""
+    """The ablations' runs in the file's order."""
     recipes = {stage.name: stage.config for stage in ours}
-    runs = []
-    for entry in yaml.safe_load(path.read_text(encoding="utf-8")):
-        if unknown := set(entry) - {"recipe", "name", "overrides", "environment", "card"}:
-            raise BadInput(f"{path}, {entry['name']}: unknown keys {', '.join(unknown)}")
-        free = None if entry.get("card") == "whole" else CARD
-        more = entry.get("environment", {}), entry.get("overrides", {})
-        runs.append(Run(entry["recipe"], entry["name"], free, 1, recipes[entry["recipe"]], *more))
-    return runs
+
+    def ablation(recipe: str, name: str, overrides: Any = None, environment: Any = None, card: str = "") -> Run:
+        free = None if card == "whole" else CARD
+        return Run(recipe, name, free, 1, recipes[recipe], environment or {}, overrides or {})
+
+    return [ablation(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))]
 
 
 def schedule(ours: list[Stage], kafka: list[Stage], ablations: list[Run], repetitions: int) -> list[Run]:
-    """Every run, the most interesting first: ours and kafka within 11 GiB, both in turn on the whole card; all of that
+    """Every run, the most interesting first: ours and kafka in turn, within 11 GiB and on the whole card; all of that
     again, in the same order, so that what drifts drifts for both; then the ablations."""
-    runs: list[Run] = []
-    sides = [("ours", stage) for stage in ours] + [("kafka", stage) for stage in kafka]
-    in_turn = sorted(sides, key=lambda side: side[1].name)
-    for repetition in range(1, repetitions + 1):
-        for free, order in ((CARD, sides), (None, in_turn)):
-            runs += [Run(stage.name, side, free, repetition, stage.config) for side, stage in order]
-    return runs + ablations
-
-
-def flops_per_token(config: PretrainedConfig, recipe: dict[str, Any]) -> float:
-    """Operations per token of training, forward and backward; what checkpointing computes twice counts once.
-
-    A weight of a matrix (head included, embedding not) takes 2 forward and 2 for the gradient of its input; 2 more for its
-    own gradient if it is trained (Kaplan et al. 2020: 6 N per token; with a frozen base 4 N + 6 N_adapter). Causal
-    attention over windows of s tokens takes 2 s q per layer forward, q being the width of all heads, and twice that
-    backward (Chowdhery et al. 2022, PaLM, appendix B, halved because the mask leaves half).
-    """
-    kinds = {kind.kind: sum(kind.elements) for kind in planner.tensors(planner.build(config, recipe), recipe)}
-    matrices = kinds["matrix"] + config.vocab_size * config.hidden_size
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * recipe["sequence_len"] * config.num_attention_heads * head
-    return (4 if "adapter" in kinds else 6) * matrices + 6 * kinds.get("adapter", 0) + attention
+    sides = sorted(
+        [*((s.name, "ours", s) for s in ours), *((s.name, "kafka", s) for s in kafka)], key=lambda side: side[0]
+    )
+    return [
+        Run(name, side, free, repetition, stage.config)
+        for repetition in range(1, repetitions + 1)
+        for free in (CARD, None)
+        for name, side, stage in sides
+    ] + ablations
 
 
 def planned(config: PretrainedConfig, recipe: dict[str, Any]) -> dict[str, float]:
@@ -203,7 +184,7 @@ def make_inputs(work: Path, config: PretrainedConfig, chain: list[Stage], tokens
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------
-# This process must use no memory of the card: NVML is asked, and what uses the card runs in another process.
+# This process must use no memory of the card: nvidia-smi is asked.
 
 
 def machine(gpu: bool) -> dict[str, Any]:
@@ -225,23 +206,13 @@ def machine(gpu: bool) -> dict[str, Any]:
     return found | {"gpu": name, "memory": memory, "driver": driver, "power_limit": power, "cuda": torch.version.cuda}
 
 
-def measure_peak() -> float:
-    """The median FLOP/s of a large square matrix product (2 n^3 operations), bf16 on a GPU, fp32 on a CPU."""
-    gpu = torch.cuda.is_available()
-    n, device, dtype = (8192, "cuda", torch.bfloat16) if gpu else (1024, "cpu", torch.float32)
-    factors = {name: torch.randn(n, n, device=device, dtype=dtype) for name in "ab"}
-    return 2 * n**3 / Timer("a @ b", globals=factors).blocked_autorange(min_run_time=3).median
-
-
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def measure(
-    item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, settings: dict[str, float], limit: float
-) -> dict[str, Any]:
-    """The result of one run: its `status` is ok, out of memory, failed or timed out (after `limit` seconds)."""
+def measure(item: Run, base: PretrainedConfig, inputs: Path, tiny: bool, settings: dict[str, float]) -> dict[str, Any]:
+    """The result of one run: its `status` is ok, out of memory, failed or timed out."""
     config = item.trained(tiny)
-    expected = {"flops_per_token": flops_per_token(base, config), "planned": planned(base, config)}
+    expected = planned(base, config)
     folder = inputs.parent / "runs" / re.sub(r"[^\w.]+", "-", item.id)
     record, recipe, log = folder / "record.json", folder / "config.yml", folder / "log.txt"
     config |= {
@@ -259,7 +230,7 @@ def measure(
     start = time.monotonic()
 
     def watch() -> None:
-        if time.monotonic() - start > limit:
+        if time.monotonic() - start > LIMIT:
             raise TimeoutError
 
     try:
@@ -270,9 +241,9 @@ def measure(
         else:
             result = figures(json.loads(record.read_text()))
     except TimeoutError:
-        result = {"status": "timed out", "reason": f"after {limit:.0f} s"}
+        result = {"status": "timed out", "reason": f"after {LIMIT} s"}
     shutil.rmtree(folder / "output", ignore_errors=True)
-    return expected | {"wall_s": round(time.monotonic() - start, 1)} | result
+    return {"planned": expected, "wall_s": round(time.monotonic() - start, 1)} | result
 
 
 def failure(log: str, returncode: int) -> dict[str, Any]:
@@ -301,22 +272,9 @@ def figures(record: dict[str, Any]) -> dict[str, Any]:
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
-HEAD = ["recipe", "variant", "card", "runs", "tokens/s", "x ours", "x kafka", "ms per step", "MFU", "loaded, GiB",
+HEAD = ["recipe", "variant", "card", "runs", "tokens/s", "x ours", "x kafka", "ms per step", "loaded, GiB",
         "optimiser step, GiB", "peak, GiB", "reserved, GiB", "driver, GiB"]  # fmt: skip
 Key = tuple[str, ...]  # recipe, variant, part of the card
-
-
-def load(path: Path) -> dict[str, Any] | None:
-    """The report, or None if there is none yet. Raises BadInput when it is damaged."""
-    keys = ("facts", "commit", "peak_flops", "runs")
-    pick = lambda report: {key: report[key] for key in keys}  # noqa: E731
-    return read_json(path, "move it away to start again", pick) if path.exists() else None
-
-
-def save(path: Path, report: dict[str, Any]) -> None:
-    """The JSON, and the page beside it."""
-    write_json(path, report)
-    write_text(path.with_suffix(".md"), page(report))
 
 
 def made_by(report: dict[str, Any]) -> str:
@@ -332,13 +290,11 @@ def page(report: dict[str, Any]) -> str:
     for name, result in report["runs"].items():
         found.setdefault(tuple(name.split(", ")[:3]), []).append(result)
     facts = report["facts"]
-    flops = report["peak_flops"]
-    peak = f"Achievable peak: {flops / 1e12:,.3g} TFLOP/s, by large matrix products. " if flops else ""
     lines = [
         "# Speed and memory of the recipes\n" if facts["machine"]["gpu"] else "# A test of bench/gpu.py on a CPU\n",
         f"{facts['what']} {facts['parameters']:,} parameters. {made_by(report)}\n",
-        peak + "What the columns mean: [bench/README.md](../README.md).\n",
-        markdown((HEAD, [row(key, found, report["peak_flops"]) for key in found])),
+        "What the columns mean: [bench/README.md](../README.md).\n",
+        markdown((HEAD, [row(key, found) for key in found])),
     ]
     return "\n".join(lines) + "\n"
 
@@ -350,14 +306,14 @@ def speed(runs: list[dict[str, Any]]) -> float | None:
     return statistics.median(result["tokens_per_s"] for result in runs)
 
 
-def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float | None) -> list[str]:
+def row(key: Key, found: dict[Key, list[dict[str, Any]]]) -> list[str]:
     """One line of the page's table."""
     runs, (recipe, variant, card) = found[key], key
     rate = speed(runs)
     if rate is None:
         failed = [result for result in runs if result["status"] != "ok"]
         reason = f"**{failed[0]['status']}**: {failed[0]['reason']}".replace("|", "/")
-        return [*key, f"{len(runs) - len(failed)} of {len(runs)}", reason, *["–"] * 9]
+        return [*key, f"{len(runs) - len(failed)} of {len(runs)}", reason, *["–"] * 8]
 
     def largest(name: str) -> float:
         return max(result["memory"].get(name) or 0 for result in runs)
@@ -370,15 +326,13 @@ def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float | No
 
     rates = sorted(result["tokens_per_s"] for result in runs)
     others = [speed(found.get((recipe, side, card), [])) if side != variant else None for side in ("ours", "kafka")]
-    loading, retries = largest("peak_while_loading"), largest("retries")
-    driver = largest("driver")
+    loading, retries, driver = largest("peak_while_loading"), largest("retries"), largest("driver")
     return [
         *key,
         str(len(runs)),
         f"{rate:,.0f}" + (f" ({rates[0]:,.0f} to {rates[-1]:,.0f})" if len(rates) > 1 else ""),
         *(f"{rate / other:.2f}" if other else "–" for other in others),
         f"{statistics.median(result['step_s'] for result in runs) * 1000:,.0f}",
-        f"{rate * runs[-1]['flops_per_token'] / peak_flops:.0%}" if peak_flops else "–",
         memory("loaded"),
         memory("at_optimizer_step"),
         memory("peak_allocated", f" (loading {loading / GIB:.2f})" if loading > largest("peak_allocated") else ""),
@@ -392,17 +346,14 @@ def row(key: Key, found: dict[Key, list[dict[str, Any]]], peak_flops: float | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit; run again to continue")
     parser.add_argument("--seconds", type=float, default=15.0, help="how long each run is timed (default: 15)")
     parser.add_argument("--repetitions", type=int, default=3, help="of ours and kafka (default: 3)")
     parser.add_argument("--only", nargs="+", default=["*"], help="runs whose name matches, with * and ?; see --list")
     parser.add_argument("--list", action="store_true", help="print the names of the runs, and what became of them")
-    parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, with a tiny model: tests this script")
     parser.add_argument("--work", type=Path, help="folder for weights, rows and logs (default: bench/run/gpu)")
     parser.add_argument("--out", type=Path, help="default: bench/reports/gpu.json; with --tiny in the work folder")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
     work = (args.work or ROOT / "bench/run" / ("gpu-tiny" if args.tiny else "gpu")).absolute()
     out = args.out or (work / "report/gpu.json" if args.tiny else ROOT / "bench/reports/gpu.json")
     settings = {"seconds": 0.5, "warmup": 1} if args.tiny else {"seconds": args.seconds, "warmup": 4}
@@ -415,13 +366,13 @@ def main() -> None:
     chosen = [item for item in everything if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in args.only)]
     if not chosen:
         raise BadInput(f"no run matches {' or '.join(args.only)}; --list prints every run")
-    report = load(out)
+    report = read_json(out, "move it away to start again") if out.exists() else None
     if args.list:
         for item in chosen:
             print(f"{item.id:60} {report['runs'].get(item.id, {}).get('status', '') if report else ''}")
         return
 
-    base = TINY if args.tiny else planner.load_config(args.base)
+    base = LlamaConfig(**TINY) if args.tiny else planner.load_config(ROOT / "train/tinyllama.json")
     facts = {
         "what": "A tiny model: no measurement of the recipes." if args.tiny else "A model with random weights.",
         "machine": machine(gpu=not args.tiny),
@@ -430,32 +381,23 @@ def main() -> None:
         "parameters": planner.build(base, {}).num_parameters(),
         "settings": settings,
     }
-    report = report or {"facts": facts, "commit": None, "peak_flops": 0.0, "runs": {}}
+    report = report or {"facts": facts, "commit": None, "runs": {}}
     if differing := [key for key in facts if report["facts"].get(key) != facts[key]]:  # not to be compared
         raise BadInput(f"{out} was made with another {', '.join(differing)}; name another file with --out")
     # What a run's figures depend on: recipe with overrides, environment, model.
     marks = {item.id: digest([item.trained(args.tiny), item.environment, facts["model"]])[:16] for item in chosen}
     todo = [item for item in chosen if report["runs"].get(item.id, {}).get("fingerprint") != marks[item.id]]
-    if todo:
-        inputs = make_inputs(work, base, ours, 100_000 if args.tiny else 2_000_000)
-        if not report["peak_flops"]:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
-                report["peak_flops"] = other.submit(measure_peak).result()
-    left = len(todo)
+    lock(work / "runs")
+    inputs = make_inputs(work, base, ours, 100_000 if args.tiny else 2_000_000)
     for item in progress(todo, unit="run"):
-        remaining = end - time.monotonic()
-        result = measure(item, base, inputs, args.tiny, settings, min(remaining, LIMIT)) if remaining > 0 else {}
-        if not result or (result["status"] == "timed out" and remaining < LIMIT):
-            break  # --minutes ended it: no result
-        with FileLock(work / "report.lock"):  # another terminal may have added its own
-            report |= {"commit": git_state(), "runs": (load(out) or report)["runs"]}
-            report["runs"][item.id] = {"fingerprint": marks[item.id], **result}
-            save(out, report)
-        left -= 1
-        said = f"{result['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in result else result.get("reason", "")
+        result = measure(item, base, inputs, args.tiny, settings)
+        report["commit"] = git_state()
+        report["runs"][item.id] = {"fingerprint": marks[item.id], **result}
+        write_json(out, report)
+        write_text(out.with_suffix(".md"), page(report))
+        said = f"{result['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in result else result["reason"]
         tqdm.write(f"{item.id}: {result['status']} {said}")
-    again = "; run again to continue" if left else ""
-    print(f"{out.with_suffix('.md')}: {left} of {len(chosen)} runs are left{again}")
+    print(f"{out.with_suffix('.md')}: all of {len(chosen)} runs are there")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 import pynvml
 import torch
 from axolotl.integrations.base import BasePlugin
-from filelock import FileLock
 from pydantic import BaseModel
 from transformers import TrainerCallback
 
@@ -37,9 +36,7 @@ class Probe(BasePlugin):
         return "bench.gpu_plugin.ProbeArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Wait for the card, and limit the allocator to what `probe_free_gib` would leave it beside CUDA's own share."""
-        self.card = FileLock("card.lock")  # of another terminal's run, if there is one, until that ends
-        self.card.acquire()
+        """Limit the allocator to what `probe_free_gib` would leave it beside CUDA's own share."""
         if GPU and cfg.probe_free_gib:
             wanted, (free, total) = cfg.probe_free_gib * GIB - CUDA_CONTEXT, torch.cuda.mem_get_info()
             if free < wanted:

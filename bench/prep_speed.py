@@ -46,6 +46,7 @@ LIBRARY_WORDS = 16.4e9  # of PleIAs/French-PD-Books
 FILES = 8  # as the library's own files are many: tasks for the workers
 WORKERS = 2
 SECONDS = 15  # of the naive method each time
+REPEATS = 3  # of both, at each size
 
 
 def perturbed(text: str, draw: random.Random) -> str:
@@ -69,7 +70,7 @@ def perturbed(text: str, draw: random.Random) -> str:
 def write_corpus(source: Path, folder: Path, count: int, files: int = FILES) -> tuple[int, int]:
     """`count` books in parquet files; returns their bytes and words."""
     books = [book for path in source_paths(source) for book in read_books(path) if len(book.text) > 100_000]
-    novels = [b for b in books if not re.search("kocr|kdup", b.id) and " the " not in b.text[:20_000]]
+    novels = [book for book in books if not re.search("kocr|kdup", book.id) and " the " not in book.text[:20_000]]
     if not novels:
         raise BadInput(f"no novel of 100,000 characters in {source}")
     folder.mkdir(parents=True)
@@ -123,9 +124,8 @@ def ours(source: Path, tokenizer: Path, folder: Path, size: int) -> dict[str, An
     words = ["--source", source, "--tokenizer", tokenizer, "--sequence-len", LENGTH, "--windows", "all"]
     words += ["--split", "1/1", "--holdout", 0.02, "--workers", WORKERS, "--out", folder / "2a.jsonl"]
     began = time.monotonic()
-    process = psutil.Popen(
-        [sys.executable, str(ROOT / "prep" / "gallica.py"), *map(str, words)], stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, str(ROOT / "prep/gallica.py"), *map(str, words)]
+    process = psutil.Popen(command, stderr=subprocess.DEVNULL)
     worker = total = 0
     cpu: dict[int, float] = {}  # seconds of each process, as last seen
     while process.poll() is None:
@@ -223,7 +223,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             corpus = Path(scratch) / "corpus"
             size, words = write_corpus(args.source, corpus, count)
             baselines, made = [], []
-            for number in range(args.repeats):
+            for number in range(REPEATS):
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
                     baselines.append(alone.submit(naive, corpus, args.tokenizer).result())
                 made.append(ours(corpus, args.tokenizer, Path(scratch) / f"rows{number}", size))
@@ -254,7 +254,6 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="a folder of French novels in parquet")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--books", type=int, nargs="+", default=[50, 200, 800], help="sizes (default 50 200 800)")
-    parser.add_argument("--repeats", type=int, default=3, help="of both, at each size (default 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "reports" / "prep.json")
     parser.add_argument("--library", type=Path, help="only make the largest corpus, 40 tables in this folder")
     args = parser.parse_args()

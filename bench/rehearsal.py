@@ -75,13 +75,14 @@ def commands(profile: str, library: Path | None) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-def save_base(config: Path, tokenizer: Path, folder: Path) -> None:
+def save_base(tokenizer: Path, folder: Path) -> None:
     """A model of this architecture with random weights in bf16, and a tokenizer of as many tokens."""
     torch.manual_seed(0)
     if not (tokenizer / "tokenizer.json").is_file():
         raise BadInput(f"no tokenizer in {tokenizer}; `make base` collects one, or give --tokenizer FOLDER")
     making = folder.with_name("base-part")
-    AutoModelForCausalLM.from_config(planner.load_config(config), dtype=torch.bfloat16).save_pretrained(making)
+    config = planner.load_config(ROOT / "train/tinyllama.json")
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(making)
     for path in tokenizer.glob("*token*"):
         shutil.copyfile(path, making / path.name)
     making.rename(folder)
@@ -116,13 +117,8 @@ def measure(words: tuple[str, ...], work: Path, log: Path, enough: Callable[[], 
             time.sleep(0.2)
     if process.wait() and not killed:
         raise BadInput(f"{' '.join(words)} failed; its output is in {log}")
-    return {
-        "seconds": round(time.monotonic() - began, 1),
-        "memory": memory,
-        "card": on_card,
-        "disk_peak": disk,
-        "disk": used(work) - before,
-    }
+    seconds = round(time.monotonic() - began, 1)
+    return {"seconds": seconds, "memory": memory, "card": on_card, "disk_peak": disk, "disk": used(work) - before}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -142,19 +138,11 @@ def page(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--profile", default="rehearsal", help="section of train/overrides.yml (default: rehearsal, for a CPU)"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        default=Path("models/base"),
-        help="folder of one of 32,000 tokens (default: models/base)",
-    )
-    parser.add_argument("--base", type=Path, default=ROOT / "train/tinyllama.json", help="config.json of another size")
+    parser.add_argument("--profile", default="rehearsal", help="section of train/overrides.yml (default: for a CPU)")
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/base"), help="folder of one of 32,000 tokens")
     parser.add_argument("--work", type=Path, default=ROOT / "bench/run/rehearsal", help="working folder, 30 GB")
     parser.add_argument("--library", type=Path, help="folder of French novels in parquet: rows as many as the recipes'")
-    parser.add_argument("--only", nargs="+", help="commands whose name holds one of these, as `train`")
+    parser.add_argument("--only", nargs="+", default=[""], help="commands whose name holds one of these, as `train`")
     parser.add_argument("--out", type=Path, help="default: bench/reports/rehearsal.json or rehearsal-gpu.json")
     args = parser.parse_args()
     work, card = args.work.absolute(), args.profile == "gpu"
@@ -171,14 +159,10 @@ def main() -> None:
     report = read_json(out, "move it away to start again") if out.exists() else {"facts": facts, "rows": {}}
     (work / "logs").mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
-        save_base(args.base, args.tokenizer, work / "base")
-    left = {
-        name: words
-        for name, words in commands(args.profile, args.library and args.library.absolute()).items()
-        if name not in report["rows"]
-    }
-    if args.only:
-        left = {name: words for name, words in left.items() if any(word in name for word in args.only)}
+        save_base(args.tokenizer, work / "base")
+    every = commands(args.profile, args.library and args.library.absolute())
+    chosen = [name for name in every if any(word in name for word in args.only)]
+    left = {name: every[name] for name in chosen if name not in report["rows"]}
     for name in progress(left, unit="command"):
         first = work / "outputs" / left[name][1] / "checkpoint-1/complete.json"
         enough = first.exists if name.endswith("checkpoint") else lambda: False

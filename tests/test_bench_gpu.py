@@ -1,6 +1,5 @@
 """The GPU bench as far as a CPU can test it: what it would run, what it makes of what ran, and all of it with a tiny model."""
 
-import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from axolotl_preprocessing import axolotl_windows
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from bench import gpu, gpu_plugin, rehearsal
 from prep.common import BadInput
-from train.memory import load_config
 from train.plugins import unknown_keys
 from train.stages import load_chain, load_recipe
 
@@ -49,12 +45,6 @@ def test_axolotl_knows_every_ablation(run: gpu.Run, axolotl_validates: Any) -> N
             assert validated.get(key) == value or (value is True and validated.get(key)), key
 
 
-def test_an_ablation_with_a_key_that_means_nothing_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "ablations.yml").write_text(yaml.safe_dump([{"recipe": "2a", "name": "x", "override": {}}]))
-    with pytest.raises(BadInput, match=r"ablations\.yml, x: unknown keys override"):
-        gpu.load_ablations(tmp_path / "ablations.yml", OURS)
-
-
 @pytest.mark.parametrize("sequence_len", [512, 2048])
 def test_rows_make_whole_windows(sequence_len: int, tmp_path: Path) -> None:
     gpu.save_tokenizer(1000, tmp_path)
@@ -82,34 +72,6 @@ def test_a_run_gets_what_a_12_gb_card_has_free_or_is_refused(tmp_path: Path, mon
 
 
 # --- what it makes of what ran ----------------------------------------------------------------------------------------
-
-
-def test_operations_are_those_that_torch_counts() -> None:
-    """Every weight trained: forward and backward of a small Llama, by torch's counter."""
-    config = LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    config._attn_implementation = "eager"  # which torch counts on a CPU
-    ids = torch.zeros(3, 256, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter:
-        LlamaForCausalLM(config)(input_ids=ids, labels=ids).loss.backward()
-    counts = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
-    attention = counts["aten.bmm"]
-    causal = 6 * 2 * 256 * 128 * ids.numel()
-    expected = gpu.flops_per_token(config, {"sequence_len": 256, "bf16": True}) * ids.numel()
-    assert sum(counts.values()) - attention == expected - causal
-    # torch counts the masked half too; the rotary angles are a product as well, a small one
-    assert attention / causal == pytest.approx(2, rel=0.01)
-
-
-def test_a_frozen_base_costs_no_gradient_of_its_weights() -> None:
-    config = load_config(ROOT / "train/tinyllama.json")
-    lora = {"adapter": "lora", "lora_r": 64, "lora_alpha": 16, "lora_target_linear": True}
-    full, adapter = (gpu.flops_per_token(config, recipe | {"sequence_len": 2048}) for recipe in ({}, lora))
-    matrices = 22 * (2 * 2048 * 2048 + 2 * 2048 * 256 + 3 * 2048 * 5632) + 32_000 * 2048
-    assert full == 6 * matrices + 6 * 22 * 2048 * 2048
-    assert full - adapter == 2 * matrices - 6 * 50_462_720
 
 
 def test_a_record_is_judged() -> None:
@@ -140,7 +102,7 @@ def test_a_failure_is_a_result(log: str, status: str, reason: str) -> None:
 def measured(tokens_per_s: float) -> dict[str, Any]:
     moments = {"loaded": 2.0**31, "at_optimizer_step": 2.0**32, "peak_allocated": 2.0**33}
     return {
-        "fingerprint": "f", "status": "ok", "wall_s": 30.0, "tokens_per_s": tokens_per_s, "step_s": 0.5, "flops_per_token": 1e9,
+        "fingerprint": "f", "status": "ok", "wall_s": 30.0, "tokens_per_s": tokens_per_s, "step_s": 0.5,
         "memory": {**moments, "driver": 10 * 2**30, "peak_reserved": 9 * 2**30, "retries": 2},
         "planned": {**moments, "peak_allocated": 8.4 * 2**30},
     }  # fmt: skip
@@ -148,7 +110,7 @@ def measured(tokens_per_s: float) -> dict[str, Any]:
 
 REPORT: dict[str, Any] = {
     "facts": {"what": "A model.", "parameters": 1, "machine": {"gpu": "G", "cores": 2}, "versions": {"torch": "2"}},
-    "commit": {"commit": "c" * 40, "modified": True}, "peak_flops": 5e13,
+    "commit": {"commit": "c" * 40, "modified": True},
     "runs": {
         **{f"2a, ours, 11 GiB, {i}": measured(rate) for i, rate in enumerate((10_000, 20_000, 12_000), 1)},
         "2a, kafka, 11 GiB, 1": measured(10_000), "2a, no packing, 11 GiB, 1": measured(6_000),
@@ -159,23 +121,15 @@ REPORT: dict[str, Any] = {
 
 
 def test_the_page_and_the_list_say_what_was_measured(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    gpu.save(tmp_path / "gpu.json", REPORT)
+    (tmp_path / "gpu.json").write_text(json.dumps(REPORT))
     bench(monkeypatch, "--list", "--out", tmp_path / "gpu.json")
     listed = capsys.readouterr().out.splitlines()
-    assert len({line[:60] for line in listed}) == len(RUNS) and listed[0].split() == [
-        "2a,",
-        "ours,",
-        "11",
-        "GiB,",
-        "1",
-        "ok",
-    ]
-    assert gpu.load(tmp_path / "gpu.json") == REPORT
-    page = (tmp_path / "gpu.md").read_text()
-    lines = [line for line in page.splitlines() if line.startswith("| 2")]
+    assert len({line[:60] for line in listed}) == len(RUNS) and listed[0].startswith("2a, ours, 11 GiB, 1 ")
+    assert listed[0].endswith(" ok")
+    lines = [line for line in gpu.page(REPORT).splitlines() if line.startswith("| 2")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert rows[0] == [
-        "2a", "ours", "11 GiB", "3", "12,000 (10,000 to 20,000)", "–", "1.20", "500", "24%", "2.00 (planned 2.00, +0%)",
+        "2a", "ours", "11 GiB", "3", "12,000 (10,000 to 20,000)", "–", "1.20", "500", "2.00 (planned 2.00, +0%)",
         "4.00 (planned 4.00, +0%)", "8.00 (planned 8.40, +5%)", "9.00 (2 retries)", "10.00",
     ]  # fmt: skip
     assert rows[2][1] == "no packing" and rows[2][5:7] == ["0.50", "0.60"] and rows[4][4:7] == ["30,000", "–", "–"]
@@ -199,30 +153,24 @@ def test_what_cannot_be_measured_or_continued_is_one_clear_error(tmp_path: Path,
     with pytest.raises(BadInput, match=r"no run matches 9z,\*; --list"):
         bench(monkeypatch, "--tiny", "--only", "9z,*", "--work", tmp_path)
     out = tmp_path / "gpu.json"
-    for text in ("{", "[]", '{"runs": []}'):
-        out.write_text(text)
-        with pytest.raises(BadInput, match=r"gpu\.json is damaged"):
-            bench(monkeypatch, "--tiny", "--out", out)
-    gpu.save(out, copy.deepcopy(REPORT))  # figures of two machines never meet in one report
+    out.write_text("{")
+    with pytest.raises(BadInput, match=r"gpu\.json is damaged"):
+        bench(monkeypatch, "--tiny", "--out", out)
+    out.write_text(json.dumps(REPORT))  # figures of two machines never meet in one report
     with pytest.raises(BadInput, match="made with another what, machine"):
         bench(monkeypatch, "--tiny", "--out", out)
 
 
 @pytest.mark.slow
-def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Continues an adapter, survives a run that fails, continues where it stopped; then has nothing to do."""
+def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Continues an adapter, survives a run that fails; then has nothing to do."""
     arguments: list[object] = ["--tiny", "--work", tmp_path / "work", "--out", tmp_path / "r/gpu.json"]
     arguments += ["--only", "2c, ours, 11 GiB, 1", "2b, flash attention, *"]
-    bench(monkeypatch, *arguments, "--minutes", 0.001)
-    assert "2 of 2 runs are left" in capsys.readouterr().out and not (tmp_path / "r").exists()
     bench(monkeypatch, *arguments)
-    assert "0 of 2 runs are left" in capsys.readouterr().out
     monkeypatch.setattr(gpu, "measure", None)  # nothing is measured twice
     bench(monkeypatch, *arguments)
 
-    report = gpu.load(tmp_path / "r/gpu.json")
-    assert report and report["peak_flops"] > 1e6
-    trained, failed = report["runs"].values()
+    trained, failed = json.loads((tmp_path / "r/gpu.json").read_text())["runs"].values()
     assert failed["status"] == "failed" and "flash" in failed["reason"].lower()
     assert trained["status"] == "ok" and trained["tokens_per_step"] == 2048  # 1 x 1 x 2048, as in the smoke test
     assert all(6 < loss < 8 for loss in trained["losses"])  # random tokens of 1,000: ln 1000 = 6.9
@@ -234,7 +182,7 @@ def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert written["lora_model_dir"] == "outputs/2b" and written["plugins"][-1] == "bench.gpu_plugin.Probe"
     assert not list((tmp_path / "work/runs").glob("*/output"))
     with pytest.raises(BadInput, match="made with another model"):  # a report is of one model
-        monkeypatch.setattr(gpu, "TINY", LlamaConfig(**gpu.TINY.to_diff_dict() | {"hidden_size": 32}))
+        monkeypatch.setitem(gpu.TINY, "hidden_size", 32)
         bench(monkeypatch, *arguments)
 
 
