@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from hub_server import Hub
@@ -23,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import export, llamacpp, models
 from eval.generation import decoding, draw, encode
 from eval.push import SUMS, files_of, sums
+from eval.push import main as push_main
 from prep.common import BadInput, sha256
 from train.stages import line_of, load_chain
 
-ROOT = Path(__file__).parent.parent
 CORPUS = os.environ.get("CORPUS_DIR", "")
 
 
@@ -190,8 +191,8 @@ def test_near_ties_are_no_difference() -> None:
 
 
 @pytest.fixture
-def push(hub: Hub, llama: Path, tmp_path: Path) -> Callable[..., str]:
-    """Runs the script on a finished export, to a good end or to a refusal; what it printed."""
+def push(hub: Hub, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+    """Runs the script on a finished export, to a good end or to a refusal; what it said."""
     folder = export.Folder(tmp_path / "outputs/export/2c")
 
     def write(target: Path) -> None:
@@ -201,14 +202,25 @@ def push(hub: Hub, llama: Path, tmp_path: Path) -> Callable[..., str]:
     folder.record["memorised"] = "did not memorise"
     folder.step("model", 1, 9, write)
     (folder.path / SUMS).write_text(sums(folder.record))
-    mine = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    mine |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache"), "HF_TOKEN": "hf_x", "PYTHONPATH": str(ROOT)}
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_TOKEN_PATH": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"):  # the script sets them
+        monkeypatch.setenv(name, "0")
+    monkeypatch.chdir(tmp_path)
 
-    def call(*words: str, expect: int = 0, **more: str) -> str:
-        command = [sys.executable, str(ROOT / "eval/push.py"), "2c", *(words or ("you/name", "--yes"))]
-        done = subprocess.run(command, cwd=tmp_path, env=mine | more, text=True, capture_output=True, timeout=300)
-        assert done.returncode == expect and "Traceback" not in done.stderr, done.stdout + done.stderr
-        return done.stdout if not expect else done.stderr.strip().splitlines()[-1]
+    def call(*words: str, refused: bool = False, token: str = "hf_x") -> str:
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(sys, "argv", ["push.py", "2c", *(words or ("you/name", "--yes"))])
+        if not refused:
+            push_main()
+            return capsys.readouterr().out
+        with pytest.raises(BadInput) as error:
+            push_main()
+        return str(error.value)
 
     return call
 
@@ -218,7 +230,7 @@ def test_a_push_is_private_whole_resumed_and_scores_the_same(push: Callable, hub
 
     mine, back = tmp_path / "outputs/export/2c", tmp_path / "back"
     hub.breaks = sha256(mine / "model.safetensors")
-    assert "broke off" in push(expect=1)
+    assert "broke off" in push(refused=True)
     assert not hub.files and len(hub.blobs) == 1
     hub.breaks = ""
     assert "pushed: " in push()
@@ -240,26 +252,23 @@ def test_a_push_is_private_whole_resumed_and_scores_the_same(push: Callable, hub
 
 
 def test_what_is_not_pushed(push: Callable, hub: Hub, tmp_path: Path) -> None:
-    assert "no token" in push(expect=1, HF_TOKEN="")
-    assert "nobody stated the rights" in push("you/name", "--public", expect=1)
+    assert "no token" in push(refused=True, token="")
+    assert "nobody stated the rights" in push("you/name", "--public", refused=True)
     hub.private = False
-    assert "is there already and public" in push(expect=1)
+    assert "is there already and public" in push(refused=True)
     hub.private = None
-    for status, message in {
-        401: "does not accept the token",
-        403: "no right to write there",
-        404: "no such name",
-    }.items():
+    answers = {401: "does not accept the token", 403: "no right to write there", 404: "no such name"}
+    for status, message in answers.items():
         hub.denies = status
-        assert message in (said := push(expect=1)) and "one commit or none" in said
+        assert message in (said := push(refused=True)) and "one commit or none" in said
     hub.denies, hub.swaps = 0, True
-    assert "changed while pushed" in push(expect=1)
+    assert "changed while pushed" in push(refused=True)
     folder = export.Folder(tmp_path / "outputs/export/2c")
     folder.record["memorised"] = "memorised (9% of trained chunks extractable)"
     folder.save()
-    assert "--despite-memorisation" in push(expect=1)
+    assert "--despite-memorisation" in push(refused=True)
     assert "nothing was sent" in push("you/name", "--despite-memorisation")
     (folder.path / "2c-F16.gguf").write_text("changed")
-    assert "not what was exported" in push(expect=1)
+    assert "not what was exported" in push(refused=True)
     (folder.path / SUMS).unlink()
-    assert "no finished export" in push(expect=1)
+    assert "no finished export" in push(refused=True)
