@@ -26,12 +26,8 @@ from prep.typography import to_convention
 HELDOUT = 0.1  # of a novel, from its middle
 SAMPLES = 6  # of a stage: three prompts, two of each
 REPORTS = 20  # of six chunks each, a novel
-KINDS = {
-    "looping": "samples that loop",
-    "rep_4": "repeated 4-grams",
-    "not_french": "not French",
-    "artefacts": "OCR debris",
-}
+KINDS = {"looping": "samples that loop", "rep_4": "repeated 4-grams", "not_french": "not French",
+         "artefacts": "OCR debris"}  # fmt: skip
 INSIDE, OUTSIDE = "held-out pages with the rest of their novel", "another novel of the author"
 
 
@@ -74,18 +70,12 @@ def measured(novels: dict[str, str], authors: dict[str, str], words: int, seed: 
 
 def tables(result: dict[str, Any], novels: int, words: int) -> str:
     """The two tables of bench/reports/verdicts.md."""
-    alarms = [
-        [
-            kind,
-            f"{verdict.DEGENERATED[key][0]} above the author's",
-            f"{result['above'][key]:.3f}",
-            result["alarms"][key],
-        ]
+    rows = [
+        (key, kind, f"{verdict.DEGENERATED[key][0]} above the author's", f"{result['above'][key]:.3f}")
         for key, kind in KINDS.items()
     ]
-    limit = f"{verdict.COPY_WORDS} words, {verdict.COPY_TIMES} times the author's"
-    alarms.append(["copies", limit, "", result["alarms"]["copies"]])
-    rates = [[*row, f"{count / result['reports']:.1%}"] for *row, count in alarms]
+    rows.append(("copies", "copies", f"{verdict.COPY_WORDS} words, {verdict.COPY_TIMES} times the author's", ""))
+    rates = [[*cells, f"{result['alarms'][key] / result['reports']:.1%}"] for key, *cells in rows]
     title = f"{novels} novels, {result['reports']:,} reports of {SAMPLES} chunks of {words} words"
     sequences = []
     for name, lengths in result["shared"].items():

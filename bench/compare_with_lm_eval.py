@@ -1,6 +1,6 @@
 """What evaluation costs: our scoring of all stages in one process, beside lm-eval's own command once per stage.
 
-    cd demo/run && python ../../bench/compare_with_lm_eval.py --recipes ../../recipes --limit 1
+    cd demo/run && python ../../bench/compare_with_lm_eval.py --recipes ../../recipes      # make bench-eval
 
 Runs where stages are trained (the demo's folder). Writes bench/reports/eval.json and eval.md: seconds from start to exit,
 tokens/s, and the bits per byte of both, which must agree to 1e-3.
@@ -26,16 +26,17 @@ from eval.tables import markdown
 from prep.common import ROOT, BadInput, digest, write_json, write_text
 from train.stages import load_chain
 
-TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
+REPORT = ROOT / "bench/reports/eval.json"
+TASKS = ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
 AGREE = 1e-3  # bits per byte
 
 
-def ours(rows: list[models.Candidate], tasks: list[str], limit: int | None) -> dict[str, Any]:
+def ours(rows: list[models.Candidate]) -> dict[str, Any]:
     """{stage: bits per byte of each task, tokens, seconds, tokens/s} by eval/scoring.py."""
-    loaded_tasks, found = scoring.load_tasks(tasks), {}
+    tasks, found = scoring.load_tasks(TASKS), {}
     for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32):
         started = time.perf_counter()
-        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), loaded_tasks, limit)
+        scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), tasks, None)
         seconds, tokens = time.perf_counter() - started, sum(score["tokens"] for score in scores.values())
         bits = {name: score["bits_per_byte"] for name, score in scores.items()}
         speed = {"tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
@@ -53,16 +54,15 @@ def quantised(row: models.Candidate, folder: Path) -> Path:
     return target
 
 
-def theirs(row: models.Candidate, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def theirs(row: models.Candidate, folder: Path) -> dict[str, Any]:
     """One row by lm-eval's command: seconds from start to exit, and bits per byte. Raises BadInput when it fails."""
     model = quantised(row, folder) if row.quantization else row.model
     arguments = f"pretrained={model},max_length=2048,add_bos_token=False,dtype=float32"
     arguments += f",peft={row.adapter}" if row.adapter else ""
     out = folder / row.name
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
-    command += ["--include_path", str(ROOT / "eval/tasks"), "--tasks", ",".join(args.tasks)]
+    command += ["--include_path", str(ROOT / "eval/tasks"), "--tasks", ",".join(TASKS)]
     command += ["--device", "cpu", "--batch_size", "1", "--output_path", str(out)]
-    command += ["--limit", str(args.limit)] if args.limit else []
     started = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.time() - started
@@ -70,16 +70,13 @@ def theirs(row: models.Candidate, args: argparse.Namespace, folder: Path) -> dic
         raise BadInput(f"lm_eval failed on {row.name}: {done.stderr.strip().splitlines()[-1:]}")
     (path,) = out.rglob("results_*.json")
     scores = json.loads(path.read_text(encoding="utf-8"))["results"]
-    return {
-        "seconds": round(seconds, 1),
-        "bits_per_byte": {task: scores[task]["bits_per_byte,none"] for task in args.tasks},
-    }
+    bits = {task: scores[task]["bits_per_byte,none"] for task in TASKS}
+    return {"seconds": round(seconds, 1), "bits_per_byte": bits}
 
 
 def page(result: dict[str, Any]) -> str:
     """The report as Markdown."""
     where, compared = result["environment"], result["compared"]
-    documents = f"the first {result['limit']} documents of each task" if result["limit"] else "all documents"
     rows = []
     for name, stage in result["stages"].items():
         figures = f"{result['lm_eval'][name]['seconds']:.0f}", f"{compared['differences'][name]:.1e}"
@@ -89,7 +86,7 @@ def page(result: dict[str, Any]) -> str:
 
 {markdown((head, rows))}
 
-On {documents} ({where["cpu"]}, {where["threads"]} threads, float32, quantised bases in NF4): all stages in one process
+On all documents ({where["cpu"]}, {where["threads"]} threads, float32, quantised bases in NF4): all stages in one process
 {compared["seconds_ours"]:.0f} s, lm-eval's command once per stage {compared["seconds_lm_eval"]:.0f} s, loading included.
 """
 
@@ -97,37 +94,27 @@ On {documents} ({where["cpu"]}, {where["threads"]} threads, float32, quantised b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the recipes")
-    parser.add_argument("--stages", nargs="+", help="only these (default: all that have weights)")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--limit", type=int, help="only the first N documents of each task")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/reports/eval.json", help="the report")
-    args = parser.parse_args()
-    rows = models.present(models.candidates(load_chain(args.recipes)), args.stages)
+    rows = models.present(models.candidates(load_chain(parser.parse_args().recipes)), None)
     started = time.time()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        stages = process.submit(ours, rows, args.tasks, args.limit).result()
+        stages = process.submit(ours, rows).result()
     seconds = time.time() - started
     with tempfile.TemporaryDirectory() as folder:
-        lm_eval = {row.name: theirs(row, args, Path(folder)) for row in rows}
+        lm_eval = {row.name: theirs(row, Path(folder)) for row in rows}
     differences = {
         name: max(abs(bits - stages[name]["bits_per_byte"][task]) for task, bits in other["bits_per_byte"].items())
         for name, other in lm_eval.items()
     }
+    theirs_took = sum(other["seconds"] for other in lm_eval.values())
+    took = {"seconds_ours": round(seconds, 1), "seconds_lm_eval": round(theirs_took, 1)}
     result = {
-        "format": 2,
         "environment": models.environment("cpu", "float32"),
         "stages": stages,
-        "limit": args.limit,
-        "tasks": args.tasks,
         "lm_eval": lm_eval,
-        "compared": {
-            "seconds_ours": round(seconds, 1),
-            "seconds_lm_eval": round(sum(other["seconds"] for other in lm_eval.values()), 1),
-            "differences": differences,
-        },
+        "compared": took | {"differences": differences},
     }
-    write_json(args.out, result)
-    write_text(args.out.with_suffix(".md"), page(result))
+    write_json(REPORT, result)
+    write_text(REPORT.with_suffix(".md"), page(result))
     print(page(result))
     if max(differences.values()) > AGREE:
         raise BadInput(f"ours and lm-eval's differ by {max(differences.values()):.4f} bits per byte: one is wrong")

@@ -53,8 +53,7 @@ from train.stages import Stage, load_recipe
 VERSION = 1  # of the results: raise it when the same settings and data give other figures
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train")  # of a plan without `texts`
 MERGED = "outputs/merged"  # what a variant names as its base to get the parent's adapter merged
-PLAN_KEYS = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "variants")
-MORE_PLAN_KEYS = ("base", "texts", "samples")  # the base's folder; {task: its name on the page}; what each run writes
+PLAN_KEYS = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "base", "texts", "samples")
 KEYS = {"name", "recipe", "parent", "start", "quantised", "overrides", "against", "curve", "says"}
 
 
@@ -80,12 +79,7 @@ class Run:
 
 def load_plan(path: Path) -> dict[str, Any]:
     """The plan, its variants as {name: variant}. Raises BadInput naming the variant and what is wrong with it."""
-    try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read as YAML: {error}") from error
-    if missing := [key for key in PLAN_KEYS if not isinstance(plan, dict) or key not in plan]:
-        raise BadInput(f"{path} has no {', '.join(missing)}")
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:
         others = {variant.get("parent"), variant.get("start"), *variant.get("against", [])} - {None, *known}
@@ -131,12 +125,8 @@ def runs_of(plan: dict[str, Any], data: dict[str, str], base_sha256: str) -> lis
     for seed in plan["seeds"]:
         made: dict[str | None, Run] = {None: base}
         for variant in plan["variants"].values():
-            recipe, parent, quantised = (
-                Path(variant["recipe"]).stem,
-                made[variant.get("parent")],
-                variant.get("quantised"),
-            )
-            config = settings(variant, plan, seed)
+            parent, quantised = made[variant.get("parent")], variant.get("quantised")
+            recipe, config = Path(variant["recipe"]).stem, settings(variant, plan, seed)
             # Axolotl's cache of tokenised rows ignores new rows under an old name; this name changes with them.
             config["dataset_prepared_path"] += f"-{data[recipe][:12]}"
             run_id = f"{variant['name']}-{seed}"
@@ -194,11 +184,10 @@ def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
         matrices = [tensor for tensor in tensors if tensor["kind"] == "matrix"]
         moved = {key: statistics.median(tensor[key] for tensor in matrices) for key in ("changed", "relative")}
     config, log = stage.config, logs.training_log(stage.output_dir) or []
+    tokens = config["sequence_len"] * config["micro_batch_size"] * config["gradient_accumulation_steps"]
     return {
         "steps": steps["reached"],
-        "tokens_per_step": None  # pairs have as many tokens as their texts
-        if config.get("rl")
-        else config["sequence_len"] * config["micro_batch_size"] * config["gradient_accumulation_steps"],
+        "tokens_per_step": None if config.get("rl") else tokens,  # pairs have as many tokens as their texts
         "moved": moved,
         "log": [[point["step"], point["loss"], point["eval_loss"]] for point in log],
     }
@@ -314,11 +303,10 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
         validation[stage] = {"tokens": tokens, "bytes": sum(len(row["text"].encode()) for row in rows)}
     recipes = {variant["recipe"]: {"recipe": variant["recipe"], "curve": True} for variant in plan["variants"].values()}
     report = {
-        "format": sweep_report.FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": models.environment("cpu", dtype(plan)),
         "base_sha256": sha256("models/base/model.safetensors"),
-        "plan": {key: plan[key] for key in (*PLAN_KEYS, *MORE_PLAN_KEYS) if key in plan and key != "variants"},
+        "plan": {key: plan[key] for key in PLAN_KEYS if key in plan},
         "manifests": manifests,
         "validation": validation,
         "texts": texts[0] if texts else {},

@@ -18,9 +18,8 @@ import numpy as np
 
 from eval import intervals, plots
 from eval.tables import changed, markdown, number
-from prep.common import BadInput, commit, read_json, write_text
+from prep.common import commit, read_json, write_text
 
-FORMAT = 2
 BASE = "base"
 TEXTS = {"gallica_heldout": "Gallica", "novel_heldout": "novel"}  # of a plan that names none
 PAGE = """# Which settings learn
@@ -194,11 +193,10 @@ class Sweep:
         trained = []
         for stage, rows in report["manifests"].items():
             train = rows["train"]
-            pairs = "sequence_len" not in rows
-            tokens = (
-                0 if pairs else train["windows"] * rows["sequence_len"] or train["tail_tokens"]
-            )  # rows below a window
-            trained.append(f"{stage} {train['rows']} pairs" if pairs else f"{stage} {tokens:,}")
+            if length := rows.get("sequence_len"):
+                trained.append(f"{stage} {train['windows'] * length or train['tail_tokens']:,}")  # rows below a window
+            else:
+                trained.append(f"{stage} {train['rows']} pairs")
         texts = {text: report["texts"][text] for text in self.texts if report["runs"]}
         head = ["variant", "bpb, trained pages", "bpb, held-out pages", "token probability, trained", "held out"]
         more = {
@@ -258,12 +256,8 @@ class Sweep:
 
 
 def load(path: Path) -> Sweep:
-    """The sweep of a report. Raises BadInput when there is none, or it has another format."""
-    remedy = f"`make bench-{path.stem}` makes it"
-    report = read_json(path, remedy, dict)
-    if report.get("format") != FORMAT:
-        raise BadInput(f"{path} has format {report.get('format')}, not {FORMAT}; {remedy}")
-    return Sweep(report)
+    """The sweep of a report. Raises BadInput when there is none."""
+    return Sweep(read_json(path, f"`make bench-{path.stem}` makes it"))
 
 
 def write(path: Path) -> None:

@@ -163,20 +163,18 @@ def test_what_cannot_be_measured_or_continued_is_one_clear_error(tmp_path: Path,
 
 @pytest.mark.slow
 def test_the_bench_with_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Continues an adapter, survives a run that fails; then has nothing to do."""
+    """Continues an adapter; then has nothing to do."""
     arguments: list[object] = ["--tiny", "--work", tmp_path / "work", "--out", tmp_path / "r/gpu.json"]
-    arguments += ["--only", "2c, ours, 11 GiB, 1", "2b, flash attention, *"]
+    arguments += ["--only", "2c, ours, 11 GiB, 1"]
     bench(monkeypatch, *arguments)
     monkeypatch.setattr(gpu, "measure", None)  # nothing is measured twice
     bench(monkeypatch, *arguments)
 
-    trained, failed = json.loads((tmp_path / "r/gpu.json").read_text())["runs"].values()
-    assert failed["status"] == "failed" and "flash" in failed["reason"].lower()
+    (trained,) = json.loads((tmp_path / "r/gpu.json").read_text())["runs"].values()
     assert trained["status"] == "ok" and trained["tokens_per_step"] == 2048  # 1 x 1 x 2048, as in the smoke test
     assert all(6 < loss < 8 for loss in trained["losses"])  # random tokens of 1,000: ln 1000 = 6.9
     assert trained["tokens_per_s"] > 0 and trained["steps"] >= 1 and trained["planned"] == {}
-    page = (tmp_path / "r/gpu.md").read_text()
-    assert "no measurement of the recipes" in page and "**failed**" in page
+    assert "no measurement of the recipes" in (tmp_path / "r/gpu.md").read_text()
 
     written = load_recipe(tmp_path / "work/runs/2c-ours-11-GiB-1/config.yml")
     assert written["lora_model_dir"] == "outputs/2b" and written["plugins"][-1] == "bench.gpu_plugin.Probe"

@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import random
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -24,8 +22,6 @@ from prep.common import BadInput, sha256
 from prep.formats import read_book
 from prep.page_layout import clean_pages
 from prep.rows import Cutter
-
-SCRIPT = Path(__file__).parent.parent / "prep" / "castle.py"
 
 
 @pytest.fixture(scope="module")
@@ -282,61 +278,7 @@ def test_a_pdf_gives_the_text_it_was_made_from(tmp_path):
     assert result["errors"] == 0 and f1(result) > 0.95
 
 
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-def scans() -> bytes:
-    canvas = Canvas("scans.pdf")
-    for _ in range(3):
-        canvas.rect(100, 100, 200, 200, fill=1)
-        canvas.showPage()
-    return canvas.getpdfdata()
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("scans.pdf", scans(), "no text layer"),
-        ("empty.txt", b"", "is empty"),
-        ("blank.txt", b" \r\n\n", "is empty"),
-        ("binary.txt", random.Random(1).randbytes(5000), "convert it to UTF-8"),
-        ("broken.pdf", b"%PDF-1.7\n%cut off here", "cannot be read as a PDF"),
-        ("short.txt", b"K. ouvrit la porte.\n" * 3, "too few"),
-        ("missing.txt", None, "no such book"),
-    ],
-)
-def test_bad_books(name, data, message, tmp_path, llama):
-    if data is not None:
-        (tmp_path / name).write_bytes(data)
-    with pytest.raises(BadInput, match=message) as error:
-        castle(tmp_path, tmp_path / name, llama)
-    assert "\n" not in str(error.value) and not (tmp_path / "data").exists()
-
-
-def test_the_script_says_one_line_and_leaves_with_1(tmp_path, llama):
-    (tmp_path / "empty.txt").write_bytes(b"")
-    command = [sys.executable, str(SCRIPT), "--book", "empty.txt", "--tokenizer", str(llama), "--out", "2c.jsonl"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout, result.stderr) == (1, "", "castle.py: empty.txt is empty\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--holdout", "0.9"], "0.9 is not a share between 0 and 0.5"),
-        (["--out", "2c.txt"], "2c.txt must end in .jsonl"),
-        (["--stride", "500"], "must divide"),
-        (["--tokenizer", "nowhere"], "no tokenizer.json"),
-    ],
-)
-def test_bad_options(options, message, llama, tmp_path, capsys):
-    (tmp_path / "roman.txt").write_text("K. ouvrit la porte.\n")
-    with pytest.raises((BadInput, SystemExit)) as stop:
-        castle(tmp_path, tmp_path / "roman.txt", llama, *options)
-    assert message in f"{stop.value} {capsys.readouterr().err}" and not (tmp_path / "data").exists()
-    assert stop.type is BadInput or str(stop.value) == "2"
-
+# --- the real book ---------------------------------------------------------------------------------------------------
 
 CORPUS = os.environ.get("CORPUS_DIR", "")
 

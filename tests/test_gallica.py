@@ -230,27 +230,6 @@ def test_a_bad_source_is_one_clear_error(llama, tmp_path):
         assert not list((tmp_path / "data").glob("2a*"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--windows=0"], "at least 1"),
-        (["--holdout=0.9"], "between 0 and 0.5"),
-        (["--split=3/2"], "invalid split"),
-        (["--windows=many"], "not a whole number"),
-        (["--out=2a.json"], "must end in .jsonl"),
-        (["--against=nowhere.txt"], "nowhere.txt is no UTF-8 text"),
-        (["--sequence-len=8"], "too short"),
-        (["--holdout=0.07", "--sequence-len=16384"], "0 windows"),
-    ],
-)
-def test_bad_arguments(options, message, source, llama, tmp_path, capsys):
-    with pytest.raises((BadInput, SystemExit)) as stop:
-        main([*words(source, llama, tmp_path / "2a.jsonl"), *options])
-    assert message in f"{stop.value} {capsys.readouterr().err}"
-    assert stop.type is BadInput or str(stop.value) == "2"
-    assert not list(tmp_path.glob("2a*"))
-
-
 def test_books_that_cannot_be_read_are_counted_and_named(llama, tmp_path, capfd):
     """In a zip, in a file of their own and in a table; and by workers, whose standard error is not seen."""
     source = library(tmp_path / "source", [*books(), {"file_id": "perdu", "complete_text": "L'\ufffdt\ufffd. " * 999}])

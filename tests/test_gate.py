@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -441,9 +440,8 @@ LAUNCH = (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
-def test_all_that_a_launcher_started_ends_with_it(workdir: Path, number: signal.Signals) -> None:
-    """However it ends: the trainer, and what the trainer had started."""
+def test_all_that_a_launcher_started_ends_with_it(workdir: Path) -> None:
+    """Killed, it can do nothing: the trainer, and what the trainer had started."""
     environment = os.environ | {"PYTHONPATH": str(RECIPES.parent)}
     with subprocess.Popen([sys.executable, "-c", LAUNCH], env=environment, stderr=subprocess.DEVNULL) as launcher:
         pids: list[str] = []
@@ -451,7 +449,7 @@ def test_all_that_a_launcher_started_ends_with_it(workdir: Path, number: signal.
             assert launcher.poll() is None
             time.sleep(0.05)
             pids = Path("pids").read_text().split() if Path("pids").exists() else []
-        launcher.send_signal(number)
+        launcher.kill()
     deadline = time.time() + 10
 
     def state(pid: str) -> str:
@@ -578,15 +576,6 @@ def test_tokenised_rows_that_were_not_written_to_their_end_are_made_again(plugin
     flipped[len(flipped) // 2] ^= 1
     arrow.write_bytes(flipped)
     assert launch("2a") == "" and sorted(path.name for path in cache.iterdir()) == left[:1]
-
-
-def test_a_torn_checkpoint_is_not_resumed(plugin: None) -> None:
-    assert launch("2a") == ""
-    write_weights(Path("outputs/2a"), base_tensors())
-    write_checkpoint("2a", 10, 20)
-    write_checkpoint("2a", 15, 20)
-    Path("outputs/2a/checkpoint-15/optimizer.pt").write_bytes(b"")
-    assert launch("2a") == "" and [path.name for path in gate.checkpoints(Path("outputs/2a"))] == ["checkpoint-10"]
 
 
 def test_a_run_killed_after_its_last_checkpoint_takes_its_weights(plugin: None, capsys: pytest.CaptureFixture) -> None:

@@ -1,15 +1,11 @@
 """The Makefile: settings reach the commands as they were typed, and nothing in them is run."""
 
-import argparse
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-from prep.common import run_name
 
 ROOT = Path(__file__).parent.parent
 # Stands for .venv/bin/python: records what it was called with, arguments apart by \x1f, calls by \x1e.
@@ -98,13 +94,6 @@ def test_the_demo_s_stages_are_exported_after_it_and_where_they_are(project: Pat
     assert make(project, "merge")[0][:3] == ["eval/export.py", "2c", "--recipes"]
 
 
-@pytest.mark.parametrize("name", ["../full", "a/b", "/tmp/full", "..", ""])
-def test_a_report_is_written_to_the_folder_of_reports(name: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="is a path"):
-        run_name(name)
-    assert run_name("novel 2.1") == "novel 2.1"
-
-
 def test_clean_demo_keeps_what_a_user_kept(project: Path) -> None:
     kept = [project / "demo/run/outputs" / name for name in ("kept.jsonl", "continuation/suite.txt")]
     made = [project / "demo/run" / name for name in ("models/base/x", "outputs/2a/checkpoint-8/x", "data/2a.jsonl")]
@@ -118,10 +107,3 @@ def test_clean_demo_keeps_what_a_user_kept(project: Path) -> None:
     make(project, "clean-demo")
     make(project, "clean-demo")  # also where there is nothing
     assert not (project / "demo/run").exists()
-
-
-def test_every_target_has_a_line_of_help() -> None:
-    makefile = (ROOT / "Makefile").read_text().replace("\\\n", "")
-    declared = re.findall(r"^\.PHONY: (.*)", makefile, re.M)[0].split()
-    shown = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert declared == re.findall(r"^  make (\S+)", shown, re.M)

@@ -26,7 +26,7 @@ from tiny_curriculum import save_adapter, save_base
 from transformers import AutoTokenizer
 
 from docker import health
-from eval import llamacpp, workbench
+from eval import continuation, llamacpp, workbench
 from eval.serve import ask
 from prep.common import BadInput, write_text
 from train.stages import load_chain
@@ -71,10 +71,12 @@ def limit_memory(folder: Path, free: int, monkeypatch: pytest.MonkeyPatch) -> No
 def continued(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What eval/continuation.py writes in a few steps."""
     out = tmp_path_factory.mktemp("continued")
-    arguments = "--stage 2a --words 40 --candidates 2 --chunk-tokens 24".split()  # noqa: SIM905
+    arguments = "--stage 2a --words 40 --candidates 2 --chunk-tokens 24 --device cpu".split()  # noqa: SIM905
     arguments += ["--recipes", str(ROOT / "recipes"), "--out", str(out), "--from", "K. ouvrit la porte."]
-    call = [sys.executable, str(ROOT / "eval/continuation.py"), *arguments]
-    subprocess.run(call, cwd=trained, env=ENVIRONMENT, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        patch.setattr(sys, "argv", ["continuation.py", *arguments])
+        continuation.main()
     return out
 
 
