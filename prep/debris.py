@@ -8,6 +8,7 @@ against it. Headings, replies and lines of verse are words, so they stay.
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from prep.filters import lexicon
 from prep.paragraphs import DASHES, breaks_off, full_width
@@ -19,7 +20,7 @@ _SIGNS = re.compile(r"[^\w\s.,;:!?…'’\"«»“”—–()-]|_")  # those tha
 _BLOTS = re.compile(  # beside words; a lone figure after a sentence is a blot or calls a note
     r"(?:\s[|_~^<>=+#\\{}°•]+|(?<=[.!?…»])\s+\W{0,3}\d{1,2}\W{0,2})+$|^(?:[|_~^<>=+#\\{}°]+\s)+"
 )
-_HEAD, _TAIL = re.compile(r"[^\W\d_]{2,}$"), re.compile(r"[a-zà-ÿœ]{2,}")
+_HEAD, _TAIL = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}$"), re.compile(r"[a-zà-ÿœ]{2,}")
 _NUMERAL = re.compile(r"\W*(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\W*")
 _MARKS = re.compile(
     r"[—–-]?[ .?!…]*(?:[.?!…]{2}|(?<=[—–-] )[?!])[ .?!…]*|(?:\* ?){3}"
@@ -46,7 +47,12 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
     doubtful = {i for i, line in enumerate(lines) if not _SENTENCE.search(line)}
     book = Counter(_WORD.findall("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower()))
     short = Counter(_WORD.findall("\n".join(lines[i] for i in doubtful).lower()))
-    known = lexicon() | {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
+    own = {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
+    french = lexicon()
+
+    def known(word: str) -> bool:
+        return word in french or word in own
+
     found = {i for i in doubtful if _is_debris(lines[i], lines[i - 1] if i else "", width, known)}
     if sum(bool(_WORD.search(lines[i])) for i in found) < SCAN * len(lines):
         return lines, gaps  # a PDF's or a typist's text, whose lone figures are chapters
@@ -56,31 +62,28 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
         if i in found:
             continue
         line = _BLOTS.sub("", line)
-        head, tail = _HEAD.search(kept[-1]) if kept else None, _TAIL.match(line)
-        if head and tail and not {head[0].lower(), tail[0]} <= known and (head[0] + tail[0]).lower() in known:
+        tail = _TAIL.match(line)
+        head = _HEAD.search(kept[-1]) if tail and kept else None
+        if tail and head and known((head[0] + tail[0]).lower()) and not (known(head[0].lower()) and known(tail[0])):
             kept[-1] += "-"
         kept.append(line)
     return kept, [gap for i, gap in enumerate(gaps) if i not in found]
 
 
-def _is_figure(line: str, before: str, width: int) -> bool:
-    """Whether a line without a letter is neither a year nor the figure that ends the sentence of the line before."""
-    ends = line[-1] in ".;!?" and line[:1].isdigit()
-    return not (_YEAR.fullmatch(line) or (ends and len(before) > 0.8 * width and breaks_off(before)))
-
-
-def _is_debris(line: str, before: str, width: int, known: frozenset[str] | set[str]) -> bool:
+def _is_debris(line: str, before: str, width: int, known: Callable[[str], bool]) -> bool:
     if _NUMERAL.fullmatch(line) or _MARKS.fullmatch(line):
         return False
     words = _WORD.findall(line)
     if not words:
-        return _is_figure(line, before, width)
+        # A figure that is neither a year nor the end of the sentence of the line before.
+        ends = line[-1] in ".;!?" and line[0].isdigit() and len(before) > 0.8 * width and breaks_off(before)
+        return not (ends or _YEAR.fullmatch(line))
     head = _WORD.findall(before[-20:]) if words[0].islower() else []
-    if head and (before[-1] == "-" or (head[-1] + words[0]).lower() in known):  # the rest of a cut word
+    if head and (before[-1] == "-" or known((head[-1] + words[0]).lower())):  # the rest of a cut word
         return False
     marked = line[0] in DASHES + "«" or line[-1] in ".!?…,;:»"  # the line of a sentence
     long = [word for word in words if len(word) >= 3]
-    good = sum(len(w) for w in long if w.lower() in known or (marked and _LIKELY.fullmatch(w)))
+    good = sum(len(w) for w in long if known(w.lower()) or (marked and _LIKELY.fullmatch(w)))
     if good or (marked and all(w.lower() in SHORT_WORDS for w in words)):
         good += sum(len(w) for w in words if len(w) <= 2 and w.lower() in SHORT_WORDS)
     figures = sum(map(str.isdigit, line)) if not marked else 0

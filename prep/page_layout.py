@@ -137,7 +137,7 @@ def _drop_footnotes(lines: list[str], gaps: list[int], counts: Counter[str]) -> 
     starts = [i for i, gap in enumerate(gaps) if gap == PAGE or not i]
     for start, end in pairwise([*starts, len(lines)]):
         calls: dict[str, int] = {}  # label -> its line
-        for i in range(start, end):
+        for i in (i for i in range(start, end) if "(" in lines[i] or "[" in lines[i]):
             label = _label(lines[i])
             if label and label in calls:
                 at = calls.pop(label)
