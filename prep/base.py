@@ -91,9 +91,7 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
         options |= {"config": config, "dtype": dtype, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
-        raise BadInput(
-            f"{source}: its pickled weights hold more than tensors, or are damaged; they were not run"
-        ) from error
+        raise BadInput(f"{source}: pickled weights hold more than tensors or are damaged; they were not run") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise BadInput(f"{source} does not load as a language model: {reason(error)}") from error
     model, found = loaded

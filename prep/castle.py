@@ -63,9 +63,8 @@ def drop_note_calls(paragraphs: list[str]) -> tuple[list[str], int]:
     calls = [(n, match) for n, text in enumerate(paragraphs) for match in _CALL.finditer(text)]
     values = [int(unicodedata.normalize("NFKC", match[0])) for _, match in calls]  # ² is 2
     weights = [0.5 if match["name"] is not None else 1.0 for _, match in calls]
-    best = [
-        weight - _MISSING * (value - 1) for value, weight in zip(values, weights, strict=True)
-    ]  # as a count's first
+    # What the best count that ends with each call weighs; at first, what it weighs as a count's first.
+    best = [weight - _MISSING * (value - 1) for value, weight in zip(values, weights, strict=True)]
     link = [-1] * len(values)
     for j, value in enumerate(values):
         for i in range(max(0, j - 50), j):
@@ -171,9 +170,7 @@ def main() -> None:
     paragraphs, counts = clean_book(book)
     paragraphs, counts["note_calls"] = drop_note_calls(paragraphs)
     if not_french("\n".join(paragraphs)):
-        raise BadInput(
-            f"{args.book} is not in French: the preparation is made for French only (quotation marks, hyphens, spaces)"
-        )
+        raise BadInput(f"{args.book} is not in French: quotation marks, hyphens and spaces are made for French only")
     first, middle, last = split(paragraphs, cutter, args.holdout)
     paragraphs, start, end = first + middle + last, len(first), len(first) + len(middle)
     parts = [first, last] if args.holdout else [first]

@@ -384,9 +384,7 @@ def collect_book(args: argparse.Namespace) -> None:
     out, source, downloads = args.out, args.source, staging(args.out)
     remote = "://" in source
     if not remote and not Path(source).is_file():
-        raise BadInput(
-            f"{source} is not a file; --source takes a book (PDF, EPUB, DOCX, text ...) or an http(s) address"
-        )
+        raise BadInput(f"{source} is not a file; --source takes a book (PDF, EPUB, text ...) or an http(s) address")
     wanted = {"source": source, "sha256": None if remote else sha256(source)}
     if already(out, wanted):
         return

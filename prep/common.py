@@ -23,8 +23,6 @@ from typing import IO, Any
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 _locks: list[IO[str]] = []
 
 
@@ -206,12 +204,13 @@ def versions(*packages: str) -> dict[str, str]:
 
 def collected(folder: Path) -> dict[str, Any]:
     """What collect.py recorded of a folder of sources, its `files` as {name: sha256}. Raises BadInput where that is damaged."""
-    path = folder / "source.json"
-    try:
-        record = dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-        return record | {"files": {file["name"]: file["sha256"] for file in record.get("files", [])}}
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is damaged: remove {folder} and collect it again") from error
+    if not (path := folder / "source.json").is_file():
+        return {"files": {}}
+    return read_json(
+        path,
+        f"remove {folder} and collect it again",
+        lambda record: record | {"files": {file["name"]: file["sha256"] for file in record.get("files", [])}},
+    )
 
 
 def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:

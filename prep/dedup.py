@@ -30,7 +30,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.binaryio import read_tuples_from_file
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
-from prep.common import BadInput, atomic_write, seal
+from prep.common import BadInput, atomic_write, seal, write_text
 from prep.filters import year_of
 
 MINHASH = MinhashConfig(n_grams=5, num_buckets=24, hashes_per_bucket=4)
@@ -117,8 +117,6 @@ def held_out(works: Iterable[str], share: float) -> set[str]:
 
 _LETTERS = bytes(byte if byte in b"abcdefghijklmnopqrstuvwxyz" else ord(" ") for byte in range(256))
 _ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9))
-
-
 _hash = functools.lru_cache(1_000_000)(xxhash.xxh64_intdigest)  # of a word, once; a million take some 200 MB
 
 
@@ -303,8 +301,7 @@ class Choose(PipelineStep):
             "heldout": sum(kept.values()),
             "characters_kept": sum(entry.characters for entry in kept),
         }
-        with atomic_write(folder / "corpus.json") as out:
-            json.dump(self.described | report, out, ensure_ascii=False, indent=2)
+        write_text(folder / "corpus.json", json.dumps(self.described | report, ensure_ascii=False, indent=2))
         seal(folder, "books/*", "chosen.jsonl", "corpus.json")
 
 

@@ -45,9 +45,7 @@ def decode(data: bytes, name: str) -> str:
     if text is None and encoding == "utf-8-sig":
         share, text = _most_french([*(_strict(data, legacy) for legacy in LEGACY), data.decode("utf-8", "cp1252")])
         if share < 0.3:
-            raise BadInput(
-                f"{name} is not in UTF-8, and in no other encoding are its words French: convert it to UTF-8"
-            )
+            raise BadInput(f"{name} is not in UTF-8, and in no other encoding is it French: convert it to UTF-8")
     text = text and text.rstrip("\0")  # of a file whose end was never written
     if text is None or sum(text.count(chr(c)) for c in (*range(9), *range(14, 32))) > len(text) // 1000:
         raise BadInput(f"{name} is neither a PDF nor a text in a known encoding: convert it to UTF-8")

@@ -381,9 +381,7 @@ def _read_html(data: bytes, name: str) -> BookText:
             book = part  # without what the site has around it
     words = len(book.whole().split())
     if "table_of_contents" in book.counts or words < 100 or root.find(".//input[@type='password']") is not None:
-        raise BadInput(
-            f"{name} is a web page, not a book ({words} words that are not links): give the book's own file or address"
-        )
+        raise BadInput(f"{name} is a web page, not a book ({words} words beside links): give the book's own address")
     return book
 
 

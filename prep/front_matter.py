@@ -168,13 +168,8 @@ def drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
         full = [i for i, line in enumerate(lines) if _is_text(line)]
         if at_back and len(full) < _NOTICE_LINES:
             break  # both ends were the same lines
-    return _drop_source(lines, counts)
-
-
-def _drop_source(lines: list[str], counts: Counter[str]) -> list[str]:
-    """Without "Source gallica.bnf.fr / Bibliothèque nationale de France", on whatever page it is."""
     kept = []
-    for line in lines:
+    for line in lines:  # "Source gallica.bnf.fr / Bibliothèque nationale de France" is on any page
         if "bnf" in line.lower() and _SOURCE.search(line):
             counts["legal_notice"] += 1
             if not (line := _SOURCE.sub(" ", line).strip()):

@@ -60,9 +60,8 @@ def main() -> None:
     lock(args.out)
     found = [place for text in once(args.rows) for place in places(text, args.prompt_words, args.words)]
     if not found:
-        raise BadInput(
-            f"no row of {args.rows} has {args.prompt_words + args.words} words: lower --prompt-words or --words"
-        )
+        words = args.prompt_words + args.words
+        raise BadInput(f"no row of {args.rows} has {words} words: lower --prompt-words or --words")
     random.Random(args.seed).shuffle(found)
     found = found[: args.pairs]
     row = models.writer(load_chain(args.recipes), args.stage)

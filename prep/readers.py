@@ -49,9 +49,7 @@ def source_paths(folder: Path) -> list[Path]:
     """The files of books in a folder, by name. Raises BadInput where there is none, or one that is no source."""
     files = sorted(p for p in folder.glob("*") if p.is_file() and p.name.endswith(SUFFIXES))
     if not files:
-        raise BadInput(
-            f"no file of books in {folder} ({' '.join('*' + s for s in SUFFIXES)}): collect some first (python prep/collect.py gallica)"
-        )
+        raise BadInput(f"no file of books in {folder} ({' '.join(SUFFIXES)}): python prep/collect.py gallica gets some")
     for path in files:
         if path.suffix == ".parquet":
             check_columns(path)

@@ -23,7 +23,7 @@ import numpy as np
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
-from prep.common import BadInput, atomic_write, sha256, versions
+from prep.common import BadInput, atomic_write, sha256, versions, write_text
 from prep.dedup import Entry, chosen_books, fraction
 
 MAX_WINDOWS = 16  # a row; Axolotl truncates silently at 64 and tokenises 1,000 rows a batch in each process
@@ -297,8 +297,7 @@ class CutRows(PipelineStep):
                     rows.append((rank, handle.tell(), row.windows))
                     handle.write(json.dumps(row).encode() + b"\n")
                 index.append((heldout, special, Document(fraction(draw.seed, entry.source), entry.work, rows)))
-        with atomic_write(self.folder / f"{rank:05d}.index.json") as out:
-            json.dump(index, out)
+        write_text(self.folder / f"{rank:05d}.index.json", json.dumps(index))
 
 
 # --- the draw --------------------------------------------------------------------------------------------------------
