@@ -60,14 +60,14 @@ TABLES = (".zip", ".tar", ".tar.gz", ".tgz", ".tsv", ".tsv.gz")
 
 
 def recorded(out: Path) -> tuple[Record | None, list[str]]:
-    """The source.json of a finished collection, None where there is none; and the names of files that were lost since."""
+    """The source.json of a finished collection, None where there is none; and the names of files that were lost since, not dropped."""
     path = out / "source.json"
     if not path.is_file():
         return None, []
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
         described(record)
-        sizes = {file["name"]: file["bytes"] for file in record["files"]}
+        sizes = {file["name"]: file["bytes"] for file in record["files"] if not file.get("dropped")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is damaged: remove {out} and collect it again") from error
     paths = {name: out / name for name in sizes}

@@ -203,26 +203,31 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def collected(folder: Path) -> dict[str, Any]:
-    """What collect.py recorded of a folder of sources, its `files` as {name: sha256}. Raises BadInput where that is damaged."""
-    if not (path := folder / "source.json").is_file():
-        return {"files": {}}
-    return read_json(
-        path,
-        f"remove {folder} and collect it again",
-        lambda record: record | {"files": {file["name"]: file["sha256"] for file in record.get("files", [])}},
-    )
+    """What collect.py recorded of a folder of sources, its `files` by name. Raises BadInput where that is damaged."""
+
+    def pick(record: dict[str, Any]) -> dict[str, Any]:
+        files = [{key: file[key] for key in ("name", "bytes", "sha256")} for file in record["files"]]
+        return record | {"files": {file["name"]: file for file in files}}
+
+    path = folder / "source.json"
+    return read_json(path, f"remove {folder} and collect it again", pick) if path.is_file() else {"files": {}}
 
 
 def source_files(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Name, bytes and sha256 of each source file, in the given order.
 
-    Raises BadInput where one is not what the source.json beside it records: it was damaged or exchanged since.
+    Of one that is gone, what the source.json beside it records. Raises BadInput where one is not what that records: it was
+    damaged or exchanged since.
     """
     files: list[dict[str, Any]] = []
     recorded = functools.cache(lambda folder: collected(folder)["files"])
     for path in paths:
+        known = recorded(path.parent).get(path.name)
+        if known and not path.exists():
+            files.append(known)
+            continue
         files.append({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
-        if recorded(path.parent).get(path.name) not in (None, files[-1]["sha256"]):
+        if known and known["sha256"] != files[-1]["sha256"]:
             record = path.with_name("source.json")
             raise BadInput(f"{path} is not the file that {record} records: remove it and collect it again")
     return files

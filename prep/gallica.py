@@ -34,7 +34,7 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
-from prep.common import collected, digest, positive, sha256, source_files, versions
+from prep.common import SEAL, BadInput, collected, digest, lock, positive, sha256, source_files, versions, write_json
 from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import COUNTER, Cluster, forget, take
 from prep.filters import (
@@ -160,6 +160,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--partition", default="", help="Slurm's partition")
     add("--time", default="12:00:00", help="Slurm's limit for one task (default %(default)s)")
     add("--fresh", action="store_true", help="make the corpus again even if it is there")
+    add("--drop-sources", action="store_true", help="remove the source files in the end: the corpus has their text")
     return parser.parse_args(argv)
 
 
@@ -196,7 +197,16 @@ def main(argv: list[str] | None = None) -> None:
         },
         "packages": PACKAGES,
     }
+    record = args.source / "source.json"
+    if args.drop_sources and (args.executor == "slurm" or not record.is_file()):
+        raise BadInput(f"--drop-sources: {args.source} was not made by collect.py, or the executor is slurm")
     take(corpus)
+    gone = [path for path in files if not path.exists()]
+    if gone and (args.fresh or not (corpus / SEAL).is_file()):
+        raise BadInput(
+            f"{gone[0]} was dropped or lost, and its text is in no whole corpus of these arguments: "
+            f"remove {record} and collect it again"
+        )
     if args.fresh:
         forget(corpus)
     asked = [draw, args.sequence_len, out, manifest, sha256(args.tokenizer / "tokenizer.json")]
@@ -221,6 +231,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"submitted; when job draw is done, the rows are in {out}, and {rows} can be removed")
         return
     shutil.rmtree(rows)
+    if args.drop_sources:
+        drop(record)
     told = json.loads(manifest_path(out).read_text(encoding="utf-8"))
     documents = told["documents"]
     reasons = ", ".join(f"{count} {reason}" for reason, count in documents["rejected"].items()) or "none"
@@ -241,6 +253,16 @@ def warn_if_short(repo: str | None, files: int, args: argparse.Namespace) -> Non
             f"(python prep/collect.py gallica --dataset {repo} --files {enough})",
             file=sys.stderr,
         )
+
+
+def drop(record: Path) -> None:
+    """Remove the files that collect.py recorded. The record says so first, or the next `make data` would bring them again."""
+    lock(record.parent)
+    told = json.loads(record.read_text(encoding="utf-8"))
+    write_json(record, told | {"files": [file | {"dropped": True} for file in told["files"]]})
+    for file in told["files"]:
+        record.with_name(file["name"]).unlink(missing_ok=True)
+    print(f"{record.parent}: dropped, {sum(file['bytes'] for file in told['files']) / 1e6:,.1f} MB")
 
 
 def tell(messages: Path) -> None:

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from prep.common import BadInput, reason
+from prep.common import BadInput, collected, reason
 from prep.encodings import repaired
 from prep.formats import BOOK_SUFFIXES, BookText, attempt, read_book, read_members
 
@@ -46,16 +46,20 @@ _DAMAGED = (pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error,
 
 
 def source_paths(folder: Path) -> list[Path]:
-    """The files of books in a folder, by name. Raises BadInput where there is none, or one that is no source."""
-    files = sorted(p for p in folder.glob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+    """The files of books in a folder, by name, also those that were dropped from it (gallica.py --drop-sources).
+
+    Raises BadInput where there is none, or one that is no source.
+    """
+    there = {path.name for path in folder.glob("*") if path.is_file()}
+    files = [folder / name for name in sorted(there | collected(folder)["files"].keys()) if name.endswith(SUFFIXES)]
     if not files:
         raise BadInput(f"no file of books in {folder} ({' '.join(SUFFIXES)}): python prep/collect.py gallica gets some")
     for path in files:
-        if path.suffix == ".parquet":
+        if path.suffix == ".parquet" and path.name in there:
             check_columns(path)
-    others = [p.name for p in folder.glob("[!.]*") if p.is_file() and p not in files and p.name != "source.json"]
+    others = [n for n in sorted(there) if not n.endswith(SUFFIXES) and n[0] != "." and n != "source.json"]
     if others:
-        print(f"{folder}: not read, since they are not books: {', '.join(sorted(others))}", file=sys.stderr)
+        print(f"{folder}: not read, since they are not books: {', '.join(others)}", file=sys.stderr)
     return files
 
 

@@ -125,7 +125,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} given.docx", write("given.docx", b"PK\x03\x04 but no more"), "given.docx"),
     (
         f"{CASTLE} data/2c.txt",
-        write("data/source.json", '{"files": [{"name": "2c.txt", "sha256": "0"}]}'),
+        write("data/source.json", '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'),
         "not the file",
     ),
     (f"{CASTLE} data/2c.txt", write("data/source.json", '{"files": 1}'), "source.json is damaged"),

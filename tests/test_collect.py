@@ -3,6 +3,7 @@
 The script runs as a user runs it, in a process of its own; only the network is a stand-in.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -33,7 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from demo.corpus import set_lines
 from eval import llamacpp
-from prep import base
+from prep import base, gallica
 from prep import collect as script
 from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, need_room, persist
 from prep.common import BadInput, sha256
@@ -284,6 +285,55 @@ def test_from_an_empty_folder_the_curated_collection_gives_exactly_the_windows_a
         paragraphs = [part for text in texts for part in text.split("\n\n")[1:-1]]
         found = sum(any(part in whole for whole in spaced) for part in paragraphs)
         assert found > 0.95 * len(paragraphs) > 50
+
+
+def test_dropped_sources_are_needed_again_only_for_another_corpus(
+    collect_here, out, llama, tmp_path, monkeypatch, capsys
+):
+    given = small_library.library(tmp_path / "given", small_library.books())
+    for split in ("1/2", "2/2"):
+        small_library.prepare(given, llama, tmp_path / "undisturbed" / f"{split[0]}.jsonl", windows=9, split=split)
+    collect_here("gallica", "--source", given)
+    there = held(out)
+
+    def prepare(split: str = "1/2", *more: str) -> bytes:
+        rows = tmp_path / "data" / f"{split[0]}.jsonl"
+        gallica.main([*small_library.words(out, llama, rows, windows=9, split=split), *more])
+        assert rows.read_bytes() == (tmp_path / "undisturbed" / rows.name).read_bytes()
+        return rows.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path == out / "gallica_mono_2.parquet":
+            raise KeyboardInterrupt
+        os.unlink(path)
+
+    for name, fails, error, left in (
+        ("prep.gallica.write_json", full, OSError, 3),
+        ("pathlib.Path.unlink", killed, KeyboardInterrupt, 2),
+    ):
+        with monkeypatch.context() as disturbed, pytest.raises(error):
+            disturbed.setattr(name, fails)
+            prepare("1/2", "--drop-sources")
+        assert len(held(out)) == left
+    assert prepare("1/2", "--drop-sources") != prepare("2/2")
+    assert not held(out) and held(given) == there
+    capsys.readouterr()
+    collect_here("gallica", "--source", given)
+    assert "already there" in capsys.readouterr().out and not held(out)
+
+    for other in ("--holdout=0.3", "--fresh"):
+        with pytest.raises(BadInput, match=r"mono_1\.parquet was dropped or lost.*remove .*source\.json and collect"):
+            prepare("1/2", other)
+    (out / "source.json").unlink()
+    collect_here("gallica", "--source", given)
+    assert held(out) == there and prepare("1/2", "--fresh")
+    (out / "source.json").unlink()
+    with pytest.raises(BadInput, match="not made by collect"):
+        prepare("1/2", "--drop-sources")
+    assert held(out) == there
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(monkeypatch):
