@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"submitted; when job draw is done, the rows are in {out}, and {rows} can be removed")
         return
     shutil.rmtree(rows)
-    if args.drop_sources:
+    if args.drop_sources and gone != files:
         drop(record)
     told = json.loads(manifest_path(out).read_text(encoding="utf-8"))
     documents = told["documents"]
