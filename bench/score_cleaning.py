@@ -138,18 +138,17 @@ _SENTENCE_MARK = re.compile(r"^[—«]|[.?!…,;:»]$")  # an unknown word may b
 _CUT = re.compile(r"([^\W\d_]+)-\s*\n(?:.{0,45}\n){0,4}?\s*([^\W\d_]+)")
 
 
-def score_scan(raw: str, found: list[str], truth: list[str], differences: list[str] | None = None) -> Score:
+def score_scan(name: str, raw: str, found: list[str], truth: list[str], differences: list[str]) -> Score:
     """Compares a cleaned scan with another edition's text; `raw` is the scan, for its cut words and page edges.
 
     `cuts` are cut words, read rightly, that the truth writes without a hyphen, `compounds` those with one, `cut` and
     `compound` the wrong ones of them; `before` and `after` are words around the truth's, `legal` words "gallica".
     """
-    differences = [] if differences is None else differences
     words, clean = " ".join(found).split(), " ".join(truth).split()
     opcodes = Levenshtein.opcodes(words, clean, score_hint=len(clean) // 20)
     same = [op for op in opcodes if op.tag == "equal" and op.src_end - op.src_start >= 5]
     if not same:
-        raise BadInput("the scan and the truth have nothing in common: give the truth of this work")
+        raise BadInput(f"{name}: the scan and the truth have nothing in common: give the truth of this work")
     begins, ends = same[0].src_start, same[-1].src_end
     forms: dict[str, set[bool]] = {}  # letters of the truth's words -> whether written with a hyphen
     for part in _WORD.findall(" ".join(clean)):
@@ -281,9 +280,6 @@ def texts(path: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
     """(name, text, truth) of a file, or of every *.txt of a folder."""
     for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
         clean = truth / file.name if path.is_dir() else truth
-        for needed in (file, clean):
-            if not needed.is_file():
-                raise BadInput(f"no such file: {needed}")
         yield file.stem, file.read_text(encoding="utf-8"), clean.read_text(encoding="utf-8")
 
 
@@ -302,13 +298,10 @@ def main() -> None:
     for name, raw, truth in given:
         differences: list[str] = []
         found = paragraphs_of(raw) if args.text else clean_pages(raw).paragraphs
-        try:
-            if args.scan:
-                result = score_scan(raw, found, paragraphs_of(truth), differences)
-            else:
-                result = score(found, paragraphs_of(truth), differences)
-        except BadInput as error:
-            raise BadInput(f"{name}: {error}") from error
+        if args.scan:
+            result = score_scan(name, raw, found, paragraphs_of(truth), differences)
+        else:
+            result = score(found, paragraphs_of(truth), differences)
         print(f"{name}  {show(result)}", *(f"    {line}" for line in differences[: args.show]), sep="\n", flush=True)
         total += result
     if not total:

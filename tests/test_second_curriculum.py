@@ -8,6 +8,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
+from tiny_curriculum import call_script as call
 from tiny_curriculum import run_script as python
 from tiny_curriculum import save_chat_base
 from transformers import AutoTokenizer
@@ -32,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model, collected; ninety of the demo's articles and conversations, and some that must not be trained on."""
     cwd = tmp_path_factory.mktemp("second")
     save_chat_base(cwd / "tiny")
-    python(ROOT / "prep/collect.py", "base", "--source", "tiny", "--out", "models/instruct", cwd=cwd)
+    call(ROOT / "prep/collect.py", "base", "--source", "tiny", "--out", "models/instruct", cwd=cwd)
     for name in ("articles", "instructions"):
         lines = (ROOT / f"demo/corpus/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:90]
         write(cwd / f"{name}.jsonl", [json.loads(line) for line in lines])
@@ -40,8 +41,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare(cwd: Path, source: Path | str, out: str, *more: str) -> str:
-    command = [ROOT / "prep/instructions.py", "--source", source, "--tokenizer", "models/instruct", "--out", out, *more]
-    return python(*command, cwd=cwd)
+    words = ["--source", source, "--tokenizer", "models/instruct", "--out", out, *more]
+    return call(ROOT / "prep/instructions.py", *words, cwd=cwd)
 
 
 def rows(path: Path) -> list[dict]:
@@ -118,9 +119,9 @@ def test_the_three_stages(place: Path) -> None:
     saved, own = (place / folder / "chat_template.jinja" for folder in ("outputs/3b", "models/instruct"))
     assert saved.read_text() == own.read_text()
 
-    evaluation = [ROOT / "eval/evaluation.py", "--recipes", RECIPES, "--curriculum", "3", "--run", "second"]
-    tasks = ["--tasks", "articles_heldout", "conversations_heldout", "--prompts", ROOT / "demo/corpus/questions.yml"]
-    python(*evaluation, "--out", "reports", "--limit", "1", "--max-new-tokens", "4", *tasks, cwd=place)
+    options = ["--recipes", RECIPES, "--curriculum", "3", "--run", "second", "--out", "reports", "--limit", "1"]
+    options += ["--tasks", "articles_heldout", "conversations_heldout", "--prompts", ROOT / "demo/corpus/questions.yml"]
+    python(ROOT / "eval/evaluation.py", *options, "--max-new-tokens", "4", cwd=place)
     report = json.loads((place / "reports/second.json").read_text())
     names = ["base", "base (nf4)", "3a (start)", "3a", "3b", "3b (merged)", "3c (start)", "3c", "3c (merged)"]
     assert list(report["stages"]) == names and "3b - 3c" in report["differences"]

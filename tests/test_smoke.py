@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_curriculum import ENVIRONMENT, save_base
+from tiny_curriculum import call_script as call
 from tiny_curriculum import run_script as python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,10 +48,10 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Steps 0 and 1: a tiny Llama with random weights, and the demo's texts, collected and prepared by the real scripts."""
     cwd = tmp_path_factory.mktemp("smoke")
     save_base(cwd / "tiny")
-    python(ROOT / "demo/corpus.py", "--out", "sources", cwd=cwd)
-    python(ROOT / "prep/collect.py", "base", "--source", "tiny", cwd=cwd)
-    python(ROOT / "prep/collect.py", "gallica", "--source", "sources/gallica", cwd=cwd)
-    python(ROOT / "prep/collect.py", "book", "--source", "sources/novella.pdf", cwd=cwd)
+    call(ROOT / "demo/corpus.py", "--out", "sources", cwd=cwd)
+    call(ROOT / "prep/collect.py", "base", "--source", "tiny", cwd=cwd)
+    call(ROOT / "prep/collect.py", "gallica", "--source", "sources/gallica", cwd=cwd)
+    call(ROOT / "prep/collect.py", "book", "--source", "sources/novella.pdf", cwd=cwd)
     shared = ["--tokenizer", "models/base", "--holdout", "0.2"]
     gallica = [ROOT / "prep/gallica.py", "--source", "data/raw/gallica", *shared, "--heldout-windows", "3"]
     short = ["--sequence-len", "512", "--windows", "24", "--split", "1/2", "--out", "data/2a.jsonl"]
@@ -58,7 +59,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python(*gallica, *short, cwd=cwd)
     python(*gallica, *long, cwd=cwd)
     book = ["--book", "data/raw/book/book.pdf", "--sequence-len", "2048", "--out", "data/2c.jsonl"]
-    python(ROOT / "prep/castle.py", *book, *shared, cwd=cwd)
+    call(ROOT / "prep/castle.py", *book, *shared, cwd=cwd)
     return cwd
 
 

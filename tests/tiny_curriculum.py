@@ -1,11 +1,15 @@
 """A working directory as the curriculum leaves it, with tiny models of random weights."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -91,8 +95,25 @@ def save_adapter(
     adapted.save_pretrained(str(folder))
 
 
+def call_script(script: Path, *arguments: object, cwd: Path) -> str:
+    """Run a script in this process, which has loaded the libraries already (seconds each time); what it printed."""
+    said = io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        mock.patch.object(sys, "argv", [str(script), *map(str, arguments)]),
+    ):
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code, f"{script} {arguments}: {stop.code}\n{said.getvalue()[-6000:]}"
+    return said.getvalue()
+
+
 def run_script(*arguments: object, cwd: Path) -> str:
-    """Run Python as a user would; what it printed."""
+    """Run Python in a process of its own; what it printed."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600)
     assert not done.returncode, f"{arguments}: {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
