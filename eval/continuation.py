@@ -330,13 +330,10 @@ def read_chunks(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--stage", help="who writes: base, 2a, ..., or an exported .gguf file (default: the last that is trained)")
     option("--from", dest="source", metavar="FILE|WORDS", help="continue this (default: the prepared book)")
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
     for name, kind, text in (
-        ("seed", int, "of the draws"),
         ("candidates", positive, "drawn a chunk"),
         ("chunk_tokens", positive, "of a candidate"),
         ("window", positive, "tokens the model sees"),
@@ -349,7 +346,7 @@ def parse() -> argparse.Namespace:
         )
     option("--out", type=Path, default=Path("outputs/continuation"), help="folder of what is written")
     option("--fresh", action="store_true", help="begin again, whatever has been written")
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     if args.keep < 0 or args.seed < 0:
         parser.error("--keep and --seed must not be below 0")
     return args

@@ -201,8 +201,6 @@ def previous(path: Path) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
@@ -210,7 +208,6 @@ def parse() -> argparse.Namespace:
     option("--prompts", type=Path, default=HERE / "prompts.yml")
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")
     option("--max-new-tokens", type=positive, default=500, help="length of each continuation (default 500)")
-    option("--seed", type=int, default=42)
     option(
         "--positions",
         type=int,
@@ -221,7 +218,7 @@ def parse() -> argparse.Namespace:
     option("--limit", type=positive, help="score only the first N documents of each task")
     option("--batch-size", type=positive, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
     option("--fresh", action="store_true", help="measure everything again")
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     on_gpu = args.device.startswith("cuda")
     args.batch_size = args.batch_size or (4 if on_gpu else 1)
     if args.positions is None:

@@ -291,14 +291,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--pairs", type=positive, default=40, help="fewer where the held-out block is short (default %(default)s)")
     option("--words", type=positive, default=100, help="of a passage; the lines are half as long (default %(default)s)")
-    option("--seed", type=int, default=42)
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     target = args.out / f"{args.run}.json"
     evidence = report.load(target)
     lock(target)

@@ -125,15 +125,7 @@ class Models:
             )
         say(f"reading {name} ...")
         model: Any
-        if row.form == models.GGUF:
-            [(_, model, tokenizer)] = models.loaded([row], self.device, dtype)
-        else:
-            tokenizer = models.load_tokenizer(row.model)
-            model = models.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
-        if row.quantization and self.device == "cpu":
-            model = model.dequantize()  # the same numbers; a CPU unpacks them too slowly to do it at every token
-        if row.adapter:
-            model = models.load_adapter(model, row, tokenizer)
+        [(_, model, tokenizer)] = models.loaded([row], self.device, dtype, unpacked=self.device == "cpu")
         for parameter in model.parameters():
             # safetensors maps the file into memory: a training that writes over it would change this, or end it.
             parameter.data = parameter.data.clone()
