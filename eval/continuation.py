@@ -62,7 +62,7 @@ class Settings:
     chunk_tokens: int = 160  # drawn for each candidate, before it is cut at a sentence
     window: int = MAX_LENGTH  # tokens, the chunk included
     keep: int = 0  # words of the beginning that stay at the head of the window
-    longest_copy: int = 12  # words in a row; two novels of one author share 6 to 10
+    longest_copy: int = metrics.LONGEST_COPY
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,8 @@ def window(text: str, opening: str, room: int, tokenizer: Tokenizer) -> list[int
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def read(model: Any, ids: list[int]) -> DynamicCache | None:
+def read(model: Any, ids: list[int]) -> DynamicCache:
     """What the model keeps of a window but its last token: once through, for all candidates of a chunk."""
-    if len(ids) < 2:
-        return None
     with torch.inference_mode():
         inputs = torch.tensor([ids[:-1]], device=model.device)
         return model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values

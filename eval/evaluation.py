@@ -280,11 +280,8 @@ def main() -> None:
             f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
             "evaluate all stages (without --stages)"
         )
-    measured = (
-        {}
-        if args.fresh
-        else {name: there[name] for name in inputs if there.get(name, {}).get("inputs") == inputs[name]}
-    )
+    kept = {} if args.fresh else there
+    measured = {name: kept[name] for name in inputs if kept.get(name, {}).get("inputs") == inputs[name]}
     if measured:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
 
@@ -329,10 +326,7 @@ def main() -> None:
     for row, model, tokenizer in models.loaded(waiting, args.device, models.DTYPES[args.dtype]):
         measured[row.name] = measure(row, model, tokenizer, tasks, benchmarks, prompts, asked, trained_on, args)
         write()  # after each, so that an interrupted run continues where it was
-    result = write()
-    page = report.write(result, args.out)
-    print(report.terminal(result))
-    print(f"report: {page}, {page.with_suffix('.html')}")
+    report.publish(write(), args.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ WORD = re.compile(r"[^\W\d_]+")  # letters only: « l'eau » is two words, as in
 # « non, non, non » is speech, not a loop. In words with one space after each.
 LOOP = re.compile(r"(?<!\w)(?:((?:\w+ ){3,60})\1{2}|((?:\w+ ){2})\2{3}|(\w+ )\3{7})")
 SHORTEST_COPY = 3  # words: what two texts share in shorter runs counts as none
+LONGEST_COPY = 12  # words in a row that may be in the training text too; two novels of one author share 6 to 10
 ARTEFACT = re.compile(  # a line that looks like a page number or a running header
     r"^[^\w\n]*\d{1,4}[^\w\n]*$"  # a page number alone on its line
     r"|^(?=(?:.*[A-ZÀ-Þ]){6})[A-ZÀ-Þ0-9 '’.,-]{6,60}$",  # a running header: a line of capitals, nothing cried out

@@ -37,7 +37,6 @@ from prep.typography import to_convention
 
 AUTHOR, ELSEWHERE = "the author", "the author, elsewhere"
 FEWEST = 10  # pairs
-LONGEST_COPY = 12  # words in a row that are in the training text too; two novels of one author share 6 to 10
 TOKENS_A_WORD = 3  # of French, at most; what is too long is cut
 PRIOR = 1.0  # variance of a stage's strength in the Bradley-Terry model, in nats: one that always wins stays finite
 
@@ -122,7 +121,7 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
         (lines, passage)
         for text in rows_of(evidence, "novel_heldout")
         for lines, passage in places(text, args.words)
-        if trained_on.longest(f"{lines} {passage}")["words"] <= LONGEST_COPY
+        if trained_on.longest(f"{lines} {passage}")["words"] <= metrics.LONGEST_COPY
     ]
     count = min(args.pairs, len(found) * 10 // 11)  # one in ten needs a second passage
     if count < FEWEST:

@@ -150,8 +150,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "Perplexity",
             "Token perplexity compares only models that share a tokenizer.",
-            None,
-            tables.perplexities(report),
+            table=tables.perplexities(report),
         ),
         Section("Texts", table=tables.texts(report)),
         Section("Weights", table=tables.files(report)),
@@ -278,20 +277,20 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     return target
 
 
-def terminal(report: dict[str, Any]) -> str:
-    """The table of bits per byte, and a line for each stage."""
-    lines = [f"{name}: {line}" for name, line in verdict.lines(report).items()]
-    return "\n".join([tables.markdown(tables.overview(report)), "", *lines])
+def publish(report: dict[str, Any], folder: Path) -> None:
+    """Write the pages; print the table of bits per byte, a line for each stage, and where the pages are."""
+    page = write(report, folder)
+    print(f"{tables.markdown(tables.overview(report))}\n")
+    for name, line in verdict.lines(report).items():
+        print(f"{name}: {line}")
+    print(f"report: {page}, {page.with_suffix('.html')}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="the JSON that eval/evaluation.py wrote")
     args = parser.parse_args()
-    report = load(args.report)
-    print(terminal(report))
-    page = write(report, args.report.parent)
-    print(f"report: {page}, {page.with_suffix('.html')}")
+    publish(load(args.report), args.report.parent)
 
 
 if __name__ == "__main__":
