@@ -78,7 +78,7 @@ class CopyFinder:
     def __init__(self, texts: Sequence[str]):
         # The empty word after each text: no sequence crosses from one into the next.
         self.tokens = [word for text in texts for word in [*words(text), ""]]
-        self.matcher = SequenceMatcher[tuple[str, ...]](autojunk=False)
+        self.matcher = SequenceMatcher[tuple[str, ...]](None, [], [], autojunk=False)
         self.append("")
 
     def append(self, text: str) -> None:
