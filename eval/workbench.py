@@ -100,10 +100,7 @@ class Models:
 
         from eval import models
 
-        if name.endswith(".gguf"):
-            row = models.exported(Path(name))
-        else:
-            [row] = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])
+        row = models.writer(load_chain(ROOT / "recipes"), name)
         paths = list(dict.fromkeys([*row.weights, *models.full_weights(row.model)]))
         try:
             files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
