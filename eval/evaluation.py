@@ -166,8 +166,10 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     """Each measured stage against what it builds on, text by text; each adapter also against the full model below it, and
     against the next stage that was trained on the same rows, as an ablation is."""
 
+    measured = {name: stage for name, stage in stages.items() if stage}
+
     def compared(stage: dict[str, Any], against: str) -> dict[str, Any]:
-        before = stages[against]["scores"]
+        before = measured[against]["scores"]
         scores = {
             task: intervals.difference(before[task]["documents"], score["documents"])
             for task, score in stage["scores"].items()
@@ -175,17 +177,17 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
         return {"against": against, "scores": scores}
 
     result = {}
-    full = {stage["model"]: name for name, stage in stages.items() if stage and not (stage["adapter"] or stage["form"])}
-    for name, stage in stages.items():
-        if stage and stages.get(stage["parent"] or ""):
+    full = {stage["model"]: name for name, stage in measured.items() if not (stage["adapter"] or stage["form"])}
+    for name, stage in measured.items():
+        if stage["parent"] in measured:
             result[name] = compared(stage, stage["parent"])
-        below = full.get(stage["model"]) if stage and stage["adapter"] else None
+        below = full.get(stage["model"]) if stage["adapter"] else None
         if below and below != stage["parent"]:
             result[f"{name} - {below}"] = compared(stage, below)
-    rows = {name: stage["gate"]["data"] for name, stage in stages.items() if stage and stage["gate"]}
+    rows = {name: stage["gate"]["data"] for name, stage in measured.items() if stage["gate"]}
     for name, other in itertools.combinations(rows, 2):
         if rows[name] == rows[other]:
-            result[f"{name} - {other}"] = compared(stages[name], other)
+            result[f"{name} - {other}"] = compared(measured[name], other)
     return result
 
 

@@ -264,7 +264,7 @@ def measured(path: Path, row: models.Candidate) -> dict[str, Any] | None:
     found = report.load(path) if path.is_file() else {"stages": {}}
     if not (stage := found["stages"].get(row.name)):
         return None
-    if stage["weights"] != {name: hashed(Path(name)) for name in stage["weights"] if Path(name).is_file()}:
+    if changed(Path(), stage["weights"]):
         raise BadInput(f"{path} is about other weights than {row.name} has now: evaluate again (make eval)")
     return found
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -258,4 +259,4 @@ class Engine(PreTrainedModel, GenerationMixin):
 
 def common(one: list[int], other: list[int]) -> int:
     """How many tokens two sequences begin with in common."""
-    return len(os.path.commonprefix([one, other]))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

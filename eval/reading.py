@@ -31,8 +31,9 @@ from scipy.special import expit
 from scipy.stats import binomtest
 
 from eval import metrics, report
+from eval.push import changed
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, digest, hashed, lock, positive, run_name, write_json
+from prep.common import BadInput, digest, lock, positive, run_name, write_json
 from prep.typography import to_convention
 
 AUTHOR, ELSEWHERE = "the author", "the author, elsewhere"
@@ -102,10 +103,10 @@ def rows_of(evidence: dict[str, Any], task: str) -> list[str]:
     """The texts of the file that a report's task scored. Raises BadInput where it has no such task, or another file is there."""
     if task not in evidence["tasks"]:
         raise BadInput(f"report {evidence['run']} has no task {task}: evaluate with it")
-    path = Path(evidence["tasks"][task]["path"])
-    if not path.is_file() or hashed(path) != evidence["tasks"][task]["file_sha256"]:
+    path, value = evidence["tasks"][task]["path"], evidence["tasks"][task]["file_sha256"]
+    if changed(Path(), {path: value}):
         raise BadInput(f"{path} is not the text that report {evidence['run']} scored: run the evaluation again")
-    return [row["text"] for row in read_rows(path)]
+    return [row["text"] for row in read_rows(Path(path))]
 
 
 def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
@@ -139,9 +140,8 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
 
     rows = [row for row in models.candidates(load_chain(args.recipes, args.curriculum)) if row.name in stages]
     for row in rows:
-        for path, value in evidence["stages"][row.name]["weights"].items():
-            if not Path(path).is_file() or hashed(Path(path)) != value:
-                raise BadInput(f"{path} is not what report {evidence['run']} measured: run the evaluation again")
+        if wrong := changed(Path(), evidence["stages"][row.name]["weights"]):
+            raise BadInput(f"{wrong[0]} is not what report {evidence['run']} measured: run the evaluation again")
     decoding = generation.decoding(TOKENS_A_WORD * args.words)
     for row, model, tokenizer in models.loaded(rows, args.device, models.DTYPES[args.dtype], args.device == "cpu"):
         print(f"{row.name} is writing", file=sys.stderr)
