@@ -34,10 +34,11 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval import generation, llamacpp, models, report, tables, verdict
-from eval.push import EXPORTS, RECORD, SUMS, changed, files_of, load, sums
+from eval.push import EXPORTS, RECORD, SUMS, files_of, load, sums
 from eval.scoring import TokenScorer
 from prep.common import (
     BadInput,
+    changed,
     collected,
     digest,
     hashed,

@@ -31,9 +31,8 @@ from scipy.special import expit
 from scipy.stats import binomtest
 
 from eval import metrics, report
-from eval.push import changed
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, digest, lock, positive, run_name, write_json
+from prep.common import BadInput, changed, digest, lock, positive, run_name, write_json
 from prep.typography import to_convention
 
 AUTHOR, ELSEWHERE = "the author", "the author, elsewhere"
