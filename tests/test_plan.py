@@ -14,8 +14,9 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from prep.common import BadInput
 from train import memory as planner
-from train.memory import GIB, Tensors, build, fits, load_config, optimizer_state, plan, remedy
-from train.stages import load_recipe
+from train.memory import GIB, Tensors, build, fits, load_config, on_cards, optimizer_state, plan, remedy
+from train.stage import load_profile
+from train.stages import load_recipe, share_step
 
 ROOT = Path(__file__).parent.parent
 TINYLLAMA = load_config(ROOT / "train/tinyllama.json")
@@ -230,6 +231,31 @@ def test_a_remedy_makes_it_fit() -> None:
     assert changed["micro_batch_size"] * changed["gradient_accumulation_steps"] == 64
     assert not fits(plan(TINYLLAMA, changed | {"micro_batch_size": 2 * changed["micro_batch_size"]}), 12)
     assert remedy(TINYLLAMA, RECIPES["2a"], 4).startswith("nothing here is enough")
+
+
+def test_a_7b_on_eight_cards_is_what_a_hand_counts() -> None:
+    """Llama 2 7B: 6,738,415,616 weights, all trained, by FSDP2."""
+    llama_7b = llama(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32,
+    )  # fmt: skip
+    recipe = RECIPES["2a"] | load_profile("fsdp", "2a")[1]
+    share_step(recipe, 8)
+    assert recipe["micro_batch_size"] == 4  # of 2a's 32 rows
+    share, layer = 6_738_415_616 / 8, 4 * 4096**2 + 3 * 4096 * 11008
+    whole = 4 * (2 * 32000 * 4096 + 2 * layer)  # weight and gradient in bf16: both embeddings, two layers
+    planned = plan(llama_7b, recipe, 8)
+    assert planned.weights == pytest.approx(2 * share + whole, rel=1e-3)
+    assert planned.all_gradients == pytest.approx(2 * share, rel=1e-3)
+    assert planned.optimizer == pytest.approx(2 * (1 + 4 / 256) * share, rel=1e-3)
+    assert planned.activations == plan(llama_7b, recipe, 1).activations  # each card has its own
+    assert fits(planned, 12) and not fits(planned, 8)
+    shared = [on_cards(llama_7b, RECIPES["2a"], card) for card in (4, 12, 16, 24)]
+    assert shared == [None, 8, 4, 2]
+    assert "; 8 such cards with PROFILE=fsdp are, as planned; or train an adapter" in remedy(
+        llama_7b, RECIPES["2a"], 12
+    )
+    assert "each would hold it all: take one of 12 GB, or take a smaller base" in remedy(llama_7b, RECIPES["2b"], 8)
 
 
 @pytest.mark.parametrize("change", [{"bf16": False}, {"optimizer": "muon"}])

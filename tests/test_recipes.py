@@ -1,6 +1,9 @@
 """The recipes: Axolotl accepts them and ignores no key, and they make one chain from the base to the novel."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +11,8 @@ import pytest
 import yaml
 
 from prep.common import BadInput
-from train.stage import OVERRIDES, load_profile
-from train.stages import Stage, line_of, load_chain
+from train.stage import OVERRIDES, as_arguments, load_profile, main
+from train.stages import Stage, line_of, load_chain, share_step
 
 ROOT = Path(__file__).parent.parent
 CHAIN = load_chain(ROOT / "recipes")
@@ -36,8 +39,6 @@ def test_axolotl_accepts_it_and_ignores_no_key(stage: Stage, axolotl_validates: 
 
 @pytest.mark.parametrize("stage", CHAIN, ids=lambda stage: stage.name)
 def test_a_step_keeps_its_rows_on_several_cards(stage: Stage) -> None:
-    from train.plugins import share_step
-
     for cards in (1, 2, 4):
         config = dict(stage.config)
         share_step(config, cards)
@@ -115,6 +116,7 @@ ALLOWED = {
     "bf16", "tf32", "attn_implementation", "plugins", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel",
     "gradient_checkpointing", "dataset_num_proc", "dataloader_num_workers", "max_steps", "micro_batch_size",
     "gradient_accumulation_steps", "logging_steps", "save_steps", "eval_steps", "eval_batch_size", "learning_rate", "fsdp_version", "fsdp_config",
+    "deepspeed",
 }  # fmt: skip
 
 
@@ -137,3 +139,25 @@ def test_every_profile_is_valid_and_judged(axolotl_validates: Callable) -> None:
                     axolotl_validates(config)
                 continue
             assert axolotl_validates(config)["plugins"][-1] == "train.plugins.Gate"
+
+
+def test_a_profile_without_its_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    monkeypatch.setattr("sys.argv", ["stage.py", "2a", "--recipes", str(ROOT / "recipes"), "--profile", "zero2"])
+    with pytest.raises(BadInput, match="zero2 needs DeepSpeed, which is not installed: `make setup-gpu`"):
+        main()
+
+
+def test_slurm_starts_the_recipe_with_its_profile_on_every_node(tmp_path: Path) -> None:
+    """Slurm's two commands are stand-ins: one names the nodes, the other prints what each of them would run."""
+    for name, script in {"scontrol": "printf 'n1\\nn2\\n'", "srun": "printf '%s\\n' \"$@\""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
+    environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["train/slurm.sh", "2a", "fsdp", "--wandb_project=a b"]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    words = said.splitlines()
+    assert "n1:29500" in words and words[words.index("--nproc-per-node") + 1] == "4"
+    overrides = as_arguments(load_profile("fsdp", "2a")[1])
+    assert len(overrides) == 2 and words[words.index("recipes/2a.yml") + 1 :] == [*overrides, "--wandb_project=a b"]

@@ -6,10 +6,14 @@ part, with its source. Everything printed is planned; `make bench-gpu` measures.
   python train/memory.py                                   the shipped recipes, on TinyLlama, and on Llamas of 1 to 8 B
   python train/memory.py --base models/base                on another base (a folder, or its config.json)
   python train/memory.py bench/kafka/2a.yml                other recipes
+  python train/memory.py --base train/mistral-7b.json recipes/2a.yml       how many cards for every weight of a 7B
 
 The peak is at one of three moments: the loss (every checkpoint, and the logits), the backward pass of the last layer
 (every checkpoint and one layer's activations; without checkpointing every layer's), and the end of the backward pass
 (every gradient). Known are Llama's kind of layer (RMSNorm, grouped attention, gated MLP), trained in bf16.
+
+Several cards: `PROFILE=fsdp` divides weights, gradients and moments among them, and each has activations of its own.
+Under `PROFILE=ddp` each holds everything: it is for speed, and a recipe that does not fit one card does not fit several.
 """
 
 from prep.command import run
@@ -30,10 +34,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from prep.common import ROOT, BadInput
 from train.gate import COPIES, is_frozen
-from train.stages import load_recipe
+from train.stage import load_profile
+from train.stages import load_recipe, share_step
 
 GIB = 2**30
-CARDS = (8, 12, 16, 24)  # GiB
+CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 RESERVED = 1.0 * GIB  # assumed: what driver and desktop take
 CUDA_CONTEXT = 0.74 * GIB  # context and cuBLAS workspaces, on an H100 (bench/reports/gpu.md: driver less reserved)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -140,10 +145,14 @@ def trains(recipe: dict[str, Any], module: str) -> bool:
 def embeddings_width(recipe: dict[str, Any]) -> int:
     """Bytes per weight of embeddings, head and norms, and so per element of the residual stream.
 
-    Axolotl raises them to fp32 except for adapters and for attention that needs half precision (axolotl/loaders/model.py,
-    `_configure_embedding_dtypes`): `bf16: true` with sdpa leaves them in fp32.
+    Axolotl raises them to fp32 except for adapters, under FSDP, and for attention that needs half precision
+    (axolotl/loaders/model.py, `_configure_embedding_dtypes`): `bf16: true` with sdpa leaves them in fp32.
     """
-    half = recipe.get("adapter") or recipe.get("attn_implementation") not in (None, "sdpa", "eager")
+    half = (
+        recipe.get("adapter")
+        or recipe.get("fsdp_config")
+        or recipe.get("attn_implementation") not in (None, "sdpa", "eager")
+    )
     return 2 if half else 4
 
 
@@ -279,8 +288,24 @@ def check_planned(recipe: dict[str, Any]) -> None:
             raise BadInput(f"the planner does not count what `{key}` does to memory; `make bench-gpu` measures it")
 
 
-def plan(config: PretrainedConfig, recipe: dict[str, Any]) -> Plan:
-    """What one recipe takes on one base, at its peak, in bytes."""
+def gathered(config: PretrainedConfig, kinds: Iterable[Tensors]) -> float:
+    """Bytes that each card of FSDP2 holds whole for a while, in bf16: weights and their gradients, before they are shared out.
+
+    Embedding, head and last norm are one group, each layer another; the next one is gathered while one is in use
+    (torch/distributed/fsdp/_fully_shard).
+    """
+    kinds = list(kinds)
+    layers = sum(sum(kind.elements) for kind in kinds if kind.kind in ("matrix", "16-bit matrix"))
+    outer = sum(sum(kind.elements) for kind in kinds if kind.kind in ("embedding", "head"))
+    return 2 * 2 * (outer + 2 * layers / config.num_hidden_layers)
+
+
+def plan(config: PretrainedConfig, recipe: dict[str, Any], cards: int = 1) -> Plan:
+    """What one recipe takes on one base, at its peak, in bytes; of each of `cards` that share it by FSDP2.
+
+    Shared are weights, moments, and gradients too if a step is one micro-step: from one to the next FSDP2 keeps them whole
+    (`no_sync` in accelerate/accelerator.py).
+    """
     check_planned(recipe)
     kinds = tensors(build(config, recipe), recipe)
     tokens = recipe["micro_batch_size"] * recipe["sequence_len"]  # packed or not, a micro-step has them all
@@ -298,6 +323,11 @@ def plan(config: PretrainedConfig, recipe: dict[str, Any]) -> Plan:
     weights = sum(kind.bytes for kind in kinds) - adapter
     gradients = sum(kind.bytes for kind in kinds if kind.trained)
     states = optimizer_state(recipe["optimizer"], kinds)
+    if recipe.get("fsdp_config"):
+        weights, adapter, states = (part / cards for part in (weights, adapter, states))
+        weights += gathered(config, kinds)
+        if recipe.get("gradient_accumulation_steps", 1) == 1:
+            gradients /= cards
     # From a step's second micro-step on, every gradient is there while the activations are.
     beside = gradients if recipe.get("gradient_accumulation_steps", 1) > 1 else 0
     # The gradient of the embedding is made whole before it is added to the one that is there.
@@ -319,6 +349,19 @@ def fits(planned: Plan, card_gib: float) -> bool:
     return planned.card <= card_gib * GIB - RESERVED
 
 
+def on_cards(config: PretrainedConfig, recipe: dict[str, Any], card_gib: float) -> int | None:
+    """How many cards are enough for every weight of the base with PROFILE=fsdp, at the recipe's tokens per step."""
+    for cards in (2, 4, 8, 16, 32):
+        shared = recipe | load_profile("fsdp", "")[1]
+        try:
+            share_step(shared, cards)
+        except BadInput:  # fewer rows than cards
+            return None
+        if fits(plan(config, shared, cards), card_gib):
+            return cards
+    return None
+
+
 def remedy(config: PretrainedConfig, recipe: dict[str, Any], card_gib: float) -> str:
     """What to change for the recipe to fit, cheapest first, as YAML in a line; or that none of it is enough."""
     micro = recipe["micro_batch_size"]
@@ -338,7 +381,13 @@ def remedy(config: PretrainedConfig, recipe: dict[str, Any], card_gib: float) ->
         planned = plan(config, recipe | said | fused)
         if fits(planned, card_gib):
             return ", ".join(f"{key}: {json.dumps(value)}" for key, value in said.items())
-    other = "take a smaller base" if recipe.get("adapter") else "train an adapter (as 2b), or take a smaller base"
+    other = "take a smaller base"
+    if not recipe.get("adapter"):
+        other = f"train an adapter (as 2b), or {other}"
+        if cards := on_cards(config, recipe, card_gib):
+            other = f"{cards} such cards with PROFILE=fsdp are, as planned; or {other}"
+    elif large := [card for card in CARDS if fits(planned, card)]:
+        other = f"more cards neither, each would hold it all: take one of {large[0]} GB, or {other}"
     return f"nothing here is enough: {planned.card / GIB:.1f} GiB with all of it; {other}"
 
 

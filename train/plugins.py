@@ -29,7 +29,7 @@ from prep.common import BadInput, end_with_parent, lock, need_room, seal
 from train.dequantise import is_quantised
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
-from train.stages import LOG, line_of, load_chain
+from train.stages import LOG, line_of, load_chain, share_step
 
 # What a run may say differently when it is resumed: where it logs, what it keeps, how the rows are read.
 NOT_THE_RUN = re.compile(
@@ -164,19 +164,6 @@ def keep_16_bits(cfg: Any, model: Any) -> None:
             base = layer.get_base_layer() if isinstance(layer, LoraLayer) else None
             if isinstance(base, torch.nn.Linear) and not is_quantised(base) and base.weight.dtype == torch.float32:
                 base.to(torch.bfloat16)
-
-
-def share_step(cfg: Any, processes: int) -> None:
-    """Divide the rows of a step among the processes: its tokens stay what the recipe says, whatever the number of cards."""
-    most, steps = cfg.get("micro_batch_size") or 1, cfg.get("gradient_accumulation_steps") or 1
-    rows, rest = divmod(most * steps, processes)
-    if rest:
-        raise BadInput(
-            f"a step of {most} x {steps} rows cannot be shared by {processes} processes: take a number that divides "
-            f"{most * steps} (accelerate launch --num_processes), or change gradient_accumulation_steps"
-        )
-    cfg["micro_batch_size"] = max(size for size in range(1, most + 1) if rows % size == 0)
-    cfg["gradient_accumulation_steps"] = rows // cfg["micro_batch_size"]
 
 
 def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None) -> int:

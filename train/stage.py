@@ -13,6 +13,7 @@ from prep.command import run
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import shlex
@@ -36,13 +37,13 @@ from train.stages import Stage, line_of, load_chain
 OVERRIDES = Path(__file__).with_name("overrides.yml")
 
 
-def load_profile(name: str, stage: str) -> tuple[list[str], dict[str, Any]]:
+def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[str], dict[str, Any]]:
     """Arguments for `accelerate launch` and overrides of the recipe, of one profile for one stage."""
-    profiles = yaml.safe_load(OVERRIDES.read_text())
+    profiles = yaml.safe_load(path.read_text())
     if name not in profiles:
-        raise BadInput(f"no profile {name} in {OVERRIDES}; there are: {', '.join(profiles)}")
+        raise BadInput(f"no profile {name} in {path}; there are: {', '.join(profiles)}")
     profile = profiles[name]
-    launch, overrides = load_profile(profile["extends"], stage) if "extends" in profile else ([], {})
+    launch, overrides = load_profile(profile["extends"], stage, path) if "extends" in profile else ([], {})
     return profile.get("launch", launch), overrides | profile.get("all", {}) | profile.get(stage, {})
 
 
@@ -54,6 +55,12 @@ def check_compiler() -> None:
             f"no C++ compiler ({compiler}): kernels are compiled at the first step. Install one (Debian: apt install g++), "
             "or name it in CXX"
         )
+
+
+def check_engine(profile: str, overrides: dict[str, Any]) -> None:
+    """Raises BadInput where the profile shares the training out by an engine that is not installed."""
+    if "deepspeed" in overrides and not importlib.util.find_spec("deepspeed"):
+        raise BadInput(f"profile {profile} needs DeepSpeed, which is not installed: `make setup-gpu`, or PROFILE=fsdp")
 
 
 def as_arguments(overrides: dict[str, Any]) -> list[str]:
@@ -142,6 +149,7 @@ def main() -> int:
     chain = load_chain(args.recipes)
     stage = line_of(args.stage, chain)[-1]
     launch, overrides = load_profile(args.profile, stage.name)
+    check_engine(args.profile, overrides)
     if "train.plugins.Gate" not in overrides.get("plugins", stage.config.get("plugins") or []):
         raise BadInput(f"{stage.recipe} must list train.plugins.Gate under plugins: it judges the training")
     check_ready(stage, chain)

@@ -122,3 +122,16 @@ def line_of(name: str, chain: list[Stage]) -> list[Stage]:
     while line[0].parent:
         line.insert(0, stages[line[0].parent])
     return line
+
+
+def share_step(cfg: Any, processes: int) -> None:
+    """Divide the rows of a step among the processes: its tokens stay what the recipe says, whatever the number of cards."""
+    most, steps = cfg.get("micro_batch_size") or 1, cfg.get("gradient_accumulation_steps") or 1
+    rows, rest = divmod(most * steps, processes)
+    if rest:
+        raise BadInput(
+            f"a step of {most} x {steps} rows cannot be shared by {processes} processes: take a number that divides "
+            f"{most * steps} (accelerate launch --num_processes), or change gradient_accumulation_steps"
+        )
+    cfg["micro_batch_size"] = max(size for size in range(1, most + 1) if rows % size == 0)
+    cfg["gradient_accumulation_steps"] = rows // cfg["micro_batch_size"]
