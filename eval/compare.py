@@ -49,7 +49,7 @@ def draw_losses(reports: Sequence[dict[str, Any]]) -> Figure | None:
     ends = [points[-1][0] for points in series.values()]
     if max(ends) > LOGARITHMIC * min(ends):
         axis.set_xscale("log")
-        plots.plain(axis, tokens=True)
+        plots.over_tokens(axis)
     axis.set(xlabel="tokens seen, all stages", ylabel=plots.LOSS)
     return figure
 
@@ -70,8 +70,8 @@ def beside(reports: Sequence[dict[str, Any]]) -> Table:
     return ["stage, text", *(each["run"] for each in reports)], rows
 
 
-def paired(reports: Sequence[dict[str, Any]]) -> Table | None:
-    """Each run less the first, on the same text and questions; a row a stage and run; None where nothing is the same."""
+def paired(reports: Sequence[dict[str, Any]]) -> Table:
+    """Each run less the first, on the same text and questions; a row a stage and run."""
     first, tasks, rows = reports[0], in_order(reports, "tasks"), []
     asked = tables.ANSWERED if first.get("questions") else {}
     for name, before in measured(first).items():
@@ -84,17 +84,15 @@ def paired(reports: Sequence[dict[str, Any]]) -> Table | None:
                 cells += tables.answered(after if each.get("questions") == first["questions"] else None, before)
             if set(cells) != {"–"}:
                 rows.append([f"{name}: {each['run']} - {first['run']}", *cells])
-    return (["stage", *tasks, *asked.values()], rows) if rows else None
+    return ["stage", *tasks, *asked.values()], rows
 
 
-def merged(reports: Sequence[dict[str, Any]], table: Callable[[dict[str, Any]], Table | None]) -> Table | None:
-    """One table of all runs: rows of one name under each other, each with its run's name; None when no run has it.
+def merged(reports: Sequence[dict[str, Any]], table: Callable[[dict[str, Any]], Table]) -> Table:
+    """One table of all runs: rows of one name under each other, each with its run's name.
 
     Columns that only some runs have get a dash in the others.
     """
-    made = {each["run"]: found for each in reports if (found := table(each)) and found[1]}
-    if not made:
-        return None
+    made = {each["run"]: found for each in reports if (found := table(each))[1]}
     head = list(dict.fromkeys(name for own, _ in made.values() for name in own))
     names = dict.fromkeys(row[0] for _, cells in made.values() for row in cells)
     rows = [

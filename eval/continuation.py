@@ -62,7 +62,7 @@ class Settings:
     chunk_tokens: int = 160  # drawn for each candidate, before it is cut at a sentence
     window: int = MAX_LENGTH  # tokens, the chunk included
     keep: int = 0  # words of the beginning that stay at the head of the window
-    longest_copy: int = 12  # words in a row; two novels of one author share 6 to 10
+    longest_copy: int = metrics.LONGEST_COPY
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,8 @@ def window(text: str, opening: str, room: int, tokenizer: Tokenizer) -> list[int
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def read(model: Any, ids: list[int]) -> DynamicCache | None:
+def read(model: Any, ids: list[int]) -> DynamicCache:
     """What the model keeps of a window but its last token: once through, for all candidates of a chunk."""
-    if len(ids) < 2:
-        return None
     with torch.inference_mode():
         inputs = torch.tensor([ids[:-1]], device=model.device)
         return model(input_ids=inputs, use_cache=True, logits_to_keep=1).past_key_values
@@ -330,13 +328,10 @@ def read_chunks(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--stage", help="who writes: base, 2a, ..., or an exported .gguf file (default: the last that is trained)")
     option("--from", dest="source", metavar="FILE|WORDS", help="continue this (default: the prepared book)")
     option("--words", type=positive, default=800, help="how many, at least (default 800)")
     for name, kind, text in (
-        ("seed", int, "of the draws"),
         ("candidates", positive, "drawn a chunk"),
         ("chunk_tokens", positive, "of a candidate"),
         ("window", positive, "tokens the model sees"),
@@ -349,7 +344,7 @@ def parse() -> argparse.Namespace:
         )
     option("--out", type=Path, default=Path("outputs/continuation"), help="folder of what is written")
     option("--fresh", action="store_true", help="begin again, whatever has been written")
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     if args.keep < 0 or args.seed < 0:
         parser.error("--keep and --seed must not be below 0")
     return args

@@ -166,8 +166,10 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     """Each measured stage against what it builds on, text by text; each adapter also against the full model below it, and
     against the next stage that was trained on the same rows, as an ablation is."""
 
+    measured = {name: stage for name, stage in stages.items() if stage}
+
     def compared(stage: dict[str, Any], against: str) -> dict[str, Any]:
-        before = stages[against]["scores"]
+        before = measured[against]["scores"]
         scores = {
             task: intervals.difference(before[task]["documents"], score["documents"])
             for task, score in stage["scores"].items()
@@ -175,17 +177,17 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
         return {"against": against, "scores": scores}
 
     result = {}
-    full = {stage["model"]: name for name, stage in stages.items() if stage and not (stage["adapter"] or stage["form"])}
-    for name, stage in stages.items():
-        if stage and stages.get(stage["parent"] or ""):
+    full = {stage["model"]: name for name, stage in measured.items() if not (stage["adapter"] or stage["form"])}
+    for name, stage in measured.items():
+        if stage["parent"] in measured:
             result[name] = compared(stage, stage["parent"])
-        below = full.get(stage["model"]) if stage and stage["adapter"] else None
+        below = full.get(stage["model"]) if stage["adapter"] else None
         if below and below != stage["parent"]:
             result[f"{name} - {below}"] = compared(stage, below)
-    rows = {name: stage["gate"]["data"] for name, stage in stages.items() if stage and stage["gate"]}
+    rows = {name: stage["gate"]["data"] for name, stage in measured.items() if stage["gate"]}
     for name, other in itertools.combinations(rows, 2):
         if rows[name] == rows[other]:
-            result[f"{name} - {other}"] = compared(stages[name], other)
+            result[f"{name} - {other}"] = compared(measured[name], other)
     return result
 
 
@@ -201,8 +203,6 @@ def previous(path: Path) -> dict[str, Any]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
@@ -210,7 +210,6 @@ def parse() -> argparse.Namespace:
     option("--prompts", type=Path, default=HERE / "prompts.yml")
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")
     option("--max-new-tokens", type=positive, default=500, help="length of each continuation (default 500)")
-    option("--seed", type=int, default=42)
     option(
         "--positions",
         type=int,
@@ -221,7 +220,7 @@ def parse() -> argparse.Namespace:
     option("--limit", type=positive, help="score only the first N documents of each task")
     option("--batch-size", type=positive, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
     option("--fresh", action="store_true", help="measure everything again")
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     on_gpu = args.device.startswith("cuda")
     args.batch_size = args.batch_size or (4 if on_gpu else 1)
     if args.positions is None:
@@ -283,11 +282,8 @@ def main() -> None:
             f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
             "evaluate all stages (without --stages)"
         )
-    measured = (
-        {}
-        if args.fresh
-        else {name: there[name] for name in inputs if there.get(name, {}).get("inputs") == inputs[name]}
-    )
+    kept = {} if args.fresh else there
+    measured = {name: kept[name] for name in inputs if kept.get(name, {}).get("inputs") == inputs[name]}
     if measured:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
 
@@ -332,10 +328,7 @@ def main() -> None:
     for row, model, tokenizer in models.loaded(waiting, args.device, models.DTYPES[args.dtype]):
         measured[row.name] = measure(row, model, tokenizer, tasks, benchmarks, prompts, asked, trained_on, args)
         write()  # after each, so that an interrupted run continues where it was
-    result = write()
-    page = report.write(result, args.out)
-    print(report.terminal(result))
-    print(f"report: {page}, {page.with_suffix('.html')}")
+    report.publish(write(), args.out)
 
 
 if __name__ == "__main__":

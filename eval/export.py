@@ -34,10 +34,11 @@ from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from eval import generation, llamacpp, models, report, tables, verdict
-from eval.push import EXPORTS, RECORD, SUMS, changed, files_of, load, sums
+from eval.push import EXPORTS, RECORD, SUMS, files_of, load, sums
 from eval.scoring import TokenScorer
 from prep.common import (
     BadInput,
+    changed,
     collected,
     digest,
     hashed,
@@ -179,16 +180,12 @@ def measure(label: str, model: Any, tokenizer: Tokenizer, text: str) -> tuple[di
     """Bits per byte of a text, and speed; for each prompt the likeliest tokens with the logits they were chosen from."""
     scorer = TokenScorer(model, tokenizer, 1, label)
     [loglikelihood] = scorer.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0, ("", 0, 1))])
-    ends = {"pad_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    settings = GenerationConfig(
-        max_new_tokens=GREEDY, min_new_tokens=GREEDY, output_logits=True, return_dict_in_generate=True, **ends
-    )
-    model.generation_config = settings  # else its own would fill whatever these leave unsaid
+    settings = {"max_new_tokens": GREEDY, "min_new_tokens": GREEDY, "output_logits": True}
     greedy, started = [], time.perf_counter()
     for prompt in PROMPTS:
         ids = torch.tensor([generation.encode(tokenizer, prompt)], device=model.device)
-        with torch.inference_mode():
-            written = model.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))
+        mask = torch.ones_like(ids)
+        written = generation.generate(model, tokenizer, settings, input_ids=ids, attention_mask=mask)
         greedy.append((written.sequences[0, ids.shape[1] :].tolist(), [step[0].float() for step in written.logits]))
     speed = len(PROMPTS) * GREEDY / (time.perf_counter() - started)
     bits = -loglikelihood / math.log(2) / len(text.encode())
@@ -264,7 +261,7 @@ def measured(path: Path, row: models.Candidate) -> dict[str, Any] | None:
     found = report.load(path) if path.is_file() else {"stages": {}}
     if not (stage := found["stages"].get(row.name)):
         return None
-    if stage["weights"] != {name: hashed(Path(name)) for name in stage["weights"] if Path(name).is_file()}:
+    if changed(Path(), stage["weights"]):
         raise BadInput(f"{path} is about other weights than {row.name} has now: evaluate again (make eval)")
     return found
 

@@ -75,6 +75,15 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
 
 
+def generate(model: Any, tokenizer: Tokenizer, settings: dict[str, Any], **inputs: Any) -> Any:
+    """Transformers' `generate` under these settings alone: the model's own would fill every setting that is not given."""
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GenerationConfig(pad_token_id=tokenizer.eos_token_id, return_dict_in_generate=True, **ends, **settings)
+    model.generation_config = config
+    with torch.inference_mode():
+        return model.generate(generation_config=config, **inputs)
+
+
 @dataclass(frozen=True)
 class Sample:
     """What was drawn after some tokens."""
@@ -102,35 +111,25 @@ def draw(
     `open_ended`: EOS is never drawn, the repetition penalty does not count `ids`, and log-probabilities are kept. `seen` is
     what the model has computed of `ids[:-1]`, a batch of one. A `streamer` gets each token of a single sample.
     """
-    others = dict(parameters)
+    settings = parameters | {"do_sample": True, "output_logits": open_ended}
+    settings["min_new_tokens"] = settings["max_new_tokens"] if open_ended else None
     ignored = len(ids) if open_ended else 0
-    penalty = RepetitionPenaltyLogitsProcessor(others.pop("repetition_penalty"), prompt_ignore_length=ignored)
-    # The model's own generation settings fill every setting that is not given, so they are replaced, not only overridden.
-    config = GenerationConfig(
-        do_sample=True,
-        min_new_tokens=others["max_new_tokens"] if open_ended else None,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        return_dict_in_generate=True,
-        output_logits=open_ended,
-        **others,
-    )
-    model.generation_config = config
+    penalty = RepetitionPenaltyLogitsProcessor(settings.pop("repetition_penalty"), prompt_ignore_length=ignored)
     inputs = torch.tensor([ids], device=model.device).expand(count, -1)
     cache = copy.deepcopy(seen)  # writing makes it grow
     if cache is not None:
         cache.batch_repeat_interleave(count)
     torch.manual_seed(seed)
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            past_key_values=cache,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([penalty]),
-            streamer=streamer,
-        )
+    output = generate(
+        model,
+        tokenizer,
+        settings,
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        past_key_values=cache,
+        logits_processor=LogitsProcessorList([penalty]),
+        streamer=streamer,
+    )
     drawn = output.sequences[:, len(ids) :]
     chances = [
         logits.float().log_softmax(-1).gather(1, drawn[:, i : i + 1])[:, 0].tolist()

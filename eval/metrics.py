@@ -8,17 +8,20 @@ import itertools
 import math
 import re
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
 from spellchecker import SpellChecker
 
 WORD = re.compile(r"[^\W\d_]+")  # letters only: « l'eau » is two words, as in the lexicon
-LOOP_REPEATS = 3  # a sequence of words three times in a row
-LOOP_WORDS = 8  # that fills eight words or more: « non, non, non » is speech, not a loop
-LONGEST_LOOP = 60  # words that may repeat: two long sentences
+# A sequence of words three times in a row, of 60 words at most (two long sentences), that fills eight words or more:
+# « non, non, non » is speech, not a loop. In words with one space after each.
+LOOP = re.compile(r"(?<!\w)(?:((?:\w+ ){3,60})\1{2}|((?:\w+ ){2})\2{3}|(\w+ )\3{7})")
+SHORTEST_COPY = 3  # words: what two texts share in shorter runs counts as none
+LONGEST_COPY = 12  # words in a row that may be in the training text too; two novels of one author share 6 to 10
 ARTEFACT = re.compile(  # a line that looks like a page number or a running header
     r"^[^\w\n]*\d{1,4}[^\w\n]*$"  # a page number alone on its line
     r"|^(?=(?:.*[A-ZÀ-Þ]){6})[A-ZÀ-Þ0-9 '’.,-]{6,60}$",  # a running header: a line of capitals, nothing cried out
@@ -34,7 +37,7 @@ def words(text: str) -> list[str]:
 
 def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """Every run of n tokens."""
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
@@ -44,16 +47,8 @@ def distinct(texts: Sequence[str], n: int) -> float | None:
 
 
 def loops(text: str) -> bool:
-    """Whether some sequence of 1 to LONGEST_LOOP words follows upon itself LOOP_REPEATS times, over LOOP_WORDS words."""
-    tokens = words(text)
-    for length in range(1, min(LONGEST_LOOP, len(tokens) // 2) + 1):
-        needed = max(LOOP_REPEATS, -(-LOOP_WORDS // length)) * length - length  # words equal to those `length` before
-        run = 0
-        for i in range(length, len(tokens)):
-            run = run + 1 if tokens[i] == tokens[i - length] else 0
-            if run >= needed:
-                return True
-    return False
+    """Whether some sequence of words repeats as LOOP says."""
+    return bool(LOOP.search("".join(f"{word} " for word in words(text))))
 
 
 @functools.cache
@@ -75,44 +70,31 @@ def chunks(text: str, length: int) -> list[str]:
 
 
 class CopyFinder:
-    """A text in which the longest sequence shared with another is found, word by word, case and signs left aside."""
+    """A text in which the longest sequence shared with another is found, word by word, case and signs left aside.
 
-    SEED = 3  # words: the shortest sequence looked for
+    What is matched are runs of SHORTEST_COPY words: single words match in too many places.
+    """
 
     def __init__(self, texts: Sequence[str]):
-        self.tokens: list[str] = []
-        self.starts: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for text in texts:
-            self.append(text)
-            self.tokens.append("")  # no sequence crosses from one text into the next
+        # The empty word after each text: no sequence crosses from one into the next.
+        self.tokens = [word for text in texts for word in [*words(text), ""]]
+        self.matcher = SequenceMatcher[tuple[str, ...]](None, [], [], autojunk=False)
+        self.append("")
 
     def append(self, text: str) -> None:
-        """More of the last text, or the first of it: a sequence may run over the seam."""
-        seam = max(0, len(self.tokens) - self.SEED + 1)
+        """More of one last text: a sequence may run over the seam."""
         self.tokens += words(text)
-        for i, gram in enumerate(ngrams(self.tokens[seam:], self.SEED), seam):
-            if "" not in gram:
-                self.starts[gram].append(i)
+        self.matcher.set_seq2(ngrams(self.tokens, SHORTEST_COPY))
 
     def longest(self, text: str) -> dict[str, int]:
-        """The longest run of words of `text` that is here too: {words, start, end}, the last two in characters.
-
-        Runs shorter than SEED words count as none: {0, 0, 0}.
-        """
+        """The longest run of words of `text` that is here too: {words, start, end}, the last two in characters."""
         found = list(WORD.finditer(text))
-        tokens = [match.group().lower() for match in found]
-        best, where = 0, 0
-        for i, gram in enumerate(ngrams(tokens, self.SEED)):
-            for place in self.starts.get(gram, ()):
-                length = self.SEED
-                most = min(len(tokens) - i, len(self.tokens) - place)
-                while length < most and self.tokens[place + length] == tokens[i + length]:
-                    length += 1
-                if length > best:
-                    best, where = length, i
-        if not best:
+        self.matcher.set_seq1(ngrams([match.group().lower() for match in found], SHORTEST_COPY))
+        first, _, size = self.matcher.find_longest_match()
+        if not size:
             return {"words": 0, "start": 0, "end": 0}
-        return {"words": best, "start": found[where].start(), "end": found[where + best - 1].end()}
+        count = size + SHORTEST_COPY - 1
+        return {"words": count, "start": found[first].start(), "end": found[first + count - 1].end()}
 
 
 def degeneration(samples: Sequence[dict[str, Any]]) -> dict[str, float | None]:

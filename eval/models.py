@@ -167,10 +167,14 @@ def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
     return chosen
 
 
-def parse_device(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line, with the two options that say where models run."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with the options that say which stages there are, and where models run."""
+    option = parser.add_argument
+    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
+    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
+    option("--seed", type=int, default=42, help="of whatever is drawn (default %(default)s)")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    option("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")

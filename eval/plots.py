@@ -23,6 +23,7 @@ LOSS = "loss, nats per token"
 # Okabe & Ito's colours, told apart by every kind of eye; enough for as many tasks as there are.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
+matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
 
 def figure(width: float, height: float) -> Figure:
@@ -30,11 +31,9 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def plain(axis: Axes, tokens: bool = False) -> None:
-    """No frame beyond the two axes; thousands of tokens as 20k."""
-    axis.spines[["top", "right"]].set_visible(False)
-    if tokens:
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+def over_tokens(axis: Axes) -> None:
+    """Thousands of tokens as 20k."""
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def svg(picture: Figure, name: str) -> str:
@@ -72,7 +71,7 @@ def plot_losses(axis: Axes, series: dict[str, list[Point]]) -> None:
                     style["marker"] = None
                 dashes = "--" if both and column == 2 else "-"
                 axis.plot(*zip(*line, strict=True), label=label, linestyle=dashes, markersize=4, **style)
-    plain(axis, tokens=True)
+    over_tokens(axis)
     axis.set_xlabel("tokens")
     axis.grid(alpha=0.3)
 
@@ -112,7 +111,7 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure | None:
     for index, log in enumerate(runs.values()):
         rates = [(point["tokens"], point["learning_rate"]) for point in log if point["learning_rate"] is not None]
         lower.plot(*zip(*rates, strict=True), **look(index) | {"marker": None})
-    plain(lower, tokens=True)
+    over_tokens(lower)
     upper.set(xlabel="", ylabel=LOSS)
     lower.set(xlabel="tokens", ylabel="learning rate")
     lower.set_ylim(bottom=0)
@@ -137,7 +136,6 @@ def draw_bits(report: dict[str, Any]) -> Figure:
         if points:
             places, y, below, above = zip(*points, strict=True)
             axis.errorbar(places, y, yerr=[below, above], label=task, capsize=3, **look(index))
-    plain(axis)
     axis.set_xticks(range(len(stages)), stages)
     axis.set_ylabel("bits per byte (lower is better)")
     axis.grid(axis="y", alpha=0.3)
@@ -159,7 +157,6 @@ def draw_positions(report: dict[str, Any]) -> Figure | None:
                 labels = [f"{part['from']}-{part['to']}" for part in parts]
                 values = [part["bits_per_byte"] for part in parts]
                 axis.plot(labels, values, label=name, **look(index))
-        plain(axis)
         axis.set_title(task)
         axis.set_xlabel("tokens of context")
         axis.grid(axis="y", alpha=0.3)
@@ -194,7 +191,6 @@ def draw_memory(report: dict[str, Any]) -> Figure | None:
     axes = list(picture.subplots(1, sum(panels), squeeze=False)[0])
     if panels[0]:
         axis = axes.pop(0)
-        plain(axis)
         for index, (task, label) in enumerate(tasks.items()):
             for place, stage in enumerate(stages.values()):
                 style = {"marker": MARKS[index], "markersize": 3, "label": None if place else label}
@@ -208,7 +204,6 @@ def draw_memory(report: dict[str, Any]) -> Figure | None:
         axis.grid(axis="y", alpha=0.3)
     if panels[1]:
         axis = axes.pop(0)
-        plain(axis)
         for place, values in enumerate(copies.values()):
             scatter(axis, place, 0.5, values, 2, marker="o", markersize=4)
         axis.set_ylim(bottom=-0.5)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prep.common import BadInput, hashed, lock, reason
+from prep.common import BadInput, changed, hashed, lock, reason
 
 EXPORTS = Path("outputs/export")
 RECORD = "export.json"  # of each step its inputs and files; rights and memorisation
@@ -47,11 +47,6 @@ def files_of(record: dict[str, Any], *but: str) -> dict[str, str]:
 def sums(record: dict[str, Any]) -> str:
     """SHA256SUMS, as sha256sum writes and checks it."""
     return "".join(f"{sha}  {name}\n" for name, sha in sorted(files_of(record).items()))
-
-
-def changed(folder: Path, files: dict[str, str]) -> list[str]:
-    """Those of {name: sha256} that are not in the folder, or not these."""
-    return [name for name, sha in files.items() if not (folder / name).is_file() or hashed(folder / name) != sha]
 
 
 def push(folder: Path, files: dict[str, str], repo: str, public: bool) -> str:

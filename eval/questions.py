@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import py3langid
-import torch
-from transformers import GenerationConfig
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from eval.generation import Tokenizer, generate
 from prep.common import BadInput
 
 LETTERS = 20  # the identifier guesses below
@@ -56,11 +54,7 @@ def ask(
     tokenizer.padding_side = "left"
     inputs = tokenizer(asked, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
     end = tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
-    )
-    with torch.inference_mode():
-        sequences = model.generate(**inputs, generation_config=model.generation_config)
+    sequences = generate(model, tokenizer, {"do_sample": False, "max_new_tokens": max_new_tokens}, **inputs).sequences
     known = Counter(filter(None, (language(each["question"]) for each in questions)))
     wanted = known.most_common(1)[0][0] if known else None
     answers = []

@@ -32,12 +32,11 @@ from scipy.stats import binomtest
 
 from eval import metrics, report
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, digest, hashed, lock, positive, run_name, write_json
+from prep.common import BadInput, changed, digest, lock, positive, run_name, write_json
 from prep.typography import to_convention
 
 AUTHOR, ELSEWHERE = "the author", "the author, elsewhere"
 FEWEST = 10  # pairs
-LONGEST_COPY = 12  # words in a row that are in the training text too; two novels of one author share 6 to 10
 TOKENS_A_WORD = 3  # of French, at most; what is too long is cut
 PRIOR = 1.0  # variance of a stage's strength in the Bradley-Terry model, in nats: one that always wins stays finite
 
@@ -103,10 +102,10 @@ def rows_of(evidence: dict[str, Any], task: str) -> list[str]:
     """The texts of the file that a report's task scored. Raises BadInput where it has no such task, or another file is there."""
     if task not in evidence["tasks"]:
         raise BadInput(f"report {evidence['run']} has no task {task}: evaluate with it")
-    path = Path(evidence["tasks"][task]["path"])
-    if not path.is_file() or hashed(path) != evidence["tasks"][task]["file_sha256"]:
+    path, value = evidence["tasks"][task]["path"], evidence["tasks"][task]["file_sha256"]
+    if changed(Path(), {path: value}):
         raise BadInput(f"{path} is not the text that report {evidence['run']} scored: run the evaluation again")
-    return [row["text"] for row in read_rows(path)]
+    return [row["text"] for row in read_rows(Path(path))]
 
 
 def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
@@ -122,7 +121,7 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
         (lines, passage)
         for text in rows_of(evidence, "novel_heldout")
         for lines, passage in places(text, args.words)
-        if trained_on.longest(f"{lines} {passage}")["words"] <= LONGEST_COPY
+        if trained_on.longest(f"{lines} {passage}")["words"] <= metrics.LONGEST_COPY
     ]
     count = min(args.pairs, len(found) * 10 // 11)  # one in ten needs a second passage
     if count < FEWEST:
@@ -140,9 +139,8 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
 
     rows = [row for row in models.candidates(load_chain(args.recipes, args.curriculum)) if row.name in stages]
     for row in rows:
-        for path, value in evidence["stages"][row.name]["weights"].items():
-            if not Path(path).is_file() or hashed(Path(path)) != value:
-                raise BadInput(f"{path} is not what report {evidence['run']} measured: run the evaluation again")
+        if wrong := changed(Path(), evidence["stages"][row.name]["weights"]):
+            raise BadInput(f"{wrong[0]} is not what report {evidence['run']} measured: run the evaluation again")
     decoding = generation.decoding(TOKENS_A_WORD * args.words)
     for row, model, tokenizer in models.loaded(rows, args.device, models.DTYPES[args.dtype], args.device == "cpu"):
         print(f"{row.name} is writing", file=sys.stderr)
@@ -291,14 +289,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
-    option("--curriculum", default="2", help="the recipes whose names begin so (default %(default)s)")
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--pairs", type=positive, default=40, help="fewer where the held-out block is short (default %(default)s)")
     option("--words", type=positive, default=100, help="of a passage; the lines are half as long (default %(default)s)")
-    option("--seed", type=int, default=42)
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     target = args.out / f"{args.run}.json"
     evidence = report.load(target)
     lock(target)

@@ -35,7 +35,7 @@ class Section:
     title: str
     text: str = ""
     plot: str | None = None  # its kind: bpb, loss, position, memory
-    table: Table | None = None
+    table: Table = ([], [])
 
 
 def check(report: Any, path: Path) -> None:
@@ -73,7 +73,7 @@ def decoding(report: dict[str, Any]) -> str:
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
-    """The page between the verdicts and the samples; the writers leave out what has neither table nor plot."""
+    """The page between the verdicts and the samples; the writers leave out what has neither rows nor plot."""
     units = {
         task: "{units} {unit}s".format(**score["interval"]) + f" of {task}"
         for stage in measured(report).values()
@@ -150,8 +150,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section(
             "Perplexity",
             "Token perplexity compares only models that share a tokenizer.",
-            None,
-            tables.perplexities(report),
+            table=tables.perplexities(report),
         ),
         Section("Texts", table=tables.texts(report)),
         Section("Weights", table=tables.files(report)),
@@ -159,8 +158,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
 
 
 def shown(sections: list[Section], drawn: Container[str | None]) -> list[Section]:
-    """Those that have a table or a plot."""
-    return [section for section in sections if section.table or section.plot in drawn]
+    """Those that have rows or a plot."""
+    return [section for section in sections if section.table[1] or section.plot in drawn]
 
 
 def label(stage: str, sample: dict[str, Any]) -> str:
@@ -207,7 +206,7 @@ def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
     parts.append("\n".join(f"- **{name}**: {line}" for name, line in verdict.lines(report).items()))
     for section in shown(sections(report), drawn):
         parts += [f"## {section.title}", section.text]
-        parts += [tables.markdown(section.table)] if section.table else []
+        parts += [tables.markdown(section.table)] if section.table[1] else []
         parts += [f"![{section.title}]({drawn[section.plot]})"] if section.plot in drawn else []
     parts += ["## Samples", decoding(report)]
     for prompt, samples in samples_by_prompt(report):
@@ -278,20 +277,20 @@ def write(report: dict[str, Any], folder: Path) -> Path:
     return target
 
 
-def terminal(report: dict[str, Any]) -> str:
-    """The table of bits per byte, and a line for each stage."""
-    lines = [f"{name}: {line}" for name, line in verdict.lines(report).items()]
-    return "\n".join([tables.markdown(tables.overview(report)), "", *lines])
+def publish(report: dict[str, Any], folder: Path) -> None:
+    """Write the pages; print the table of bits per byte, a line for each stage, and where the pages are."""
+    page = write(report, folder)
+    print(f"{tables.markdown(tables.overview(report))}\n")
+    for name, line in verdict.lines(report).items():
+        print(f"{name}: {line}")
+    print(f"report: {page}, {page.with_suffix('.html')}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="the JSON that eval/evaluation.py wrote")
     args = parser.parse_args()
-    report = load(args.report)
-    print(terminal(report))
-    page = write(report, args.report.parent)
-    print(f"report: {page}, {page.with_suffix('.html')}")
+    publish(load(args.report), args.report.parent)
 
 
 if __name__ == "__main__":

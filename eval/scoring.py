@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from prep.common import BadInput, progress, reason
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of defaults that are wanted here, at every model
 
 TASKS = Path(__file__).parent / "tasks"
-FILL = 0.9  # of a batch, at least, is text
 BLOCK = 256  # tokens: a bootstrap unit long enough that neighbours hardly depend on each other
 
 Key = tuple[int, int]  # text, and window in it
@@ -74,8 +73,8 @@ class TokenScorer(HFLM):
     def window_logprobs(self, windows: dict[Key, Window], what: str) -> dict[Key, np.ndarray]:
         """Log-probabilities of each window's target, under a progress bar.
 
-        Windows go through the model longest first, so that those of one batch are nearly equal in length (see `batches`);
-        padding is on the right, where a causal model does not look.
+        Windows go through the model longest first, so that those of one batch are nearly equal in length; padding is on
+        the right, where a causal model does not look.
         """
         order = sorted(windows, key=lambda key: (-len(windows[key][0]), key))
         scored: dict[Key, np.ndarray] = {}
@@ -83,9 +82,10 @@ class TokenScorer(HFLM):
         with progress(
             total=total, unit="tok", desc=f"{self.label}: {what}", file=self.screen, disable=not order
         ) as bar:
-            for first, end in batches([len(windows[key][0]) for key in order], self.batch_size):
-                inputs, targets = map(list, zip(*(windows[key] for key in order[first:end]), strict=True))
-                scored |= zip(order[first:end], self.batch_logprobs(inputs, targets), strict=True)
+            for first in range(0, len(order), self.batch_size):
+                batch = order[first : first + self.batch_size]
+                inputs, targets = map(list, zip(*(windows[key] for key in batch), strict=True))
+                scored |= zip(batch, self.batch_logprobs(inputs, targets), strict=True)
                 bar.update(sum(map(len, targets)))
         return scored
 
@@ -101,21 +101,10 @@ class TokenScorer(HFLM):
         return result
 
 
-def batches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """First and end of the runs of windows that go through the model together, `lengths` falling: at most `size`, and none
-    shorter than FILL of the longest, so that less than 1 - FILL of a batch is padding."""
-    first = 0
-    for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or end - first == size or lengths[end] < FILL * lengths[first]:
-            yield first, end
-            first = end
-
-
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
     """lm-eval's task objects, with their documents read. Raises BadInput when a text is missing or damaged."""
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
-    unknown = sorted(set(names) - set(manager.all_tasks))
-    if unknown:
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise BadInput(f"no task {', '.join(unknown)} in {TASKS}; there are: {', '.join(manager.all_tasks)}")
     tasks = manager.load_task_or_group(list(names))
     return {name: tasks[name] for name in names}

@@ -1,4 +1,5 @@
-"""The tables of a report: a head, and rows whose first cell is a name and whose others are figures.
+"""The tables of a report: a head, and rows whose first cell is a name and whose others are figures; no rows where nothing
+was measured.
 
 print(tables.markdown(tables.overview(report)))
 """
@@ -87,7 +88,7 @@ def overview(report: dict[str, Any]) -> Table:
     return ["bits per byte", *tasks, "training"], rows
 
 
-def changes(report: dict[str, Any]) -> Table | None:
+def changes(report: dict[str, Any]) -> Table:
     """Each stage against the one it builds on, adapters also against their full model, and an ablation; a star where the
     interval excludes 0."""
     tasks, stages = list(report["tasks"]), report["stages"]
@@ -98,7 +99,7 @@ def changes(report: dict[str, Any]) -> Table | None:
         sides = (stages[label.removesuffix(f" - {difference['against']}")], stages[difference["against"]])
         cells = [changed(difference["scores"].get(task)) for task in tasks]
         rows.append([label, *cells, *(answered(*sides) if asked else [])])
-    return (["change", *tasks, *asked.values()], rows) if rows else None
+    return ["change", *tasks, *asked.values()], rows
 
 
 def perplexities(report: dict[str, Any]) -> Table:
@@ -116,21 +117,15 @@ def perplexities(report: dict[str, Any]) -> Table:
     return ["stage, text", "per token", "per word", "per byte", "tokens", "words", "bytes"], rows
 
 
-def far_context(report: dict[str, Any]) -> Table | None:
-    """Bits per byte of the same chunks by position, a row a stage and text; None when it was not measured."""
-    results = {
-        f"{name}, {task}": result
-        for name, stage in measured(report).items()
-        for task, result in stage["positions"].items()
-        if result
-    }
-    if not results:
-        return None
-    ranges = [f"{part['from']}-{part['to']}" for part in next(iter(results.values()))["ranges"]]
-    rows = [
-        [name, *(number(part["bits_per_byte"]) for part in result["ranges"]), changed(result["change"], star="")]
-        for name, result in results.items()
-    ]
+def far_context(report: dict[str, Any]) -> Table:
+    """Bits per byte of the same chunks by position, a row a stage and text."""
+    ranges, rows = [], []
+    for name, stage in measured(report).items():
+        for task, result in stage["positions"].items():
+            if result:
+                ranges = [f"{part['from']}-{part['to']}" for part in result["ranges"]]
+                bits = [number(part["bits_per_byte"]) for part in result["ranges"]]
+                rows.append([f"{name}, {task}", *bits, changed(result["change"], star="")])
     return ["stage, text", *ranges, "last - second"], rows
 
 
@@ -152,19 +147,19 @@ def degeneration(report: dict[str, Any]) -> Table:
     return ["samples of", "rep-4", "distinct-2", "loop", "ended early", "not French", "debris per sample"], rows
 
 
-def style(report: dict[str, Any]) -> Table | None:
-    """Delta, dialogue, sentences and names of samples and books; None when it was not measured."""
+def style(report: dict[str, Any]) -> Table:
+    """Delta, dialogue, sentences and names of samples and books."""
     rows = []
     for name, side in (report.get("style") or {}).items():
         delta = [number((side["delta"] or {}).get(key), 2) for key in ("novel", "gallica", "base")]
         sentence = "{1:.0f} [{0:.0f}, {2:.0f}]".format(*side["sentence_words"]) if side["sentence_words"] else "–"
         rows.append([name, f"{side['words']:,}", *delta, percent(side["dialogue"]), sentence, number(side["names"], 1)])
     head = "text|words|Delta to the novel|to Gallica|to the base|dialogue|words per sentence|names"
-    return (head.split("|"), rows) if rows else None
+    return head.split("|"), rows
 
 
-def memorisation(report: dict[str, Any]) -> Table | None:
-    """Probability of the novel's trained and held-out text, and the longest copies in samples; None if unmeasured."""
+def memorisation(report: dict[str, Any]) -> Table:
+    """Probability of the novel's trained and held-out text, and the longest copies in samples."""
 
     def copied(words: list[int]) -> list[str]:
         return [number(statistics.median(words) if words else None, 1), number(max(words, default=None), 0)]
@@ -180,11 +175,11 @@ def memorisation(report: dict[str, Any]) -> Table | None:
     if rows and report["reference"] and report["reference"]["copied"]:
         rows.append(["the novel itself", *["–"] * 4, *copied(report["reference"]["copied"])])
     head = "stage|p(token), trained|p(token), held out|extractable, trained|extractable, held out|copied words, median|longest"
-    return (head.split("|"), rows) if rows else None
+    return head.split("|"), rows
 
 
-def questions(report: dict[str, Any]) -> Table | None:
-    """The share of answers that are right, in the questions' language, ended, and without the template; None without any."""
+def questions(report: dict[str, Any]) -> Table:
+    """The share of answers that are right, in the questions' language, ended, and without the template."""
     rows = []
     for name, stage in measured(report).items():
         if answers := stage.get("answers"):
@@ -193,19 +188,18 @@ def questions(report: dict[str, Any]) -> Table | None:
                 known = [answer[key] for answer in answers if answer[key] is not None]
                 cells.append(f"{percent(sum(known) / len(known))} of {len(known)}" if known else "–")
             rows.append([name, *cells, f"{sum(answer['tokens'] for answer in answers) / len(answers):.0f}"])
-    head = ["answers of", *ANSWERED.values(), "repeats the template", "tokens"]
-    return (head, rows) if rows else None
+    return ["answers of", *ANSWERED.values(), "repeats the template", "tokens"], rows
 
 
-def benchmarks(report: dict[str, Any]) -> Table | None:
-    """lm-eval's own tasks: a row a stage, a column a task and metric; None without any."""
+def benchmarks(report: dict[str, Any]) -> Table:
+    """lm-eval's own tasks: a row a stage, a column a task and metric."""
     found = {name: stage["benchmarks"] for name, stage in measured(report).items() if stage.get("benchmarks")}
     head = list(dict.fromkeys(figure for figures in found.values() for figure in figures))
     rows = [
         [name, *(f"{number(figures[key]['value'])} ± {number(figures[key]['stderr'])}" for key in head)]
         for name, figures in found.items()
     ]
-    return (["task, metric", *head], rows) if rows else None
+    return ["task, metric", *head], rows
 
 
 def reading(report: dict[str, Any]) -> dict[str, Any] | None:
@@ -225,17 +219,14 @@ def readers(report: dict[str, Any]) -> str:
     return said
 
 
-def taken(report: dict[str, Any]) -> Table | None:
-    """How often each stage was taken for the author, and the controls; None when nobody has read."""
-    figures = reading(report)
-    if not figures:
-        return None
-    shares = {f"{name} taken for the author": share for name, share in figures["stages"].items()}
-    shares |= {
-        "control, both the author's: the true continuation": figures["author"],
-        "control, both one stage's: the left one": figures["same"],
-        "all pairs: the left one": figures["left"],
-    }
+def taken(report: dict[str, Any]) -> Table:
+    """How often each stage was taken for the author, and the controls."""
+    shares = {}
+    if figures := reading(report):
+        shares = {f"{name} taken for the author": share for name, share in figures["stages"].items()}
+        shares["control, both the author's: the true continuation"] = figures["author"]
+        shares["control, both one stage's: the left one"] = figures["same"]
+        shares["all pairs: the left one"] = figures["left"]
     rows = []
     for name, share in shares.items():
         if count := share["answers"]:
@@ -246,14 +237,14 @@ def taken(report: dict[str, Any]) -> Table | None:
     return ["chosen", "answers", "share", "sure"], rows
 
 
-def preferred(report: dict[str, Any]) -> Table | None:
-    """Stage against stage; None when nobody has compared any."""
-    figures = reading(report)
+def preferred(report: dict[str, Any]) -> Table:
+    """Stage against stage."""
+    figures = reading(report) or {"preferred": None}
     rows = [
         [name, f"{side['won']} of {side['answers']}", bracket(side["strength"], side["interval"], "+")]
-        for name, side in ((figures and figures["preferred"]) or {}).items()
+        for name, side in (figures["preferred"] or {}).items()
     ]
-    return (["stage", "preferred", "strength"], rows) if rows else None
+    return ["stage", "preferred", "strength"], rows
 
 
 def texts(report: dict[str, Any]) -> Table:

@@ -100,10 +100,7 @@ class Models:
 
         from eval import models
 
-        if name.endswith(".gguf"):
-            row = models.exported(Path(name))
-        else:
-            [row] = models.present(models.candidates(load_chain(ROOT / "recipes")), [name])
+        row = models.writer(load_chain(ROOT / "recipes"), name)
         paths = list(dict.fromkeys([*row.weights, *models.full_weights(row.model)]))
         try:
             files = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths]
@@ -125,15 +122,7 @@ class Models:
             )
         say(f"reading {name} ...")
         model: Any
-        if row.form == models.GGUF:
-            [(_, model, tokenizer)] = models.loaded([row], self.device, dtype)
-        else:
-            tokenizer = models.load_tokenizer(row.model)
-            model = models.load_model(row.model, tokenizer, self.device, dtype, row.quantization)
-        if row.quantization and self.device == "cpu":
-            model = model.dequantize()  # the same numbers; a CPU unpacks them too slowly to do it at every token
-        if row.adapter:
-            model = models.load_adapter(model, row, tokenizer)
+        [(_, model, tokenizer)] = models.loaded([row], self.device, dtype, unpacked=self.device == "cpu")
         for parameter in model.parameters():
             # safetensors maps the file into memory: a training that writes over it would change this, or end it.
             parameter.data = parameter.data.clone()

@@ -114,6 +114,11 @@ def _hash_of(path: Path, size: int, written: int) -> str:
     return sha256(path)
 
 
+def changed(folder: Path, files: dict[str, str]) -> list[str]:
+    """Those of {name: sha256} that are not in the folder, or not these."""
+    return [name for name, sha in files.items() if not (folder / name).is_file() or hashed(folder / name) != sha]
+
+
 SEAL = "complete.json"  # in a checkpoint, a folder of tokenised rows or a corpus: {file: sha256}
 
 
@@ -129,7 +134,7 @@ def is_whole(folder: Path) -> bool:
     """Does a folder hold what was recorded at its end, whatever its layout?"""
     try:
         files = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        return bool(files) and all(hashed(folder / name) == recorded for name, recorded in files.items())
+        return bool(files) and not changed(folder, files)
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -46,7 +46,6 @@ def failing(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--recipes", type=Path, default=Path("recipes"), help="folder of the chain's YAML")
     option("--stage", default="2c", help="who writes: a stage, or an exported .gguf file (default: 2c)")
     option("--rows", type=Path, default=Path("data/2c.jsonl"), help="training rows of the novel (default: %(default)s)")
     option("--out", type=jsonl_path, default=Path("data/2d.jsonl"), help="default: %(default)s")
@@ -54,8 +53,7 @@ def main() -> None:
     option("--prompt-words", type=positive, default=200, help="before each (default %(default)s)")
     option("--words", type=positive, default=100, help="of each side (default %(default)s)")
     option("--candidates", type=positive, default=1, help="draws of which the worst is taken (default: the one draw)")
-    option("--seed", type=int, default=42)
-    args = models.parse_device(parser)
+    args = models.parse(parser)
     warnings.filterwarnings("ignore")
     lock(args.out)
     found = [place for text in once(args.rows) for place in places(text, args.prompt_words, args.words)]
@@ -64,7 +62,7 @@ def main() -> None:
         raise BadInput(f"no row of {args.rows} has {words} words: lower --prompt-words or --words")
     random.Random(args.seed).shuffle(found)
     found = found[: args.pairs]
-    row = models.writer(load_chain(args.recipes), args.stage)
+    row = models.writer(load_chain(args.recipes, args.curriculum), args.stage)
     device = "cpu" if row.form == models.GGUF else args.device
     decoding = generation.decoding(TOKENS_A_WORD * args.words)
     tokenizer = read_json(manifest_path(args.rows), "prepare the novel again", lambda said: said["tokenizer"])

@@ -46,8 +46,7 @@ def test_losses_are_over_all_tokens_of_the_chain(reports):
     assert compare.curve(reports[1])[-1] == (500, 2.0, 2.5)
 
 
-def cells_of(table: tables.Table | None, row: str) -> dict[str, str]:
-    assert table
+def cells_of(table: tables.Table, row: str) -> dict[str, str]:
     return next(dict(zip(table[0], cells, strict=True)) for cells in table[1] if cells[0] == row)
 
 

@@ -190,7 +190,7 @@ def test_answers_of_two_readers_are_merged_by_the_evaluation(drawn: dict[str, An
     assert figures["agreement"]["same"] == 0
     page = PAGE.with_suffix(".md").read_text()
     assert "## Blind reading" in page and "Two chose the same side in 0% of 10 cases" in page and "### Pair 10" in page
-    assert tables.preferred(evidence) and "the left one | 10 of 20" in " ".join(page.split())
+    assert tables.preferred(evidence)[1] and "the left one | 10 of 20" in " ".join(page.split())
 
     weights = {name: known | {"x": "0"} for name, known in drawn["weights"].items()}
     assert reading.merged(drawn, weights, PAGE) is None and "other weights" in capsys.readouterr().err

@@ -11,7 +11,6 @@ import torch
 from axolotl.common.datasets import load_datasets
 from axolotl.monkeypatch.lora_kernels import apply_lora_kernel_patches
 from axolotl.utils.dict import DictDefault
-from huggingface_hub import snapshot_download
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
@@ -21,9 +20,7 @@ from train.dequantise import dequantised, is_quantised
 from train.gate import weight_files
 from train.plugins import SeedAdapter, starts_an_adapter
 
-DAMPING = (
-    0.01  # of the inputs' mean square: what the calibration text does not use counts a little, and nothing is 0 / 0
-)
+DAMPING = 0.01  # of the inputs' mean square: what the calibration text does not use counts, and nothing is 0 / 0
 
 
 class StartAdapter(SeedAdapter):
@@ -56,7 +53,7 @@ class StartAdapter(SeedAdapter):
             apply_lora_kernel_patches(model, DictDefault())
         rows = calibration_rows(load_datasets(cfg=cfg).train_dataset, cfg.seed, self.tokens)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(cfg.bf16)):
-            print(correct(model, unquantised(cfg.base_model, cfg.revision_of_model), rows, self.root), flush=True)
+            print(correct(model, unquantised(cfg.base_model), rows, self.root), flush=True)
 
 
 def calibration_rows(dataset: Any, seed: int, tokens: int) -> list[Tensor]:
@@ -69,13 +66,10 @@ def calibration_rows(dataset: Any, seed: int, tokens: int) -> list[Tensor]:
     return rows
 
 
-def unquantised(base_model: str, revision: str | None = None) -> Callable[[str], Tensor]:
-    """A function from a tensor's name to its value in the safetensors of a model folder, or of a model of the hub."""
-    folder = Path(base_model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(base_model, revision=revision, allow_patterns="*.safetensors"))
+def unquantised(base_model: str) -> Callable[[str], Tensor]:
+    """A function from a tensor's name to its value in the safetensors of a model folder."""
     files: dict[str, Path] = {}
-    for path in weight_files(folder):
+    for path in weight_files(Path(base_model)):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
 

@@ -44,8 +44,8 @@ FULL_WEIGHTS = {
     "vector": {"changed": 0.0, "relative": 0.0},
 }
 
-# A loaded adapter keeps its own settings, whatever the recipe says: {recipe's key: adapter_config.json's}.
 COPIES = "lora_modules_to_save"  # the recipe's list of modules of which full copies are trained
+# A loaded adapter keeps its own settings, whatever the recipe says: {recipe's key: adapter_config.json's}.
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "peft_use_rslora": "use_rslora"}
 
 

@@ -37,13 +37,13 @@ from train.stages import Stage, line_of, load_chain
 OVERRIDES = Path(__file__).with_name("overrides.yml")
 
 
-def load_profile(name: str, stage: str, path: Path = OVERRIDES) -> tuple[list[str], dict[str, Any]]:
+def load_profile(name: str, stage: str) -> tuple[list[str], dict[str, Any]]:
     """Arguments for `accelerate launch` and overrides of the recipe, of one profile for one stage."""
-    profiles = yaml.safe_load(path.read_text())
+    profiles = yaml.safe_load(OVERRIDES.read_text())
     if name not in profiles:
-        raise BadInput(f"no profile {name} in {path}; there are: {', '.join(profiles)}")
+        raise BadInput(f"no profile {name} in {OVERRIDES}; there are: {', '.join(profiles)}")
     profile = profiles[name]
-    launch, overrides = load_profile(profile["extends"], stage, path) if "extends" in profile else ([], {})
+    launch, overrides = load_profile(profile["extends"], stage) if "extends" in profile else ([], {})
     return profile.get("launch", launch), overrides | profile.get("all", {}) | profile.get(stage, {})
 
 
