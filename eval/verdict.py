@@ -110,7 +110,7 @@ def line(name: str, stage: dict[str, Any] | None, report: dict[str, Any]) -> str
     parts = [learned(name, report), memorised(stage, report), degenerated(stage, report)]
     if stage["gate"] and not stage["gate"]["passed"]:
         parts.insert(0, "not the weights that its training recorded")
-    return "; ".join(part for part in parts if part) + "."
+    return ("; ".join(part for part in parts if part) or "nothing to judge it by") + "."
 
 
 def lines(report: dict[str, Any]) -> dict[str, str]:

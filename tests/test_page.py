@@ -37,17 +37,18 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for point in stage["training"] or []:
             point["tokens"] = point["tokens"] and 2 * point["tokens"]
     page = report.write(first, folder).with_suffix(".html")
+    report.write(report.load(ROOT / "eval/reports/demo3.json"), folder)
     both = folder / "compare.html"
     both.write_text(compare.html([first, second]), encoding="utf-8")
     return {"report": page, "compare": both}
 
 
 def test_the_committed_pages_are_those_of_their_json(pages: dict[str, Path]) -> None:
-    made = sorted(pages["report"].parent.glob("demo.*"))
-    assert len(made) == 6  # two pages, that for readers, three plots
+    made = sorted(pages["report"].parent.glob("demo*.*"))
+    assert len(made) == 6 + 4  # pages and plots; the second curriculum has none for readers, and no plot of memory
     for path in made:
         same = path.read_bytes() == (ROOT / "eval/reports" / path.name).read_bytes()
-        assert same, f"{path.name}: run python eval/report.py eval/reports/demo.json"
+        assert same, f"{path.name}: run python eval/report.py eval/reports/{path.name.split('.')[0]}.json"
 
 
 @pytest.fixture(scope="module")
