@@ -51,6 +51,8 @@ def fault(words: list[str]) -> str | None:
     own = words[: words.index("--")] if "--" in words else words
     flags = [word.partition("=")[0] for word in own if re.match(r"--[a-z]", word)]
     source = (ROOT / script).read_text()
+    if "models.parse(" in source:  # the options that several scripts share
+        source += (ROOT / "eval/models.py").read_text()
     return ", ".join(flag for flag in flags if f'"{flag}"' not in source) or None
 
 
