@@ -101,8 +101,15 @@ def style(browser: Any, selector: str, key: str) -> list[int]:
     return [int(part) for part in text.removeprefix("rgb(").removesuffix(")").split(",")]
 
 
-@pytest.mark.parametrize(("device", "scheme"), [("desk", "light"), ("phone", "dark")])
-@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize(
+    ("name", "device", "scheme"),
+    [
+        ("report", "desk", "light"),
+        ("report", "phone", "dark"),
+        ("compare", "desk", "dark"),
+        ("compare", "phone", "light"),
+    ],
+)
 def test_what_is_drawn(browser: Any, pages: dict[str, Path], name: str, device: str, scheme: str) -> None:
     seen = show(browser, pages[name], WIDTHS[device], scheme)
     SCREENSHOTS.mkdir(exist_ok=True)

@@ -269,7 +269,8 @@ def browser(open_browser: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("device", "width", "scheme"), [("desk", 1280, "light"), ("phone", 360, "dark")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("device", "width"), [("desk", 1280), ("phone", 360)])
 def test_the_page_by_keyboard_alone(browser: Any, drawn_place: Path, device: str, width: int, scheme: str) -> None:
     """Begun, closed, continued and saved, on any screen."""
     from selenium.webdriver.common.action_chains import ActionChains
