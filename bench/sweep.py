@@ -79,7 +79,13 @@ class Run:
 
 def load_plan(path: Path) -> dict[str, Any]:
     """The plan, its variants as {name: variant}. Raises BadInput naming the variant and what is wrong with it."""
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} cannot be read as YAML: {error}") from error
+    needed = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "variants")
+    if missing := [key for key in needed if not isinstance(plan, dict) or key not in plan]:
+        raise BadInput(f"{path} has no {', '.join(missing)}")
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:
         others = {variant.get("parent"), variant.get("start"), *variant.get("against", [])} - {None, *known}

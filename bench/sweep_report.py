@@ -256,8 +256,8 @@ class Sweep:
 
 
 def load(path: Path) -> Sweep:
-    """The sweep of a report. Raises BadInput when there is none."""
-    return Sweep(read_json(path, f"`make bench-{path.stem}` makes it"))
+    """The sweep of a report. Raises BadInput when there is none, or it is damaged."""
+    return read_json(path, f"`make bench-{path.stem}` makes it", Sweep)
 
 
 def write(path: Path) -> None:

@@ -55,6 +55,31 @@ def runs_of(folder: Path, *variants: dict[str, Any], data: dict[str, str] = DATA
 def test_a_bad_variant_is_refused(variants: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=rf"plan\.yml, variant .*: .*{said}"):
         plan_of(tmp_path, *variants)
+    for text in ("", "- a\n", "all: [\n", "profile: cpu\n"):
+        (tmp_path / "plan.yml").write_text(text)
+        with pytest.raises(BadInput, match=r"plan\.yml"):
+            sweep.load_plan(tmp_path / "plan.yml")
+
+
+def test_the_batch_is_divided_exactly() -> None:
+    ours = {"micro_batch_size": 16, "gradient_accumulation_steps": 2, "sequence_len": 512}
+    theirs = {"micro_batch_size": 4, "gradient_accumulation_steps": 8, "sequence_len": 2048}
+    for recipe, divisor, micro, accumulated in ((ours, 8, 4, 1), (ours, 2, 4, 4), (theirs, 16, 1, 2)):
+        expected = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulated}
+        assert sweep.divided(recipe, divisor, 2048) == expected
+    for divisor in (3, 64):
+        with pytest.raises(BadInput, match=f"divided by {divisor}"):
+            sweep.divided(theirs, divisor, 2048)
+
+
+def test_settings_are_the_recipe_with_overrides(tmp_path: Path) -> None:
+    variant = OURS | {"overrides": {"learning_rate": 1e-3, "optim_args": None}}
+    plan = plan_of(tmp_path, variant)
+    settings = sweep.settings(variant, plan, 7)
+    assert settings["learning_rate"] == 1e-3 and settings["seed"] == 7 and settings["bf16"] is True
+    assert settings["optimizer"] == "adamw_torch_8bit"
+    assert "optim_args" not in settings and "test_datasets" not in settings
+    assert sweep.settings(variant | {"curve": True}, plan, 7)["test_datasets"]
 
 
 def test_runs_are_in_order_and_train_in_folders_of_their_own(tmp_path: Path) -> None:
@@ -184,6 +209,13 @@ def test_samples_are_compared_by_place() -> None:
         ["`base`", "4.000"],
         ["`2a-nearest`", "5.000, +1.000 [+1.000, +1.000] *"],
     ]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"runs": {}}'])
+def test_a_damaged_report_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(BadInput, match="make bench-train"):
+        sweep_report.load(tmp_path / "train.json")
 
 
 def test_recipes_point_to_variants_that_were_measured() -> None:

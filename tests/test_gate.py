@@ -578,6 +578,15 @@ def test_tokenised_rows_that_were_not_written_to_their_end_are_made_again(plugin
     assert launch("2a") == "" and sorted(path.name for path in cache.iterdir()) == left[:1]
 
 
+def test_a_torn_checkpoint_is_not_resumed(plugin: None) -> None:
+    assert launch("2a") == ""
+    write_weights(Path("outputs/2a"), base_tensors())
+    write_checkpoint("2a", 10, 20)
+    write_checkpoint("2a", 15, 20)
+    Path("outputs/2a/checkpoint-15/optimizer.pt").write_bytes(b"")
+    assert launch("2a") == "" and [path.name for path in gate.checkpoints(Path("outputs/2a"))] == ["checkpoint-10"]
+
+
 def test_a_run_killed_after_its_last_checkpoint_takes_its_weights(plugin: None, capsys: pytest.CaptureFixture) -> None:
     """Axolotl would train one step more than `max_steps`."""
     assert launch("2a", max_steps=20) == ""
