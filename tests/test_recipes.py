@@ -62,7 +62,7 @@ def test_what_every_stage_shares() -> None:
             continue
         assert [dataset["path"] for dataset in config["test_datasets"]] == [f"data/{rows}.heldout.jsonl"]
         # Drops the tails of passages, and false ends of text with them; an article's end is a true one.
-        assert config.get("min_sample_len") == (config["sequence_len"] if name in ("2a", "2b", "2c") else None)
+        assert config.get("min_sample_len") == (None if name[0] == "3" else config["sequence_len"])
         assert config["curriculum_sampling"] and config["eval_sample_packing"] is False
         kind = "chat_template" if rows == "3b" else "completion"
         assert all(dataset["type"] == kind for dataset in [*config["datasets"], *config["test_datasets"]])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_curriculum import ENVIRONMENT, save_base
 from tiny_curriculum import call_script as call
 from tiny_curriculum import run_script as python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bench.faults import left_in
 from eval import generation
@@ -129,6 +129,20 @@ def test_killed_and_resumed_it_sees_each_window_once(trained: dict[str, str], wo
     undisturbed = (workdir / "undisturbed/windows.txt").read_text().split()
     seen = (workdir / "windows.txt").read_text().split()
     assert len(set(undisturbed)) == 4 and seen[:2] + seen[-2:] == undisturbed  # killed at step 2 or after
+
+
+def test_experiment_3_trains_a_mistral(workdir: Path) -> None:
+    save_base(workdir / "tiny-mistral", kind="mistral")
+    base = ["--tokenizer", "models/mistral", "--holdout", "0.2", "--out"]
+    call(ROOT / "prep/collect.py", "base", "--source", "tiny-mistral", "--out", "models/mistral", cwd=workdir)
+    source = ["--source", "data/raw/gallica", "--sequence-len", "512", "--windows", "24", "--heldout-windows", "3"]
+    python(ROOT / "prep/gallica.py", *source, *base, "data/4a.jsonl", cwd=workdir)
+    book = ["--book", "data/raw/book/book.pdf", "--sequence-len", "2048"]
+    call(ROOT / "prep/castle.py", *book, *base, "data/4b.jsonl", cwd=workdir)
+    for name in ("4a", "4b"):
+        assert f"{name}: trained, 4 of 4 steps" in stage(name, workdir)
+    assert AutoConfig.from_pretrained(workdir / "models/mistral").model_type == "mistral"
+    assert [name for name in ("4a", "4b") if (workdir / "outputs" / name / "start").exists()] == ["4a"]
 
 
 def test_2c_changed_every_tensor_of_2b(trained: dict[str, str], workdir: Path) -> None:

@@ -14,7 +14,14 @@ from unittest import mock
 import torch
 from peft import LoraConfig, get_peft_model
 from small_tokenizers import llama_like, save_llama_like, tales
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
@@ -60,19 +67,19 @@ def always(model: LlamaForCausalLM, token: int) -> LlamaForCausalLM:
     return model
 
 
-def save_base(folder: Path, hidden: int = 64, layers: int = 2, seed: int = 0) -> Path:
+def save_base(folder: Path, hidden: int = 64, layers: int = 2, seed: int = 0, kind: str = "llama") -> Path:
     """A base model with its tokenizer, as prep/collect.py leaves one to Axolotl: small enough to train in seconds."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
