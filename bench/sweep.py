@@ -209,7 +209,7 @@ def score(row: models.Candidate, tasks: Sequence[str], dtype: str, samples: dict
     warnings.filterwarnings("ignore")
     model: Any  # a PeftModel answers as the model under it does
     texts, nll, written = {}, {}, {}
-    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, dtype), unpacked=bool(samples)):
+    for _, model, tokenizer in models.loaded([row], "cpu", getattr(torch, dtype)):
         scores = scoring.score(scoring.TokenScorer(model, tokenizer, 1, row.name), scoring.load_tasks(tasks), None)
         if samples:
             written["samples"], texts["author"] = write(model, tokenizer, **samples)

@@ -3,6 +3,7 @@
 # tuned on instructions; and the ablation, tuned without the articles. Beside the first demo, in demo/run; run it again and
 # it continues where it was.
 source "$(dirname "$0")/start.sh"
+[ -e models/instruct/source.json ] && fresh= || fresh=--fresh # as in demo.sh
 
 echo "The demo takes 3 GB of disk, in $PWD."
 
@@ -21,6 +22,6 @@ done
 
 step "3. Evaluate base, 3a, 3b, 3c: held-out articles and conversations, English, code, 24 questions"
 "$bin/python" $root/eval/evaluation.py --recipes $root/recipes --curriculum 3 --run demo3 --out $root/eval/reports \
-    --tasks articles_heldout conversations_heldout english code --prompts $root/demo/corpus/questions.yml --max-new-tokens 64
+    --tasks articles_heldout conversations_heldout english code --prompts $root/demo/corpus/questions.yml --max-new-tokens 64 $fresh
 
 step "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at eval/reports/demo3.html"

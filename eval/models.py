@@ -271,12 +271,9 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -
 
 
 def loaded(
-    rows: list[Candidate], device: str, dtype: torch.dtype, unpacked: bool = False
+    rows: list[Candidate], device: str, dtype: torch.dtype
 ) -> Iterator[tuple[Candidate, PreTrainedModel | PeftModel, Tokenizer]]:
-    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it.
-
-    `unpacked`: 4-bit weights become numbers of `dtype`, the same ones, for a CPU that would unpack them at every token.
-    """
+    """Each row's model and tokenizer in turn, each loaded again, so that no score depends on the rows before it."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for row in rows:
@@ -287,8 +284,8 @@ def loaded(
             continue
         tokenizer = load_tokenizer(row.model)
         model: Any = load_model(row.model, tokenizer, device, dtype, row.quantization)
-        if row.quantization and unpacked:
-            model = model.dequantize()
+        if device == "cpu" and (row.quantization or {}).get("load_in_4bit"):
+            model = model.dequantize()  # the same numbers, which a CPU would unpack again at every forward pass
         if row.adapter:
             model = load_adapter(model, row, tokenizer)
         if row.form == MERGED:

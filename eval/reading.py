@@ -142,7 +142,7 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
         if wrong := changed(Path(), evidence["stages"][row.name]["weights"]):
             raise BadInput(f"{wrong[0]} is not what report {evidence['run']} measured: run the evaluation again")
     decoding = generation.decoding(TOKENS_A_WORD * args.words)
-    for row, model, tokenizer in models.loaded(rows, args.device, models.DTYPES[args.dtype], args.device == "cpu"):
+    for row, model, tokenizer in models.loaded(rows, args.device, models.DTYPES[args.dtype]):
         print(f"{row.name} is writing", file=sys.stderr)
         for number, pair in enumerate(sides):
             if times := pair.count(row.name):

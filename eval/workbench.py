@@ -122,7 +122,7 @@ class Models:
             )
         say(f"reading {name} ...")
         model: Any
-        [(_, model, tokenizer)] = models.loaded([row], self.device, dtype, unpacked=self.device == "cpu")
+        [(_, model, tokenizer)] = models.loaded([row], self.device, dtype)
         for parameter in model.parameters():
             # safetensors maps the file into memory: a training that writes over it would change this, or end it.
             parameter.data = parameter.data.clone()

@@ -78,7 +78,7 @@ def main() -> None:
     part = args.out.with_suffix(".part.json")
     begun = read_json(part, f"remove {part}", dict) if part.is_file() else {}
     pairs = begun["pairs"] if begun.get("about") == about else []
-    for _, model, tokens in models.loaded([row], device, models.DTYPES[args.dtype], unpacked=device == "cpu"):
+    for _, model, tokens in models.loaded([row], device, models.DTYPES[args.dtype]):
         for number, (prompt, chosen) in enumerate(
             progress(found[len(pairs) :], desc=row.name, unit="pair"), len(pairs)
         ):
