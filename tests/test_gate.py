@@ -536,10 +536,15 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
     assert "2a.jsonl is missing" in launch("2a")
 
 
-def test_a_disk_too_small_for_the_checkpoints_is_refused(plugin: None) -> None:
-    trainer, (gate_plugin, cfg) = SimpleNamespace(model=torch.nn.Linear(10, 10)), registered("2a")
+def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plugin: None) -> None:
+    trainer = SimpleNamespace(model=torch.nn.Linear(10, 10), train_dataset=[{}] * 4, args=SimpleNamespace(world_size=4))
+    gate_plugin, cfg = registered("2a")
     gate_plugin.load_datasets(cfg)
     assert gate_plugin.add_callbacks_post_trainer(cfg, trainer)
+    trainer.args.world_size = 5
+    with pytest.raises(SystemExit, match="4 windows cannot be shared by 5 processes: take fewer"):
+        gate_plugin.add_callbacks_post_trainer(cfg, trainer)
+    trainer.args.world_size = 4
     trainer.model = torch.nn.Linear(10**8, 10**7, bias=False, device="meta", dtype=torch.bfloat16)
     with pytest.raises(SystemExit, match=r"GB free, 14000000\.00 GB are needed"):  # 3 x (2 bytes + 2 moments) + 2
         gate_plugin.add_callbacks_post_trainer(cfg, trainer)

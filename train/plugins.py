@@ -136,6 +136,11 @@ class Gate(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         with self.refusals():
+            if (rows := len(trainer.train_dataset)) < trainer.args.world_size:
+                raise BadInput(
+                    f"{rows} windows cannot be shared by {trainer.args.world_size} processes: take fewer "
+                    "(accelerate launch --num_processes), or prepare more windows"
+                )
             need_room(self.stage.output_dir, checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit))
         return [Progress(self.stage.output_dir / LOG)]
 
