@@ -4,7 +4,6 @@
 #
 # Read it from top to bottom: it is the real run with other sources, and train/overrides.yml (demo) says what else differs.
 source "$(dirname "$0")/start.sh"
-[ -e models/base/source.json ] && fresh= || fresh=--fresh
 
 echo "The demo takes about an hour on two busy cores, less on idle ones, and 4 GB of disk, in $PWD."
 
@@ -32,7 +31,6 @@ step "2c. Train the same adapter on the novella"
 "$bin/python" $root/train/stage.py 2c --recipes $root/recipes --profile demo
 
 step "3. Evaluate base, 2a, 2b, 2c"
-# A fresh demo measures every row itself: the committed report may hold some of them, of equal weights.
 "$bin/python" $root/eval/evaluation.py --recipes $root/recipes --run demo --out $root/eval/reports --max-new-tokens 80 $fresh
 
 step "4. Export 2c: a 16-bit model, GGUF files, a model card; each is scored"

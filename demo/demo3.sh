@@ -3,7 +3,6 @@
 # tuned on instructions; and the ablation, tuned without the articles. Beside the first demo, in demo/run; run it again and
 # it continues where it was.
 source "$(dirname "$0")/start.sh"
-[ -e models/instruct/source.json ] && fresh= || fresh=--fresh # as in demo.sh
 
 echo "The demo takes 3 GB of disk, in $PWD."
 
