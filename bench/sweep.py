@@ -43,7 +43,7 @@ from eval import generation, intervals, logs, metrics, models, scoring
 from eval.export import write_model
 from eval.reading import TOKENS_A_WORD
 from eval.tasks.texts import once, read_rows
-from prep.common import ROOT, BadInput, digest, sha256, write_json, write_text
+from prep.common import ROOT, BadInput, digest, read_yaml, sha256, write_json, write_text
 from prep.pairs import places, side
 from train.gate import check_steps, checkpoints, movement_of_weights
 from train.resume import prepare_output
@@ -53,7 +53,8 @@ from train.stages import Stage, load_recipe
 VERSION = 1  # of the results: raise it when the same settings and data give other figures
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train")  # of a plan without `texts`
 MERGED = "outputs/merged"  # what a variant names as its base to get the parent's adapter merged
-PLAN_KEYS = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "base", "texts", "samples")
+NEEDED = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data")
+PLAN_KEYS = (*NEEDED, "base", "texts", "samples")
 KEYS = {"name", "recipe", "parent", "start", "quantised", "overrides", "against", "curve", "says"}
 
 
@@ -79,12 +80,8 @@ class Run:
 
 def load_plan(path: Path) -> dict[str, Any]:
     """The plan, its variants as {name: variant}. Raises BadInput naming the variant and what is wrong with it."""
-    try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read as YAML: {error}") from error
-    needed = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data", "variants")
-    if missing := [key for key in needed if not isinstance(plan, dict) or key not in plan]:
+    plan = read_yaml(path)
+    if missing := [key for key in (*NEEDED, "variants") if not isinstance(plan, dict) or key not in plan]:
         raise BadInput(f"{path} has no {', '.join(missing)}")
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from eval.models import MAX_LENGTH
-from prep.common import BadInput, reason
+from prep.common import BadInput, read_yaml
 
 
 def load_prompts(path: Path) -> list[dict[str, str]]:
@@ -24,10 +23,7 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise BadInput(f"no prompt file {path} (looked from {Path.cwd()})")
-    try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid YAML: {reason(error)}") from error
+    entries = read_yaml(path)
     if not entries or not isinstance(entries, list):
         raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
     prompts = []

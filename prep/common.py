@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,6 +81,16 @@ def read_json(path: Path, remedy: str, pick: Callable[[Any], Any] = lambda value
         raise BadInput(f"{path} is missing; {remedy}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} is damaged; {remedy}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds. Raises BadInput when it cannot be read, is not UTF-8 or not YAML."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {reason(error)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not valid YAML: {reason(error)}") from error
 
 
 def lock(target: Path) -> None:

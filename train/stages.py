@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from prep.common import BadInput, reason
+from prep.common import BadInput, read_yaml
 
 LOG = "log.jsonl"  # in an output folder: a line a step (train/plugins.py)
 
@@ -67,10 +65,7 @@ class Stage:
 
 def load_recipe(path: Path) -> dict[str, Any]:
     """A recipe's settings. Raises BadInput when it is not YAML, not UTF-8, or lacks what every stage must say."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not valid YAML: {reason(error)}") from error
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise BadInput(f"{path} is not a recipe: a YAML mapping is expected")
     missing = [key for key in ("base_model", "output_dir", "datasets") if not config.get(key)]
