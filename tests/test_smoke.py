@@ -143,6 +143,7 @@ def test_experiment_3_trains_a_mistral(workdir: Path) -> None:
         assert f"{name}: trained, 4 of 4 steps" in stage(name, workdir)
     assert AutoConfig.from_pretrained(workdir / "models/mistral").model_type == "mistral"
     assert [name for name in ("4a", "4b") if (workdir / "outputs" / name / "start").exists()] == ["4a"]
+    assert "adapter start: 12 quantised layers corrected" in (workdir / "outputs/4a/train.log").read_text()
 
 
 def test_2c_changed_every_tensor_of_2b(trained: dict[str, str], workdir: Path) -> None:
