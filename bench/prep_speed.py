@@ -52,9 +52,10 @@ REPEATS = 3  # of both, at each size
 def perturbed(text: str, draw: random.Random) -> str:
     """Another book on the same pages: other words of the book for most of its small words, headers stay.
 
-    One in 25 has a letter too many, as no other book has it.
+    One in 25 has a letter too many, as no other book has it. Words beside a mark count too: left alone, they joined enough
+    runs of eight that a held-out book protected its sisters, and of 800 books 83 were rejected.
     """
-    words = re.split(r"( |\n)", text)
+    words = re.split(r"(\W+)", text)
     pool = [word for word in words if word.isalpha() and word.islower()]
 
     def another(word: str) -> str:
