@@ -191,6 +191,11 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def trained_again(weights: dict[str, str]) -> bool:
+    """Is one of these files, {path: sha256}, another by now? One that is gone is not."""
+    return any(Path(path).is_file() and hashed(Path(path)) != sha for path, sha in weights.items())
+
+
 def previous(path: Path) -> dict[str, Any]:
     """The report that is there, whose rows need not all be measured again; empty when none can be read."""
     try:
@@ -205,7 +210,7 @@ def parse() -> argparse.Namespace:
     option = parser.add_argument
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
-    option("--stages", nargs="+", help="only these (base, 2a, ...); without it, all that have weights")
+    option("--stages", nargs="+", help="only these (base, 2a, '2c (merged)'), and what they are compared with; default: all")
     option("--tasks", nargs="+", default=TASKS, help="of eval/tasks, of lm-eval's own, or a task's YAML file")
     option("--prompts", type=Path, default=HERE / "prompts.yml")
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")
@@ -274,6 +279,9 @@ def main() -> None:
     before = previous(target)
     there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
     others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}
+    if stale := [name for name, stage in others.items() if trained_again(stage["weights"])]:
+        print(f"left out, trained again since they were measured: {', '.join(stale)}", file=sys.stderr)
+        others = {name: stage for name, stage in others.items() if name not in stale}
     weights = {name: stage["weights"] for name, stage in others.items()} | hashes
     read = reading.merged(before.get("reading"), weights, target)
     now = {"arguments": settings, "tasks": described, "prompts": prompts, "questions": asked}

@@ -138,18 +138,16 @@ def with_forms(rows: list[Candidate]) -> list[Candidate]:
 
 
 def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
-    """The rows to evaluate: those wanted, or all that have weights; other forms go with the rows that need them.
+    """The rows to evaluate: those wanted, or all that have weights; and the forms that these are compared with.
 
     Raises BadInput when a wanted row has none, or when one is missing that a later one builds on.
     """
     by_name = {row.name: row for row in rows}
-    names = [row.name for row in rows if not row.form]
-    if unknown := sorted(set(wanted or []) - set(names)):
-        raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(names)}")
-    taken = set(wanted or [name for name in names if by_name[name].weights])
+    if unknown := sorted(set(wanted or []) - set(by_name)):
+        raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(by_name)}")
+    taken = set(wanted or [row.name for row in rows if row.form in (None, MERGED) and row.weights])
     for row in reversed(rows):
-        compared = {by_name[name].parent for name in taken}
-        if row.form and (row.parent in taken if row.form == MERGED else row.name in compared):
+        if row.form and row.name in {by_name[name].parent for name in taken}:
             taken.add(row.name)
     chosen = [row for row in rows if row.name in taken]
     for row in chosen:
@@ -284,10 +282,13 @@ def loaded(
             continue
         tokenizer = load_tokenizer(row.model)
         model: Any = load_model(row.model, tokenizer, device, dtype, row.quantization)
-        if device == "cpu" and (row.quantization or {}).get("load_in_4bit"):
+        unpacked = device == "cpu" and (row.quantization or {}).get("load_in_4bit")
+        if unpacked:
             model = model.dequantize()  # the same numbers, which a CPU would unpack again at every forward pass
         if row.adapter:
             model = load_adapter(model, row, tokenizer)
+            if unpacked and row.form != MERGED:
+                model.merge_adapter()  # in place, and exact to fp32: a rank of 128 takes as long as the small model below it
         if row.form == MERGED:
             model = merge(model, load_model(row.model, tokenizer, device, MERGED_DTYPE))
             model.to(dtype)

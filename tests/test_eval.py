@@ -169,7 +169,8 @@ def test_an_adapter_is_evaluated_on_its_base_as_its_recipe_quantises_it(in_four_
     assert abs(scores_of(plain, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"] - bits["2c"]) > 1e-3
 
     for wanted, expected in (
-        (["base", "2a"], ["base", "2a"]), (["2b"], ["2a (nf4)", "2b (start)", "2b"]), (["2c"], ["2c", "2c (merged)"])
+        (["base", "2a"], ["base", "2a"]), (["2b"], ["2a (nf4)", "2b (start)", "2b"]), (["2c"], ["2c"]),
+        (["2c (merged)"], ["2c (merged)"]), (None, [row.name for row in rows]),
     ):  # fmt: skip
         assert [row.name for row in models.present(rows, wanted)] == expected
     for name in ("2b", "2c"):
@@ -203,7 +204,7 @@ def multiple_choice() -> str:
     return "choice.yaml"
 
 
-def test_the_report_prices_quantising_and_merging(in_four_bits):
+def test_the_report_prices_quantising_and_merging(in_four_bits, capsys):
     settings = ("--tasks", "gallica_heldout", "novel_heldout", multiple_choice(), "--samples", "1", "--limit", "2")
     result = evaluate(*settings)
     assert result["stages"]["base"]["benchmarks"] == {"choice, acc": {"value": 0.5, "stderr": 0.5}}
@@ -230,6 +231,14 @@ def test_the_report_prices_quantising_and_merging(in_four_bits):
     ]
     with pytest.raises(BadInput, match=r"has other arguments and tasks, and .*2c.* would be lost"):
         evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "2", "--stages", "2b")
+
+    # A row whose files are gone stays; one that was trained again since it was measured does not.
+    shutil.rmtree("outputs/2c")
+    assert evaluate(*settings, "--stages", "2b")["stages"]["2c"] == alone["stages"]["2c"]
+    save_adapter(Path("outputs/2a"), Path("outputs/2c"), "outputs/2a", seed=9)
+    again = evaluate(*settings, "--stages", "2b")
+    assert again["stages"]["base"] and again["stages"]["2b"] and not again["stages"]["2c"]
+    assert "left out, trained again since they were measured: 2c, 2c (merged)\n" in capsys.readouterr().err
 
 
 def test_an_unwritable_folder_is_refused_before_scoring(place, monkeypatch):
