@@ -98,17 +98,18 @@ def used(folder: Path) -> int:
 
 
 def measure(words: tuple[str, ...], work: Path, log: Path, enough: Callable[[], bool], card: bool) -> dict[str, Any]:
-    """Give a command, kill it once `enough` says so; seconds, peak bytes of its processes and of the card, bytes on the disk."""
+    """Give a command, kill it once `enough` says so; seconds, and bytes: in memory at the peak, of all its processes and of the
+    largest, on the card, on the disk."""
     command = [sys.executable, *words] if words[0] == "-m" else [sys.executable, str(ROOT / words[0]), *words[1:]]
     environment = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before, memory, disk, on_card, killed = used(work), 0, 0, 0, False
+    before, memory, largest, disk, on_card, killed = used(work), 0, 0, 0, 0, False
     began = time.monotonic()
     with log.open("w") as handle:
         process = psutil.Popen(command, cwd=work, env=environment, stdout=handle, stderr=handle)
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):  # one has just ended
-                all_of_it = [process, *process.children(recursive=True)]
-                memory = max(memory, sum(each.memory_info().rss for each in all_of_it))
+                sizes = [each.memory_info().rss for each in (process, *process.children(recursive=True))]
+                memory, largest = max(memory, sum(sizes)), max(largest, *sizes)
             disk = max(disk, used(work) - before)
             on_card = max(on_card, torch.cuda.device_memory_used(0)) if card else 0
             if enough():
@@ -118,15 +119,25 @@ def measure(words: tuple[str, ...], work: Path, log: Path, enough: Callable[[], 
     if process.wait() and not killed:
         raise BadInput(f"{' '.join(words)} failed; its output is in {log}")
     seconds = round(time.monotonic() - began, 1)
-    return {"seconds": seconds, "memory": memory, "card": on_card, "disk_peak": disk, "disk": used(work) - before}
+    sizes_of = {"memory": memory, "largest": largest, "card": on_card, "disk_peak": disk, "disk": used(work) - before}
+    return {"seconds": seconds, **sizes_of}
 
 
 def page(report: dict[str, Any]) -> str:
     """The Markdown page of a report."""
     facts = report["facts"]
-    head = ["command", "seconds", "memory, GiB", "card, GiB", "disk while it runs, GiB", "disk after, GiB"]
+    names = {
+        "memory": "memory, GiB",
+        "largest": "of the largest process",
+        "card": "card, GiB",
+        "disk_peak": "disk while it runs, GiB",
+        "disk": "disk after, GiB",
+    }
+    rows = report["rows"].values()
+    names = {key: name for key, name in names.items() if any(row.get(key) for row in rows)}  # no card: no column
+    head = ["command", "seconds", *names.values()]
     table = [
-        [name, f"{row['seconds']:,.0f}", *(f"{row[key] / GIB:.2f}" for key in ("memory", "card", "disk_peak", "disk"))]
+        [name, f"{row['seconds']:,.0f}", *(f"{row[key] / GIB:.2f}" if key in row else "–" for key in names)]
         for name, row in report["rows"].items()
     ]
     return (
