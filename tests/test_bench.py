@@ -16,7 +16,7 @@ from prep.dedup import fingerprint, shared
 REPORTS = Path(__file__).parent.parent / "bench/reports"
 PAGES = {
     "adapter_start": adapter_start, "eval": lm_eval, "faults": faults, "gpu": gpu, "prep": prep_speed,
-    "rehearsal": rehearsal, "rehearsal-gpu": rehearsal,
+    "rehearsal": rehearsal, "rehearsal-prep": rehearsal, "rehearsal-gpu": rehearsal,
 }  # fmt: skip
 
 

@@ -192,12 +192,12 @@ def test_the_rows_are_cached_by_what_they_are(trained: dict[str, str], workdir: 
     assert sorted(windows) == [3, 24]  # held out, training
 
 
-def by_two(cwd: Path, **more: Any) -> subprocess.Popen:
-    """2a by two processes over gloo, in a folder with the same rows."""
+def distributed(processes: int, cwd: Path, **more: Any) -> subprocess.Popen:
+    """2a by several processes over gloo, in a folder with the same rows."""
     cwd.mkdir()
     for name in ("models", "data"):
         (cwd / name).symlink_to(cwd.parent / name)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "axolotl.cli.train"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "-m", "axolotl.cli.train"]
     overrides = as_arguments(load_profile("smoke", "2a")[1] | more)
     command = [sys.executable, *launch, str(RECIPES / "2a.yml"), *overrides]
     with (cwd / "printed").open("w") as said:
@@ -216,7 +216,7 @@ def apart(one: Path, other: Path) -> float:
 def test_two_processes_train_as_one(trained: dict[str, str], workdir: Path) -> None:
     """By DDP: as many tokens a step, a killed process ends the other, and one process resumes."""
     cwd = workdir / "ddp"
-    process = by_two(cwd)
+    process = distributed(2, cwd)
     state, deadline = cwd / "outputs/2a/checkpoint-2/complete.json", time.time() + 300
     while not state.exists() and time.time() < deadline:
         assert process.poll() is None, (cwd / "printed").read_text()[-3000:]
@@ -227,13 +227,13 @@ def test_two_processes_train_as_one(trained: dict[str, str], workdir: Path) -> N
     assert "2a: trained, 4 of 4 steps" in stage("2a", cwd)
     assert 0 < apart(workdir, cwd) < 1e-3
     one, two = (json.loads((f / "outputs/2a/trained.json").read_text())["steps"] for f in (workdir, cwd))
-    assert one == two and one["tokens"] == 4 * 2 * 512
+    assert one == two and one["tokens"] == 4 * 4 * 512
 
 
-def test_two_processes_share_a_model(trained: dict[str, str], workdir: Path) -> None:
-    """By FSDP2. The optimizer's 8-bit moments are quantised in blocks, which are other ones in half a tensor."""
+def test_four_processes_share_a_model(trained: dict[str, str], workdir: Path) -> None:
+    """By FSDP2. The optimizer's 8-bit moments are quantised in blocks, which are other ones in a part of a tensor."""
     cwd, sharded = workdir / "fsdp", load_profile("fsdp", "2a")[1]
-    process = by_two(cwd, plugins=["fsdp_on_cpu.FsdpOnCpu", "train.plugins.Gate"], **sharded)
+    process = distributed(4, cwd, plugins=["fsdp_on_cpu.FsdpOnCpu", "train.plugins.Gate"], **sharded)
     assert process.wait(300) == 0, (cwd / "printed").read_text()[-3000:]
     assert (cwd / "outputs/2a/trained.json").exists() and 0 < apart(workdir, cwd) < 0.05
 
