@@ -296,7 +296,8 @@ def main() -> None:
         print(f"unchanged, not measured again: {', '.join(measured)}", file=sys.stderr)
 
     def write() -> dict[str, Any]:
-        stages: dict[str, Any] = {row.name: others.get(row.name) for row in rows}
+        known = {*measured, *others}
+        stages: dict[str, Any] = {r.name: others.get(r.name) for r in rows if r.name in known or not r.form}
         for row in chosen:
             if row.name in measured:
                 trained = None if row.form else row.stage
