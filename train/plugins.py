@@ -142,6 +142,14 @@ class Gate(BasePlugin):
                     "(accelerate launch --num_processes), or prepare more windows"
                 )
             need_room(self.stage.output_dir, checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit))
+        validation = trainer.get_eval_dataloader
+
+        def evened(*arguments: Any) -> Any:
+            # Axolotl turns this off for packed training: a process that gets no validation row would be waited for without end.
+            trainer.accelerator.even_batches = True
+            return validation(*arguments)
+
+        trainer.get_eval_dataloader = evened
         return [Progress(self.stage.output_dir / LOG)]
 
     def post_train_unload(self, cfg: Any) -> None:
