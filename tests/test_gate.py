@@ -537,7 +537,12 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
 
 
 def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plugin: None) -> None:
-    trainer = SimpleNamespace(model=torch.nn.Linear(10, 10), train_dataset=[{}] * 4, args=SimpleNamespace(world_size=4))
+    trainer = SimpleNamespace(
+        model=torch.nn.Linear(10, 10),
+        train_dataset=[{}] * 4,
+        args=SimpleNamespace(world_size=4),
+        get_eval_dataloader=None,
+    )
     gate_plugin, cfg = registered("2a")
     gate_plugin.load_datasets(cfg)
     assert gate_plugin.add_callbacks_post_trainer(cfg, trainer)
