@@ -29,7 +29,7 @@ from typing import Any
 from eval import generation, intervals, logs, metrics, models, questions, reading, report, scoring
 from eval.models import environment, files_of
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, digest, hashed, lock, positive, read_json, run_name, write_json
+from prep.common import BadInput, changed, digest, hashed, lock, positive, read_json, run_name, write_json
 from train.stages import load_chain
 
 HERE = Path(__file__).resolve().parent
@@ -193,7 +193,7 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
 
 def trained_again(weights: dict[str, str]) -> bool:
     """Is one of these files, {path: sha256}, another by now? One that is gone is not."""
-    return any(Path(path).is_file() and hashed(Path(path)) != sha for path, sha in weights.items())
+    return bool(changed(Path(), {path: sha for path, sha in weights.items() if Path(path).is_file()}))
 
 
 def previous(path: Path) -> dict[str, Any]:
@@ -210,7 +210,11 @@ def parse() -> argparse.Namespace:
     option = parser.add_argument
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
-    option("--stages", nargs="+", help="only these (base, 2a, '2c (merged)'), and what they are compared with; default: all")
+    option(
+        "--stages",
+        nargs="+",
+        help="only these (base, 2a, '2c (merged)'), and what they are compared with; default: all",
+    )
     option("--tasks", nargs="+", default=TASKS, help="of eval/tasks, of lm-eval's own, or a task's YAML file")
     option("--prompts", type=Path, default=HERE / "prompts.yml")
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")

@@ -120,7 +120,5 @@ def test_a_perturbed_book_is_another_on_the_same_pages() -> None:
     words, others = (re.findall(r"\w+", each) for each in (text, other))
     assert 0.01 * len(words) < sum(word not in words for word in others) < 0.05 * len(words)
     assert re.sub(r"\w+", "", other) == re.sub(r"\w+", "", text) and "TITRE 7\n" in other and len(others) == len(words)
-    assert (
-        sum(a != b for a, b in zip(words, others, strict=True) if b == "silence" or a == "silence") > 500
-    )  # also at a mark
+    assert sum(a != b for a, b in zip(words, others, strict=True) if a == "silence") > 500  # also at a mark
     assert shared(fingerprint(text), fingerprint(other)) < 8

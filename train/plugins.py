@@ -144,12 +144,13 @@ class Gate(BasePlugin):
             need_room(self.stage.output_dir, checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit))
         validation = trainer.get_eval_dataloader
 
-        def evened(*arguments: Any) -> Any:
-            # Axolotl turns this off for packed training: a process that gets no validation row would be waited for without end.
-            trainer.accelerator.even_batches = True
+        def every_row(*arguments: Any) -> Any:
+            # For packed training Axolotl leaves out the validation rows that fill no batch, and lets a process that gets no
+            # row wait for ever.
+            trainer.args.dataloader_drop_last, trainer.accelerator.even_batches = False, True
             return validation(*arguments)
 
-        trainer.get_eval_dataloader = evened
+        trainer.get_eval_dataloader = every_row
         return [Progress(self.stage.output_dir / LOG)]
 
     def post_train_unload(self, cfg: Any) -> None:
