@@ -163,8 +163,9 @@ def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, An
 
 
 def differences(stages: dict[str, Any]) -> dict[str, Any]:
-    """Each measured stage against what it builds on, text by text; each adapter also against the full model below it, and
-    against the next stage that was trained on the same rows, as an ablation is."""
+    """Each measured stage against what it builds on, text by text; each adapter also against the full model below it, or
+    only against that, where the other is not measured; and against the next stage that was trained on the same rows, as an
+    ablation is."""
 
     measured = {name: stage for name, stage in stages.items() if stage}
 
@@ -179,10 +180,11 @@ def differences(stages: dict[str, Any]) -> dict[str, Any]:
     result = {}
     full = {stage["model"]: name for name, stage in measured.items() if not (stage["adapter"] or stage["form"])}
     for name, stage in measured.items():
-        if stage["parent"] in measured:
-            result[name] = compared(stage, stage["parent"])
         below = full.get(stage["model"]) if stage["adapter"] else None
-        if below and below != stage["parent"]:
+        before = stage["parent"] if stage["parent"] in measured or stage["form"] else below
+        if before in measured:
+            result[name] = compared(stage, before)
+        if below and below != before:
             result[f"{name} - {below}"] = compared(stage, below)
     rows = {name: stage["gate"]["data"] for name, stage in measured.items() if stage["gate"]}
     for name, other in itertools.combinations(rows, 2):
@@ -210,11 +212,7 @@ def parse() -> argparse.Namespace:
     option = parser.add_argument
     option("--run", type=run_name, required=True, help="name of the report")
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
-    option(
-        "--stages",
-        nargs="+",
-        help="only these (base, 2a, '2c (merged)'), and what they are compared with; default: all",
-    )
+    option("--stages", nargs="+", help="only these (base, 2a, '2b (start)', '2c (merged)'); default: all")
     option("--tasks", nargs="+", default=TASKS, help="of eval/tasks, of lm-eval's own, or a task's YAML file")
     option("--prompts", type=Path, default=HERE / "prompts.yml")
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")

@@ -138,7 +138,7 @@ def with_forms(rows: list[Candidate]) -> list[Candidate]:
 
 
 def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
-    """The rows to evaluate: those wanted, or all that have weights; and the forms that these are compared with.
+    """The rows to evaluate: those wanted, or all that have weights and the forms that these are compared with.
 
     Raises BadInput when a wanted row has none, or when one is missing that a later one builds on.
     """
@@ -146,7 +146,7 @@ def present(rows: list[Candidate], wanted: list[str] | None) -> list[Candidate]:
     if unknown := sorted(set(wanted or []) - set(by_name)):
         raise BadInput(f"no stage {', '.join(unknown)} in the recipes; there are: {', '.join(by_name)}")
     taken = set(wanted or [row.name for row in rows if row.form in (None, MERGED) and row.weights])
-    for row in reversed(rows):
+    for row in reversed([] if wanted else rows):
         if row.form and row.name in {by_name[name].parent for name in taken}:
             taken.add(row.name)
     chosen = [row for row in rows if row.name in taken]

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -46,11 +47,19 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    for left in path.parent.glob(
+        f".{glob.escape(path.name)}.*.part"
+    ):  # a killed run's, up to gigabytes that nobody sees
+        with contextlib.suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
     handle = tempfile.NamedTemporaryFile(  # noqa: SIM115 (closed below, renamed after)
-        mode, encoding=encoding, newline=newline, dir=path.parent, prefix=f".{path.name}.", delete=False
+        mode, encoding=encoding, newline=newline, dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
     )
     try:
         with handle:
+            with contextlib.suppress(OSError):  # no locks on this file system
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle
             handle.flush()
             os.fsync(handle.fileno())

@@ -3,6 +3,8 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, tales
 
-from prep.common import BadInput, sha256
+from prep.common import BadInput, sha256, write_text
 from prep.dedup import Entry
 from prep.rows import (
     CHUNK,
@@ -186,3 +188,16 @@ def test_a_write_that_fails_leaves_the_files_before_and_the_manifest_is_renamed_
     with pytest.raises(OSError):
         write(other, llama, some_rows(5))
     assert other.exists() and heldout_path(other).exists()
+
+
+def test_what_a_killed_write_left_goes_with_the_next_and_a_living_one_stays(tmp_path):
+    script = "import sys; from prep.common import atomic_write\nwith atomic_write(sys.argv[1]) as f: f.write('half'); f.flush(); print(flush=True); input()"
+    path = tmp_path / "rows [1].jsonl"
+    writer = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert writer.stdout and writer.stdout.readline()
+    write_text(path, "whole\n")
+    assert len(list(tmp_path.iterdir())) == 2 and path.read_text() == "whole\n"
+    writer.kill()
+    writer.communicate()
+    write_text(path, "again\n")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "again\n"
