@@ -59,8 +59,8 @@ def commands(profile: str, library: Path | None) -> dict[str, tuple[str, ...]]:
         "prepare 2b": (*gallica, *long, "--sequence-len", "2048", "--split", "2/2", "--out", "data/2b.jsonl"),
         "prepare 2c": ("prep/castle.py", "--book", "data/raw/book/book.pdf", *base, "--holdout", "0.2", "--out", "data/2c.jsonl"),
     }  # fmt: skip
-    for name in ("2a", "2b", "2c"):
-        overrides = as_arguments(load_profile(profile, name)[1])
+    for name in ("2a", "2b", "2c") if library else ():  # trained bases have this one's tokenizer
+        overrides = as_arguments(load_profile(profile, name)[1] | {"base_model": "models/base", "lora_model_dir": None})
         found[f"preprocess {name}"] = ("-m", "axolotl.cli.preprocess", str(ROOT / f"recipes/{name}.yml"), *overrides)
     for name in ("2a", "2b", "2c"):
         train = ("train/stage.py", name, *recipes, "--profile", profile, "--", *STEPS)
