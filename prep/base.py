@@ -7,13 +7,16 @@ template; one that keeps its EOS keeps both. Recipes name no special tokens, sin
 No token is ever added, so no embedding has to grow.
 """
 
+import contextlib
+import functools
 import math
 import pickle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import gguf
 import torch
-from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
@@ -61,7 +64,7 @@ def gguf_tokens(path: Path) -> Tokens:
     Read from the file, because Transformers 5.16 takes a byte-level GGUF tokenizer's EOS from the BOS field and drops
     its pad token (`GGUFGPTConverter`); an EOS that is the start of a chat turn would train a wrong end of text.
     """
-    fields = GGUFReader(path).fields
+    fields = gguf.GGUFReader(str(path)).fields
     vocabulary = fields["tokenizer.ggml.tokens"]
     tokens = {}
     for role, name in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
@@ -80,16 +83,19 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         dtype, folder, own = "auto", source, {}
-        if source.suffix.lower() == ".gguf":
-            dtype, folder, own = "float32", source.parent, gguf_tokens(source)
-            options["gguf_file"] = source.name
-        config = AutoConfig.from_pretrained(folder, **options)
-        if getattr(config, "quantization_config", None):
-            raise BadInput(f"{source} is quantised: give the 16-bit checkpoint it was made from")
-        config._attn_implementation = "sdpa"  # another is a kernel that Transformers would fetch from the hub
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        options |= {"config": config, "dtype": dtype, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        with contextlib.ExitStack() as stack:
+            if source.suffix.lower() == ".gguf":
+                # Transformers would parse the file again for config, tokenizer and model: each time five seconds.
+                stack.enter_context(patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)))
+                dtype, folder, own = "float32", source.parent, gguf_tokens(source)
+                options["gguf_file"] = source.name
+            config = AutoConfig.from_pretrained(folder, **options)
+            if getattr(config, "quantization_config", None):
+                raise BadInput(f"{source} is quantised: give the 16-bit checkpoint it was made from")
+            config._attn_implementation = "sdpa"  # another is a kernel that Transformers would fetch from the hub
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{source}: pickled weights hold more than tensors or are damaged; they were not run") from error
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

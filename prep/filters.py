@@ -4,21 +4,21 @@
 
 The rules run before the cleaning, which costs ten times more, on ten samples of 3,000 characters from all over the book.
 Fiction is told from law, botany, memoirs, verse and drama by the rates of common words, a few figures, the layout of verse
-and drama, and the words of the title: a logistic regression whose weights are in fiction.json (bench/fit_fiction_filter.py
-fits and measures them).
+and drama, and the words of the title: a multinomial logistic regression whose weights are in fiction.json
+(bench/fit_fiction_filter.py fits and measures them).
 """
 
 import functools
 import itertools
 import json
 import math
-import operator
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import py3langid
 from datatrove.data import Document
 from datatrove.pipeline.filters.base_filter import BaseFilter
@@ -116,16 +116,21 @@ def features(text: str, title: str, words: Sequence[str]) -> list[float]:
 
 
 @functools.cache
-def classifier() -> tuple[tuple[str, ...], tuple[float, ...], float, float]:
-    """Its words, the weights of its features, the bias, and the smallest score of what is kept."""
+def classifier() -> tuple[list[str], np.ndarray, np.ndarray, float]:
+    """Its words, weights [kinds, features] and biases [kinds], the first of fiction, and the smallest score of what is kept."""
     made = json.loads(Path(__file__).with_name("fiction.json").read_text(encoding="utf-8"))
-    return tuple(made["words"]), tuple(made["weights"]), made["bias"], made["limit"]
+    return made["words"], np.array(made["weights"]), np.array(made["bias"]), made["limit"]
+
+
+def log_odds(logits: np.ndarray) -> np.ndarray:
+    """Of the first kind against all others together [...], from logits [..., kinds]."""
+    return logits[..., 0] - np.logaddexp.reduce(logits[..., 1:], axis=-1)
 
 
 def fiction_score(text: str, title: str = "") -> float:
     """Above 0 more likely prose fiction than not, where both are as frequent."""
     words, weights, bias, _ = classifier()
-    return bias + sum(map(operator.mul, weights, features(text, title, words)))
+    return float(log_odds(weights @ features(text, title, words) + bias))
 
 
 def year_of(date: str) -> int | None:
