@@ -20,7 +20,6 @@ for stage in 3a 3b 3c; do
     "$bin/python" $root/train/stage.py $stage --recipes $root/recipes --profile demo
 done
 
-[ -z "$fresh" ] || rm -f $root/eval/reports/demo3.json # the committed one, of other weights
 step "3. Evaluate base, 3a, 3b, 3c: held-out articles and conversations, English, code, 24 questions"
 "$bin/python" $root/eval/evaluation.py --recipes $root/recipes --curriculum 3 --stages base 3a 3b 3c --run demo3 --out $root/eval/reports \
     --tasks articles_heldout conversations_heldout english code --prompts $root/demo/corpus/questions.yml --max-new-tokens 48 $fresh

@@ -226,7 +226,7 @@ def parse() -> argparse.Namespace:
     )
     option("--limit", type=positive, help="score only the first N documents of each task")
     option("--batch-size", type=positive, help="windows scored at once (default: 4 on a GPU, 1 on a CPU)")
-    option("--fresh", action="store_true", help="measure everything again")
+    option("--fresh", action="store_true", help="measure everything again; rows with other settings are left out")
     args = models.parse(parser)
     on_gpu = args.device.startswith("cuda")
     args.batch_size = args.batch_size or (4 if on_gpu else 1)
@@ -284,14 +284,17 @@ def main() -> None:
     if stale := [name for name, stage in others.items() if trained_again(stage["weights"])]:
         print(f"left out, trained again since they were measured: {', '.join(stale)}", file=sys.stderr)
         others = {name: stage for name, stage in others.items() if name not in stale}
-    weights = {name: stage["weights"] for name, stage in others.items()} | hashes
-    read = reading.merged(before.get("reading"), weights, target)
     now = {"arguments": settings, "tasks": described, "prompts": prompts, "questions": asked}
     if others and (differing := [key for key in now if before.get(key, []) != now[key]]):
-        raise BadInput(
-            f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, or "
-            "evaluate all stages (without --stages)"
-        )
+        if not args.fresh:
+            raise BadInput(
+                f"{target} has other {' and '.join(differing)}, and {', '.join(others)} would be lost: choose another --run, "
+                "evaluate all stages (without --stages), or leave them out with --fresh"
+            )
+        print(f"left out, measured with other {' and '.join(differing)}: {', '.join(others)}", file=sys.stderr)
+        others = {}
+    weights = {name: stage["weights"] for name, stage in others.items()} | hashes
+    read = reading.merged(before.get("reading"), weights, target)
     kept = {} if args.fresh else there
     measured = {name: kept[name] for name in inputs if kept.get(name, {}).get("inputs") == inputs[name]}
     if measured:

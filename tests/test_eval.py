@@ -229,8 +229,9 @@ def test_the_report_prices_quantising_and_merging(in_four_bits, capsys):
     assert [each["scores"] for each in alone["stages"].values()] == [
         each["scores"] for each in result["stages"].values()
     ]
+    others = ("--tasks", "gallica_heldout", "--samples", "1", "--limit", "2", "--stages", "2b")
     with pytest.raises(BadInput, match=r"has other arguments and tasks, and .*2c.* would be lost"):
-        evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "2", "--stages", "2b")
+        evaluate(*others)
 
     # A row whose files are gone stays; one that was trained again since it was measured does not.
     shutil.rmtree("outputs/2c")
@@ -240,9 +241,10 @@ def test_the_report_prices_quantising_and_merging(in_four_bits, capsys):
     assert again["stages"]["base"] and again["stages"]["2b"] and not again["stages"]["2c"]
     assert "left out, trained again since they were measured: 2c, 2c (merged)\n" in capsys.readouterr().err
 
+    assert [name for name, stage in evaluate(*others, "--fresh")["stages"].items() if stage] == ["2b"]
+
     # An adapter whose start is not measured is compared with the full model below, once.
-    Path("eval/reports/tiny.json").unlink()
-    few = evaluate(*settings, "--stages", "2a", "2b")["differences"]
+    few = evaluate(*settings, "--stages", "2a", "2b", "--fresh")["differences"]
     assert {name: change["against"] for name, change in few.items()} == {"2b": "2a"}
 
 
