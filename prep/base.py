@@ -7,7 +7,6 @@ template; one that keeps its EOS keeps both. Recipes name no special tokens, sin
 No token is ever added, so no embedding has to grow.
 """
 
-import contextlib
 import functools
 import math
 import pickle
@@ -83,10 +82,9 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         dtype, folder, own = "auto", source, {}
-        with contextlib.ExitStack() as stack:
+        # Transformers would parse a GGUF file again for config, tokenizer and model: each time five seconds.
+        with patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)):
             if source.suffix.lower() == ".gguf":
-                # Transformers would parse the file again for config, tokenizer and model: each time five seconds.
-                stack.enter_context(patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)))
                 dtype, folder, own = "float32", source.parent, gguf_tokens(source)
                 options["gguf_file"] = source.name
             config = AutoConfig.from_pretrained(folder, **options)
