@@ -341,6 +341,7 @@ def main() -> None:
     waiting = [row for row in chosen if row.name not in measured]
     for row, model, tokenizer in models.loaded(waiting, args.device, models.DTYPES[args.dtype]):
         measured[row.name] = measure(row, model, tokenizer, tasks, benchmarks, prompts, asked, trained_on, args)
+        del model  # before the next is read
         write()  # after each, so that an interrupted run continues where it was
     report.publish(write(), args.out)
 

@@ -149,6 +149,7 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
                 ids = generation.encode(tokenizer, found[number][0])
                 drawn = generation.draw(model, tokenizer, ids, times, args.seed + number, decoding, open_ended=True)
                 texts[number][row.name] = [to_convention(sample.text).strip() for sample in drawn]
+        del model  # before the next is read
 
     pairs = []
     for number, (left, right) in enumerate(sides):

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,25 @@ def multiple_choice() -> str:
     return "choice.yaml"
 
 
-def test_the_report_prices_quantising_and_merging(in_four_bits, capsys):
+def test_the_report_prices_quantising_and_merging(in_four_bits, capsys, monkeypatch):
     settings = ("--tasks", "gallica_heldout", "novel_heldout", multiple_choice(), "--samples", "1", "--limit", "2")
-    result = evaluate(*settings)
+    load_tokenizer, load_model = models.load_tokenizer, models.load_model
+    alive: list[weakref.ref[Any]] = []
+
+    def first(folder):
+        assert [each() for each in alive] == [None] * len(alive)  # one row's weights at a time
+        return load_tokenizer(folder)
+
+    def then(*arguments):
+        model = load_model(*arguments)
+        alive.append(weakref.ref(model))
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_tokenizer", first)
+        patch.setattr(models, "load_model", then)
+        result = evaluate(*settings)
+    assert len(alive) == 8  # the merged row's base twice: quantised, and in 16 bits
     assert result["stages"]["base"]["benchmarks"] == {"choice, acc": {"value": 0.5, "stderr": 0.5}}
     assert "benchmarks" not in result["stages"]["2c (merged)"] and list(result["tasks"]) == list(settings[1:3])
     bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}
