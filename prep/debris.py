@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from prep.filters import lexicon
-from prep.paragraphs import DASHES, breaks_off, full_width
+from prep.paragraphs import DASHES, breaks_off, count_words, full_width
 
 _WORD = re.compile(r"[^\W\d_]+")
 SCAN = 0.003  # of the lines, at least, are letters that make no word: below, no scanner's letters were read here
@@ -20,6 +20,7 @@ _SIGNS = re.compile(r"[^\w\s.,;:!?…'’\"«»“”—–()-]|_")  # those tha
 _BLOTS = re.compile(  # beside words; a lone figure after a sentence is a blot or calls a note
     r"(?:\s[|_~^<>=+#\\{}°•]+|(?<=[.!?…»])\s+\W{0,3}\d{1,2}\W{0,2})+$|^(?:[|_~^<>=+#\\{}°]+\s)+"
 )
+_BLOT, _DIGIT = frozenset("|_~^<>=+#\\{}°•"), re.compile(r"\d")
 _HEAD, _TAIL = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}$"), re.compile(r"[a-zà-ÿœ]{2,}")
 _NUMERAL = re.compile(r"\W*(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\W*")
 _MARKS = re.compile(
@@ -45,8 +46,8 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
     """
     width = full_width(lines)
     doubtful = {i for i, line in enumerate(lines) if not _SENTENCE.search(line)}
-    book = Counter(_WORD.findall("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower()))
-    short = Counter(_WORD.findall("\n".join(lines[i] for i in doubtful).lower()))
+    book = count_words("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower(), _WORD)
+    short = count_words("\n".join(lines[i] for i in doubtful).lower(), _WORD)
     own = {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
     french = lexicon()
 
@@ -61,9 +62,10 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
     for i, line in enumerate(lines):
         if i in found:
             continue
-        line = _BLOTS.sub("", line)
+        if line[-1] in _BLOT or line[0] in _BLOT or _DIGIT.search(line[-4:]):  # else there is none
+            line = _BLOTS.sub("", line)
         tail = _TAIL.match(line)
-        head = _HEAD.search(kept[-1]) if tail and kept else None
+        head = _HEAD.search(kept[-1], max(0, len(kept[-1]) - 40)) if tail and kept else None
         if tail and head and known((head[0] + tail[0]).lower()) and not (known(head[0].lower()) and known(tail[0])):
             kept[-1] += "-"
         kept.append(line)

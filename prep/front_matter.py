@@ -37,6 +37,7 @@ _END = re.compile(
     r"\W*(?:END OF|FIN D\w+)(?: \w+){0,2}? PROJE(?:CT|T) GUTENBERG|Section 1\. +General Terms of Use and Redistributing",
     re.I,
 )
+_GUTENBERG = ("gutenberg", "small print", "general terms of use")  # one is in all that these two match
 _HEADER = re.compile(
     r".*Project Gutenberg|This eBook is for the use of|(?:Title|Author|Translator|Editor|Illustrator|Release Date|Posting Date"
     r"|(?:Most recently |Last )?Updated|Original publication|Language|Character set encoding) ?:|\W?E(?:Book|text) ?#",
@@ -80,9 +81,12 @@ _CREDITS = re.compile(
 def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
     """The lines without Project Gutenberg's header, credits and licence, which its markers prove, and without the page
     about the edition at the end; all lines where there is none."""
-    starts = [i for i, line in enumerate(lines) if _START.match(line)]
-    first = _after_marker(lines, starts[-1]) if starts else 0
-    last = next((i for i in range(first, len(lines)) if _END.match(lines[i])), len(lines))
+    text, first, last = "\n".join(lines).lower(), 0, len(lines)
+    starts: list[int] = []
+    if any(words in text for words in _GUTENBERG):
+        starts = [i for i, line in enumerate(lines) if _START.match(line)]
+        first = _after_marker(lines, starts[-1]) if starts else 0
+        last = next((i for i in range(first, len(lines)) if _END.match(lines[i])), len(lines))
     if starts or last < len(lines) or any("Project Gutenberg" in line for line in lines[:20]):
         for _ in range(20):  # blocks that may be of the header or credits
             block = next((i for i in range(first, last) if letters_of(lines[i])), last)
@@ -97,7 +101,8 @@ def drop_edition(lines: list[str], counts: Counter[str]) -> list[str]:
             last = i
             break
     kept = [line for line in lines[first:last] if not _EXPORTED.match(line)]
-    counts["edition_notes"] += sum(map(_is_text, lines)) - sum(map(_is_text, kept))
+    if len(kept) < len(lines):
+        counts["edition_notes"] += sum(map(_is_text, lines)) - sum(map(_is_text, kept))
     return kept
 
 
@@ -146,8 +151,9 @@ _SOURCE = re.compile(
 
 def drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
     """The lines without Gallica's legal pages and without its name on other pages."""
-    full = [i for i, line in enumerate(lines) if _is_text(line)]
-    for at_back, among in ((True, full[-_NOTICE_LINES:]), (False, full[:_NOTICE_LINES])):
+    for at_back in (True, False):
+        places = (i for i in range(len(lines))[:: -1 if at_back else 1] if _is_text(lines[i]))
+        among = sorted(itertools.islice(places, _NOTICE_LINES))
         if not any(_HINT.search(lines[i]) for i in among):
             continue
         keys = [letters_of(lines[i]) for i in among]
@@ -165,8 +171,7 @@ def drop_notice(lines: list[str], counts: Counter[str]) -> list[str]:
         drop = set(among[first : last + 1])
         counts["legal_notice"] += len(drop)
         lines = [line for i, line in enumerate(lines) if i not in drop]
-        full = [i for i, line in enumerate(lines) if _is_text(line)]
-        if at_back and len(full) < _NOTICE_LINES:
+        if at_back and sum(map(_is_text, lines)) < _NOTICE_LINES:
             break  # both ends were the same lines
     kept = []
     for line in lines:  # "Source gallica.bnf.fr / Bibliothèque nationale de France" is on any page
@@ -244,9 +249,10 @@ def _drop_list(
             best, first, last, found = total, start, i, signs
         if total < best - _GIVE_UP:
             break
+    if best < _ENOUGH or found < _ENOUGH:
+        return lines
     block = lines[first : last + 1]
-    whole_work = sum(map(bool, block)) > sum(map(bool, lines)) / 4  # a work that is a list
-    if best < _ENOUGH or found < _ENOUGH or whole_work:
+    if sum(map(bool, block)) > sum(map(bool, lines)) / 4:  # a work that is a list
         return lines
     if kind == "table_of_contents" and not _grows(block[::-1] if backwards else block):
         return lines

@@ -58,8 +58,11 @@ def clean_pages(text: str, keep_debris: bool = False) -> Cleaned:
     text = text.replace("\f", f"\n{PAGE_END}\n")
     lines = [line.strip() for line in text.split("\n")]
     lines = drop_notice(drop_edition(lines, counts), counts)
-    if PAGE_END in lines or _chain(lines):
-        lines, gaps = _drop_footnotes(*drop_headers_and_footers(drop_front_matter(lines, counts), counts), counts)
+    paged = Counter(counts)
+    text_lines = drop_front_matter(lines, paged)
+    if (chain := _chain(text_lines)) or PAGE_END in lines:
+        counts = paged
+        lines, gaps = _drop_footnotes(*drop_headers_and_footers(text_lines, chain, counts), counts)
         if not keep_debris:
             lines, gaps = drop_debris(lines, gaps, counts)
     else:
@@ -156,6 +159,8 @@ _NUMBER = re.compile(
     r"[^\w\n]{0,4}(?:[Pp](?:age|ag?|g)?[.:]? ?)?(?:(\d{1,4})|([ivxlc]{1,7}|[IVXLC]{1,7}))(?: ?(?:/|sur|de|of) ?\d{1,4})?[^\w\n]{0,4}"
 )
 _HEADED = re.compile(r"\W{0,3}(?:(\d{1,4})\b\W{1,4}(.{3,60})|(.{3,60}?)\W{1,4}\b(\d{1,4})\W{0,3})")
+# What `_HEADED` has at an end of the line, found faster.
+_FIRST_FIGURE, _LAST_FIGURE = re.compile(r"\W{0,3}\d"), re.compile(r"\d\W{0,3}$")
 _DASHED = re.compile(
     r"^[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*[\dlIOoSB]{1,4}[-–—_*•·.~ ]*[-–—][-–—_*•·.~ ]*$"
     r"|^[\[(] ?\d{1,4} ?[\])]$|^p\. ?\d{1,4}$"
@@ -185,7 +190,11 @@ def _numbers(lines: list[str]) -> list[_Number]:
             found.append(_Number(index, int(match[1]) if match[1] else _roman(match[2])))
         elif (
             0 < len(line) <= 70
-            and (not line[0].isalpha() or line[-2:].strip(".—–-]) ").isdigit())
+            and (
+                line[-2:].strip(".—–-]) ").isdigit()
+                if line[0].isalpha()
+                else _FIRST_FIGURE.match(line) or _LAST_FIGURE.search(line[-4:])
+            )
             and (match := _HEADED.fullmatch(line))
         ):
             headed.setdefault(letters_of(line), []).append(_Number(index, int(match[1] or match[4])))
@@ -315,9 +324,10 @@ _MARK = re.compile(  # no more than two digits, no word of three letters
 )
 
 
-def drop_headers_and_footers(lines: list[str], counts: Counter[str]) -> tuple[list[str], list[int]]:
-    """The nonblank lines of the text, and what stood before each: PAGE, BLANK or 0."""
-    chain = _chain(lines)
+def drop_headers_and_footers(
+    lines: list[str], chain: dict[int, int], counts: Counter[str]
+) -> tuple[list[str], list[int]]:
+    """The nonblank lines of the text without page numbers (`chain`), and what stood before each: PAGE, BLANK or 0."""
     expected = _expected_numbers(lines, chain)
     ends = [*chain, *(i for i, line in enumerate(lines) if line == PAGE_END)]
     marks = _page_marks(lines, chain, ends) - expected

@@ -7,6 +7,7 @@ Line widths and hyphens are judged by the book's own lines and words.
 """
 
 import itertools
+import math
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class _Unit(NamedTuple):
 
 def full_width(lines: list[str]) -> int:
     """The length of a full line: nine in ten are no longer."""
-    lengths = sorted(len(line) for line in lines if line and line != PAGE_END)
+    lengths = sorted(map(len, lines))[lines.count("") + lines.count(PAGE_END) :]
     return lengths[len(lengths) * 9 // 10] if lengths else 0
 
 
@@ -57,12 +58,13 @@ def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[
     refused = _refused(lines, gaps)
     between = gaps.count(BLANK) * 20 > len(lines)  # blank lines are between paragraphs, not only between pages
     divided = [gap if gap == BREAK or (gap == BLANK and between) else 0 for gap in gaps]
-    units = _units(lines, refused, divided, _UNKNOWN)
+    joints, widths, bounds = _joints(lines, refused, divided), *_measures(lines, refused)
+    units = _units(joints, widths, bounds, _UNKNOWN)
     longest = max(map(len, lines))
     if len(units) > 0.95 * len(lines) and longest > 120:  # wider than a page: every line is a paragraph
         return _join_words([lines[u.first : u.last + 1] for u in units], counts)
     wider, tolerance = _widths(units, longest)
-    units = _units(lines, refused, divided, wider[0] - tolerance)
+    units = _units(joints, widths, bounds, wider[0] - tolerance)
 
     def ends(u: _Unit, v: _Unit) -> bool:
         """Whether a blank line or the width alone shows that `u` ends a paragraph."""
@@ -102,36 +104,39 @@ def _refused(lines: list[str], gaps: list[int]) -> list[int]:
     return refused
 
 
-def _units(lines: list[str], refused: list[int], divided: list[int], narrowest: int) -> list[_Unit]:
-    """Join what certainly belongs together: before a small letter, or after a full line that breaks off.
+def _joints(lines: list[str], refused: list[int], divided: list[int]) -> list[float]:
+    """For each line, a number that the book's narrowest width must not reach for the line to join the one before it.
 
-    A line that ends within a word is not measured, since some printers let it hang over.
+    Infinite before a small letter: it certainly joins. Minus infinite where it cannot.
     """
-    units = []
-    floor = 0.7 * full_width(lines)  # verse and holes in the scan say nothing about the width
-    first, longest, shortest = 0, 0, _UNKNOWN
-    cut = False
-    for i, line in enumerate(lines):
-        if i and (
-            divided[i] == BREAK
-            or not (
-                (cut and line[0].isalpha())
-                or (divided[i] and line[0].islower() and breaks_off(lines[i - 1]))
-                or (not divided[i] and (line[0].islower() or line[0] in _CONTINUING))
-                or (
-                    refused[i - 1] > narrowest and not divided[i] and line[0] not in DASHES and breaks_off(lines[i - 1])
-                )
-            )
+    joints = [-math.inf]
+    for (before, line), gap, width in zip(itertools.pairwise(lines), divided[1:], refused, strict=True):
+        first = line[0]
+        cut = before[-1] == "-" and before[-2:-1].isalpha() and first.isalpha()
+        if gap != BREAK and (
+            cut or (first.islower() and (not gap or breaks_off(before))) or (not gap and first in _CONTINUING)
         ):
-            units.append(_Unit(first, i - 1, longest, shortest))
-            first, longest, shortest = i, 0, _UNKNOWN
-        elif i and floor < refused[i - 1] < shortest:
-            shortest = refused[i - 1]
-        cut = line[-1] == "-" and line[-2:-1].isalpha()
-        if not cut:
-            longest = max(longest, len(line))
-    units.append(_Unit(first, len(lines) - 1, longest, shortest))
-    return units
+            joints.append(math.inf)
+        else:
+            joints.append(-math.inf if gap or first in DASHES or not breaks_off(before) else width)
+    return joints
+
+
+def _measures(lines: list[str], refused: list[int]) -> tuple[list[int], list[int]]:
+    """What each line says of its paragraph's width: it is as wide at least, and narrower than that."""
+    floor = 0.7 * full_width(lines)  # verse and holes in the scan say nothing about the width
+    # A line that ends within a word is not measured, since some printers let it hang over.
+    widths = [0 if line[-1] == "-" and line[-2:-1].isalpha() else len(line) for line in lines]
+    return widths, [width if floor < width < _UNKNOWN else _UNKNOWN for width in refused]
+
+
+def _units(joints: list[float], widths: list[int], bounds: list[int], narrowest: int) -> list[_Unit]:
+    """Join what certainly belongs together: before a small letter, or after a full line that breaks off."""
+    firsts = [i for i, joint in enumerate(joints) if joint <= narrowest]
+    return [
+        _Unit(a, b - 1, max(widths[a:b]), min(bounds[a : b - 1], default=_UNKNOWN))
+        for a, b in itertools.pairwise([*firsts, len(joints)])
+    ]
 
 
 def _widths(units: list[_Unit], longest: int) -> tuple[list[int], int]:
@@ -189,6 +194,15 @@ _PLACED = re.compile(
 _INNER = re.compile(r"à|de|en|sur|sous|et|la|le|les|aux?|du|des|bien")
 
 
+def count_words(text: str, word: re.Pattern[str]) -> Counter[str]:
+    """How often each word is in a text. Equal strings between spaces, which no word contains, are searched once."""
+    found: Counter[str] = Counter()
+    for token, times in Counter(text.split()).items():
+        for each in [token] if token.isalpha() else word.findall(token):
+            found[each] += times
+    return found
+
+
 def hyphen_stays(head: str, tail: str, vocabulary: Counter[str]) -> bool:
     """Whether the hyphen between `head` (at a line's end) and `tail` (the next line's beginning) belongs to the word.
 
@@ -218,7 +232,7 @@ def _join_words(paragraphs: list[list[str]], counts: Counter[str]) -> list[str]:
     text = "\n\n".join("\n".join(paragraph) for paragraph in paragraphs)
     cuts = [(match, _HEAD.search(text, max(0, match.start() - 40), match.start())) for match in _CUT.finditer(text)]
     if cuts:
-        vocabulary = Counter(_WORD.findall(text.lower()))
+        vocabulary = count_words(text.lower(), _WORD)
         for match, head in cuts:  # the halves are no words of the book
             vocabulary[match[1].lower()] -= 1
             vocabulary[head[0].lower() if head else ""] -= 1
