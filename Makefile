@@ -189,8 +189,8 @@ clean-demo: ## Remove what the demo made; texts that you kept or continued stay 
 	@[ ! -d demo/run ] || find demo/run -depth -type d -empty -delete
 
 test: lint ## Every test, the real Axolotl among them (CORPUS_DIR=folder adds those that need a corpus)
-	@echo "Four parts, two at a time; each prints when it ends, in some minutes"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync test-others test-smoke test-second_curriculum test-fast
+	@echo "Four parts, two at a time, a thread each; each prints when it ends, in some minutes"
+	@OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync test-others test-smoke test-fast test-second_curriculum
 
 test-fast: $(READY) ## The tests that train and evaluate nothing
 	$(BIN)/python -m pytest -m "not slow"

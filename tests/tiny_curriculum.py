@@ -67,7 +67,7 @@ def always(model: LlamaForCausalLM, token: int) -> LlamaForCausalLM:
     return model
 
 
-def save_base(folder: Path, hidden: int = 64, layers: int = 2, seed: int = 0, kind: str = "llama") -> Path:
+def save_base(folder: Path, hidden: int = 32, layers: int = 2, seed: int = 0, kind: str = "llama") -> Path:
     """A base model with its tokenizer, as prep/collect.py leaves one to Axolotl: small enough to train in seconds."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=llama_like(), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
