@@ -104,11 +104,14 @@ def test_what_cannot_be_made_is_one_line(llama: Path, tmp_path: Path, monkeypatc
     (unknown / "config.json").write_text(json.dumps(settings | {"architectures": ["NobodysForCausalLM"]}))
     llamacpp.convert(folder, good)
     bad.write_bytes(b"GGUF but no more")
+    padded = shutil.copytree(folder, tmp_path / "padded")
+    tiny_llama(settings["vocab_size"] + 8, seed=0).save_pretrained(padded)
     row = models.Candidate("2a", folder, None, None, None)
     out = export.Folder(tmp_path / "out/2a")
     model = partial(export.write_model, row, models.load_tokenizer(folder))
     cases: list[tuple[str, Callable[[], Any]]] = [
         (r"converter cannot convert .*NobodysForCausalLM", lambda: llamacpp.convert(unknown, bad)),
+        (r"GGUF cannot carry this tokenizer", lambda: export.write_gguf(padded, "x", "F16", padded)),
         (r"could not write y-Q8_0.gguf", lambda: llamacpp.quantise(bad, folder / "y-Q8_0.gguf", "Q8_0")),
         (r"llama.cpp cannot open .*bad.gguf", lambda: llamacpp.Engine(bad)),
         (r"could not write y-Q8_0.gguf: .* disk full", lambda: on_a_full_disk(llamacpp.quantise, good, folder / "y-Q8_0.gguf", "Q8_0")),
