@@ -104,6 +104,10 @@ def _refused(lines: list[str], gaps: list[int]) -> list[int]:
     return refused
 
 
+def _ends_in_word(line: str) -> bool:
+    return line[-1] == "-" and line[-2:-1].isalpha()
+
+
 def _joints(lines: list[str], refused: list[int], divided: list[int]) -> list[float]:
     """For each line, a number that the book's narrowest width must not reach for the line to join the one before it.
 
@@ -112,7 +116,7 @@ def _joints(lines: list[str], refused: list[int], divided: list[int]) -> list[fl
     joints = [-math.inf]
     for (before, line), gap, width in zip(itertools.pairwise(lines), divided[1:], refused, strict=True):
         first = line[0]
-        cut = before[-1] == "-" and before[-2:-1].isalpha() and first.isalpha()
+        cut = _ends_in_word(before) and first.isalpha()
         if gap != BREAK and (
             cut or (first.islower() and (not gap or breaks_off(before))) or (not gap and first in _CONTINUING)
         ):
@@ -126,7 +130,7 @@ def _measures(lines: list[str], refused: list[int]) -> tuple[list[int], list[int
     """What each line says of its paragraph's width: it is as wide at least, and narrower than that."""
     floor = 0.7 * full_width(lines)  # verse and holes in the scan say nothing about the width
     # A line that ends within a word is not measured, since some printers let it hang over.
-    widths = [0 if line[-1] == "-" and line[-2:-1].isalpha() else len(line) for line in lines]
+    widths = [0 if _ends_in_word(line) else len(line) for line in lines]
     return widths, [width if floor < width < _UNKNOWN else _UNKNOWN for width in refused]
 
 
