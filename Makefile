@@ -150,9 +150,9 @@ plan: $(READY) ## Will the recipes fit? Planned memory, without a GPU (ARGS="--b
 bench-gpu: $(READY) ## Speed and memory of recipes and ablations on a GPU -> bench/reports/gpu.md (run again to resume)
 	@$(WITH_ARGS) $(BIN)/python bench/gpu.py "$${more[@]}"
 
-rehearse-prep: $(READY) ## The rows of the real run, from 5 GB of books made of CORPUS_DIR's novels: time, memory, disk -> bench/reports/rehearsal-prep.md
+rehearse-prep: $(READY) ## The rows of the real run, from 5 GB of books made of CORPUS_DIR's novels, and two steps on them -> bench/reports/rehearsal-prep.md
 	@$(WITH_ARGS) $(BIN)/python bench/rehearsal.py --library "$$CORPUS_DIR/gallica" --tokenizer "$$CORPUS_DIR/tokenizer" \
-		--only collect texts library prepare preprocess --work bench/run/rehearsal-prep --out bench/reports/rehearsal-prep.json "$${more[@]}"
+		--only collect texts library prepare preprocess train --work bench/run/rehearsal-prep --out bench/reports/rehearsal-prep.json "$${more[@]}"
 
 rehearsal: $(READY) ## The whole way with a base of TinyLlama's size, two steps a stage: time, memory, disk -> bench/reports/rehearsal.md
 	@$(WITH_ARGS) $(BIN)/python bench/rehearsal.py "$${more[@]}"

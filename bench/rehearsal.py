@@ -143,7 +143,7 @@ def page(report: dict[str, Any]) -> str:
     return (
         f"# A dress rehearsal at true size\n\nTinyLlama's architecture with random weights, {facts['texts']}, "
         f"{facts['steps']} steps a stage, profile `{facts['profile']}`: not a training. "
-        f"{made_by(report)}\n\n{markdown((head, table))}\n"
+        f"{made_by(report).removesuffix('.')} (the last command's).\n\n{markdown((head, table))}\n"
     )
 
 
