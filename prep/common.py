@@ -110,7 +110,9 @@ def lock(target: Path) -> None:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by the processes it forks
     except OSError as error:
         handle.seek(0)
-        raise BadInput(f"process {handle.read()} is writing {target}: wait for it, or stop it") from error
+        number = handle.read()  # empty where it has just begun
+        writer = f"process {number}" if number else "another process"
+        raise BadInput(f"{writer} is writing {target}: wait for it, or stop it") from error
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()
