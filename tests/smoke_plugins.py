@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from bitsandbytes.functional import dequantize_4bit
 
 
 class RecordWindows(BasePlugin):
-    """Appends the sha256 of every window that is trained on to windows.txt."""
+    """Appends the sha256 of every window that is trained on to windows.txt, and their files to mapped.txt."""
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        with Path("mapped.txt").open("a") as file:
+            file.writelines(part["filename"] + "\n" for part in trainer.train_dataset.cache_files)
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         def record(embeddings: Any, inputs: Any) -> None:
@@ -20,6 +25,13 @@ class RecordWindows(BasePlugin):
                     file.writelines(hashlib.sha256(window.numpy()).hexdigest() + "\n" for window in inputs[0])
 
         model.get_input_embeddings().register_forward_pre_hook(record)
+
+
+class KeepRows(BasePlugin):
+    """Copies the tokenised rows, which are removed after the training, to rows/OUTPUT."""
+
+    def pre_model_load(self, cfg: Any) -> None:
+        shutil.copytree(cfg.dataset_prepared_path, Path("rows") / Path(cfg.output_dir).name)
 
 
 class KernelsOnCpu(BasePlugin):

@@ -525,6 +525,7 @@ def launch(name: str, **overrides: Any) -> str:
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.plugins.end_with_parent", lambda: None)  # pytest is not a training
+    monkeypatch.setattr("train.plugins.Gate.tokenise", lambda self, cfg: None)
 
 
 def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
@@ -632,6 +633,17 @@ def test_new_rows_get_a_new_cache() -> None:
         write_rows("2a", text)
         paths.append(registered("2a")[1]["dataset_prepared_path"])
     assert paths[0] == paths[2] != paths[1] and all(path.startswith("data/prepared/2a-") for path in paths)
+
+
+def test_rows_that_the_disk_cannot_hold_are_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.plugins.end_with_parent", lambda: None)
+    monkeypatch.setattr("prep.common.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    assert "the disk of data/prepared/2a-" in launch("2a")
+
+
+def test_a_recipe_that_names_no_cache_removes_none_of_the_users_folders(plugin: None) -> None:
+    Path("mine").mkdir()
+    assert launch("2a", dataset_prepared_path=None) == "" and Path("mine").exists() and Path("data").exists()
 
 
 def test_rows_without_a_held_out_part() -> None:

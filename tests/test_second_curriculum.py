@@ -14,6 +14,7 @@ from tiny_curriculum import save_chat_base
 from transformers import AutoTokenizer
 
 from eval.questions import has, language
+from train.stage import as_arguments, load_profile
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "recipes"
@@ -88,7 +89,9 @@ def test_the_three_stages(place: Path) -> None:
     prepare(place, "articles.jsonl", "data/3a.jsonl", "--holdout", "0.02")
     prepare(place, "instructions.jsonl", "data/3b.jsonl", "--holdout", "0.02")
     for name in ("3a", "3b", "3c"):
-        printed = python(ROOT / "train/stage.py", name, "--recipes", RECIPES, "--profile", "smoke", cwd=place)
+        plugins = [*load_profile("smoke", name)[1]["plugins"], "smoke_plugins.KeepRows"]
+        more = ["--profile", "smoke", "--", *as_arguments({"plugins": plugins})]
+        printed = python(ROOT / "train/stage.py", name, "--recipes", RECIPES, *more, cwd=place)
         assert f"{name}: trained, 4 of 4 steps" in printed
     before, after, alone = (
         load_file(place / f"outputs/{name}/adapter_model.safetensors") for name in ("3a", "3b", "3c")
@@ -102,7 +105,7 @@ def test_the_three_stages(place: Path) -> None:
     # The loss is on the answer and its end alone, in the base's own template.
     tokenizer = AutoTokenizer.from_pretrained(place / "models/instruct")
     (turns,) = [row["conversations"] for row in rows(place / "data/3b.heldout.jsonl")][:1]
-    caches = [datasets.load_from_disk(path.parent) for path in (place / "data/prepared").glob("3b-*/*/state.json")]
+    caches = [datasets.load_from_disk(path.parent) for path in (place / "rows/3b").glob("*/state.json")]
     held = min(caches, key=len)
     question, answer = turns[0]["value"], turns[1]["value"]
     row = next(row for row in held if answer in tokenizer.decode(row["input_ids"]))
@@ -111,9 +114,9 @@ def test_the_three_stages(place: Path) -> None:
     assert row["input_ids"] == answered and answered[: len(asked)] == asked and answered[-1] == tokenizer.eos_token_id
     assert row["labels"] == [-100] * len(asked) + answered[len(asked) :]
     # An article ends in EOS, and is learned from its first token.
-    article = min(
-        (datasets.load_from_disk(path.parent) for path in (place / "data/prepared").glob("3a-*/*/state.json")), key=len
-    )[0]
+    article = min((datasets.load_from_disk(path.parent) for path in (place / "rows/3a").glob("*/state.json")), key=len)[
+        0
+    ]
     text = rows(place / "data/3a.heldout.jsonl")[0]["text"]
     assert article["input_ids"] == article["labels"] == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     saved, own = (place / folder / "chat_template.jinja" for folder in ("outputs/3b", "models/instruct"))

@@ -12,25 +12,31 @@ import importlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from axolotl.cli.args import TrainerCliArgs
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
+from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.integrations.base import BasePlugin, load_plugin
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, set_seed
 
-from prep.common import BadInput, end_with_parent, lock, need_room, seal
+from prep.common import SEAL, BadInput, end_with_parent, lock, need_room, seal
 from train.dequantise import is_quantised
 from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
 from train.stages import LOG, line_of, load_chain, share_step
 
+# Bytes on the disk while rows are tokenised, per byte of them: 29 GB for the 1.6 GB of 2a (bench/reports/rehearsal-prep.md).
+TOKENISING = 18
 # What a run may say differently when it is resumed: where it logs, what it keeps, how the rows are read.
 NOT_THE_RUN = re.compile(
     r"axolotl_config_path|dataset_prepared_path|dataset_num_proc|dataloader_num_workers|save_total_limit|logging_steps"
@@ -71,10 +77,13 @@ class Gate(BasePlugin):
         manifests = sorted(
             {manifest_of(path) for path in [*(Path(rows["path"]) for rows in cfg.get("datasets") or []), *heldout]}
         )
-        if cfg.get("dataset_prepared_path") and all(path.exists() for path in manifests):
+        self.rows = Path(cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH)
+        if all(path.exists() for path in manifests):
             digest = hashlib.sha256(b"".join(path.read_bytes() for path in manifests)).hexdigest()
-            cfg["dataset_prepared_path"] += f"-{digest[:12]}"
-        self.rows = cfg.get("dataset_prepared_path") or ""
+            self.rows = self.rows.with_name(f"{self.rows.name}-{digest[:12]}")
+        cfg["dataset_prepared_path"] = str(self.rows)
+        self.cache = self.rows / "cache"
+        datasets.config.HF_DATASETS_CACHE = self.cache
 
     def get_training_args(self, cfg: Any) -> dict[str, bool]:
         """Without a card Transformers trains in bf16 only if told to use the CPU, for which Axolotl has no key."""
@@ -97,6 +106,20 @@ class Gate(BasePlugin):
                 self.start()
         if over:
             raise SystemExit(0)
+        self.tokenise(cfg)
+
+    def tokenise(self, cfg: Any) -> None:
+        """Make the tokenised rows, where there are none, without what `datasets` keeps of each step: twice their size.
+
+        Axolotl would train on that. Loading them after this, it maps the rows that it has saved.
+        """
+        if not any(self.rows.glob(f"*/{SEAL}")):
+            with self.refusals():
+                need_room(
+                    self.rows, TOKENISING * sum(path.stat().st_size for path in self.stage.datasets if path.exists())
+                )
+            (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
+            shutil.rmtree(self.cache, ignore_errors=True)
 
     def start(self) -> None:
         """Check everything, then write started.json; or finish a stage that has nothing left to train. Raises BadInput."""
@@ -115,7 +138,7 @@ class Gate(BasePlugin):
             return
         run = {key: value for key, value in self.settings.items() if not NOT_THE_RUN.match(key)}
         prepare_output(stage, {"settings": run, **ready})
-        drop_torn_rows(Path(self.rows))
+        drop_torn_rows(self.rows)
         if at_the_end(stage):
             take_weights(stage)
             self.post_train_unload(None)
@@ -123,7 +146,7 @@ class Gate(BasePlugin):
     def pre_model_load(self, cfg: Any) -> None:
         """The first call after the rows were loaded."""
         if os.environ.get("RANK", "0") == "0":
-            seal_rows(Path(self.rows))
+            seal_rows(self.rows)
         if found := checkpoints(Path(cfg.output_dir)):
             # Axolotl would find it as well, but only after it has made its counter of tokens.
             cfg["resume_from_checkpoint"] = str(found[-1])
@@ -158,6 +181,7 @@ class Gate(BasePlugin):
         if os.environ.get("RANK", "0") == "0":
             with self.refusals():
                 print(describe(judge(self.stage, self.chain)))
+            shutil.rmtree(self.rows, ignore_errors=True)  # the stage is not trained again: 10 GB of the real run's 2a
 
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
