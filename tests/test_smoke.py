@@ -187,7 +187,9 @@ def test_validation_loss_is_logged(trained: dict[str, str], workdir: Path) -> No
 
 def test_nothing_is_left_of_the_tokenised_rows(trained: dict[str, str], workdir: Path) -> None:
     """Trained on where they were saved, not on what `datasets` keeps of their making."""
-    mapped = [Path(name).relative_to("data/prepared").parts for name in (workdir / "mapped.txt").read_text().split()]
+    mapped = [
+        Path(name).relative_to(workdir / "data/prepared").parts for name in (workdir / "mapped.txt").read_text().split()
+    ]
     assert {parts[0][:3] for parts in mapped} == {"2b-"} and not any("cache" in parts for parts in mapped)
     assert [*(workdir / "data/prepared").glob("*/*")] == []
 

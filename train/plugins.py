@@ -24,6 +24,7 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.common.datasets import load_datasets, load_preference_datasets
 from axolotl.integrations.base import BasePlugin, load_plugin
+from axolotl.utils.distributed import barrier
 from axolotl.utils.schemas.config import AxolotlConfigWCapabilities
 from axolotl.utils.schemas.datasets import SFTDataset
 from peft.tuners.lora import LoraLayer
@@ -104,6 +105,8 @@ class Gate(BasePlugin):
             with self.refusals():
                 lock(self.stage.output_dir)
                 self.start()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            barrier()  # the first process removes what a killed one left of the rows
         if over:
             raise SystemExit(0)
         self.tokenise(cfg)
@@ -138,6 +141,7 @@ class Gate(BasePlugin):
             return
         run = {key: value for key, value in self.settings.items() if not NOT_THE_RUN.match(key)}
         prepare_output(stage, {"settings": run, **ready})
+        shutil.rmtree(self.cache, ignore_errors=True)  # of a killed run
         drop_torn_rows(self.rows)
         if at_the_end(stage):
             take_weights(stage)
