@@ -36,8 +36,8 @@ from train.gate import check_ready, checkpoints, describe, judge, manifest_of, r
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
 from train.stages import LOG, line_of, load_chain, share_step
 
-# Bytes on the disk while rows are tokenised, per byte of them: 29 GB for the 1.6 GB of 2a (bench/reports/rehearsal-prep.md).
-TOKENISING = 18
+# Bytes on the disk while rows are tokenised, per byte of them: 29.8 GB for the 1.63 of 2b (bench/reports/rehearsal-prep.md).
+TOKENISING = 18.5
 # What a run may say differently when it is resumed: where it logs, what it keeps, how the rows are read.
 NOT_THE_RUN = re.compile(
     r"axolotl_config_path|dataset_prepared_path|dataset_num_proc|dataloader_num_workers|save_total_limit|logging_steps"
