@@ -118,9 +118,7 @@ class Gate(BasePlugin):
         """
         if not any(self.rows.glob(f"*/{SEAL}")):
             with self.refusals():
-                need_room(
-                    self.rows, TOKENISING * sum(path.stat().st_size for path in self.stage.datasets if path.exists())
-                )
+                need_room(self.rows, int(TOKENISING * sum(path.stat().st_size for path in self.stage.datasets)))
             (load_preference_datasets if cfg.rl else load_datasets)(cfg=cfg)
             shutil.rmtree(self.cache, ignore_errors=True)
 
