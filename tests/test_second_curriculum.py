@@ -114,9 +114,8 @@ def test_the_three_stages(place: Path) -> None:
     assert row["input_ids"] == answered and answered[: len(asked)] == asked and answered[-1] == tokenizer.eos_token_id
     assert row["labels"] == [-100] * len(asked) + answered[len(asked) :]
     # An article ends in EOS, and is learned from its first token.
-    article = min((datasets.load_from_disk(path.parent) for path in (place / "rows/3a").glob("*/state.json")), key=len)[
-        0
-    ]
+    caches = [datasets.load_from_disk(path.parent) for path in (place / "rows/3a").glob("*/state.json")]
+    article = min(caches, key=len)[0]
     text = rows(place / "data/3a.heldout.jsonl")[0]["text"]
     assert article["input_ids"] == article["labels"] == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     saved, own = (place / folder / "chat_template.jinja" for folder in ("outputs/3b", "models/instruct"))
