@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import psutil
 import pytest
 import torch
@@ -66,7 +67,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(workdir: Path) -> dict[str, str]:
     """The stages, each in a way people use: undisturbed, killed and resumed, by the plain command. What they printed."""
-    output = {"2a": stage("2a", workdir)}
+    plugins = [*load_profile("smoke", "2a")[1]["plugins"], "smoke_plugins.KeepRows"]
+    output = {"2a": stage("2a", workdir, "--", *as_arguments({"plugins": plugins}))}
 
     # 2b by the plain command, as the yardstick; then again by ours, killed after its first checkpoint, and resumed.
     accelerate("2b", workdir, **AS_ON_A_CARD)
@@ -183,6 +185,11 @@ def test_validation_loss_is_logged(trained: dict[str, str], workdir: Path) -> No
         logged = [json.loads(line) for line in (workdir / f"outputs/{name}" / LOG).read_text().splitlines()]
         known = {key for line in logged for key in line}
         assert set(LOGGED.values()) - known <= {LOGGED["memory"]} and logged[-1]["max_steps"] == 4  # no GPU here
+
+
+def test_the_rows_are_tokenised_whole(trained: dict[str, str], workdir: Path) -> None:
+    windows = [len(datasets.load_from_disk(state.parent)) for state in (workdir / "rows/2a").glob("*/state.json")]
+    assert sorted(windows) == [3, 24]  # held out, training
 
 
 def test_nothing_is_left_of_the_tokenised_rows(trained: dict[str, str], workdir: Path) -> None:
