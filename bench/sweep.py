@@ -122,7 +122,7 @@ def runs_of(plan: dict[str, Any], data: dict[str, str], base_sha256: str) -> lis
 
     `data` is {stage: sha256 of its manifest}.
     """
-    decides = [VERSION, data, base_sha256, *plan.get("texts", ())]
+    decides = [VERSION, dtype(plan), data, base_sha256, *plan.get("texts", ())]
     base = Run(BASE, f"{BASE}-{digest(decides)[:10]}", Stage(BASE, Path(), {}, None))
     runs = [base]
     for seed in plan["seeds"]:
@@ -295,10 +295,11 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
     results = {this.id: json.loads(this.result.read_text()) for this in runs if this.result.is_file()}
     texts = [result.pop("texts") for result in results.values()]  # the same for all
     manifests, validation = {}, {}
+    curved = {Path(variant["recipe"]).stem for variant in plan["variants"].values() if variant.get("curve")}
     for stage in plan["batch_divisor"]:
         found = manifests[stage] = json.loads(Path(f"data/{stage}.manifest.json").read_text())
         found["source"]["path"] = Path(found["source"]["path"]).name  # the corpus's folder is this machine's
-        if not found["heldout"]["sha256"]:
+        if stage not in curved:
             continue
         rows = read_rows(Path(f"data/{stage}.heldout.jsonl"))
         tokens = found["heldout"]["tokens"] + found["heldout"]["tail_tokens"]
