@@ -30,7 +30,8 @@ MAX_WINDOWS = 16  # a row; Axolotl truncates silently at 64 and tokenises 1,000 
 # 16 windows of 2048 tokens at 3 characters per token. A chunk's last window is lost by half on average: 1,024 tokens of
 # 32,768, 3 %. Smaller chunks lose more, and larger ones leave fewer to a book (the average one has 4 of these).
 CHUNK = 98_304
-PIECE = 2_000  # characters tokenised at once, where a text can be tokenised in pieces
+KNOWN = 2**17  # words whose tokens are kept, 40 MB
+BATCH = 150  # words tokenised as one text: a longer one takes longer a word
 SPECIAL = "special token in text"  # "</s>" in a text would become an end of text
 
 
@@ -64,7 +65,7 @@ def read_row(file: IO[bytes], offset: int) -> Row:
 # --- text to rows ----------------------------------------------------------------------------------------------------
 
 
-_BETWEEN_WORDS = re.compile(r"(?<! ) (?! )")
+_BETWEEN_WORDS = re.compile(r" (?<=[^ ▁] )(?=[^ ▁])")
 
 
 class Bounds(NamedTuple):
@@ -77,10 +78,9 @@ class Bounds(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A text and the characters at which its tokens start and end, arrays of shape (tokens,), special tokens left out."""
+    """A text and the characters at which its tokens end, an array of shape (tokens,), special tokens left out."""
 
     text: str
-    starts: np.ndarray
     ends: np.ndarray
 
 
@@ -118,11 +118,12 @@ class Cutter:
         mask = self._tokenizer.encode("a").special_tokens_mask
         self.before = mask.index(0)  # special tokens ahead of the text: 1 (BOS) or 0
         self._around = sum(mask) + (self._tokenizer.encode("a").ids[-1] != self.eos)  # a row's that are not its text's
-        # Llama's kind has no token in which a space follows a letter, and puts a space before every text: between two words
-        # a text can be tokenised in pieces, which takes a third of the time.
+        # Llama's kind has no token in which a space follows a letter, and puts a space before every text: a word after a
+        # space has the same tokens everywhere.
         self._by_words = not any("▁" in token.lstrip("▁") for token in self._tokenizer.get_vocab()) and (
             self._bare(["à la mer"])[0].ids == [i for e in self._bare(["à", "la", "mer"]) for i in e.ids]
         )
+        self._known: dict[str, list[int]] = {}  # where the tokens of a word after a space end
         # A window ends inside a word; the row continues to the word's end, but over no more than this many characters
         # (unspaced rubbish exists), which are at most half a window even at four byte tokens a character.
         reach = min(40, sequence_len // 8)
@@ -139,18 +140,36 @@ class Cutter:
         return self._around + len(ids) - (ids[-1:] == [self.eos])
 
     def encode(self, text: str) -> Tokens:
-        """Tokenise a text once, in pieces where they have the tokens of the whole. Takes some 200 bytes a token."""
-        starts = [0]
-        while self._by_words and (space := _BETWEEN_WORDS.search(text, starts[-1] + PIECE)):
-            starts.append(space.end())
-        pieces = [text[a : b - 1] for a, b in itertools.pairwise([*starts, len(text) + 1])]
-        encodings = self._tokenizer.encode_batch(pieces, add_special_tokens=False)
-        offsets = [np.array(e.offsets, np.int64).reshape(-1, 2) + a for a, e in zip(starts, encodings, strict=True)]
-        return Tokens(text, *np.concatenate(offsets).T)
+        """Tokenise a text; where words have the same tokens everywhere, only those that are new."""
+        if not self._by_words or not text:
+            offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+            return Tokens(text, np.array([end for _, end in offsets], np.int64))
+        words = _BETWEEN_WORDS.split(text)
+        self._learn(words)
+        ends = [self._known[word] for word in words]
+        lengths = np.fromiter(map(len, words), np.int64) + 1
+        inside = np.fromiter(itertools.chain.from_iterable(ends), np.int64)
+        return Tokens(text, inside + np.repeat(np.cumsum(lengths) - lengths, list(map(len, ends))))
+
+    def _learn(self, words: list[str]) -> None:
+        """Have all these words in `_known`."""
+        if len(self._known) > KNOWN:
+            self._known.clear()
+        new = [word for word in dict.fromkeys(words) if word not in self._known]
+        batches = [new[i : i + BATCH] for i in range(0, len(new), BATCH)]
+        texts = ["a " + " ".join(batch) for batch in batches]
+        for batch, encoding in zip(batches, self._tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            ends = [end for _, end in encoding.offsets]
+            start = 2
+            first = bisect.bisect_left(ends, start)  # a space that is a token belongs to the next word
+            for word in batch:
+                last = bisect.bisect_left(ends, start + len(word) + 1, first)
+                self._known[word] = [end - start for end in ends[first:last]]
+                start, first = start + len(word) + 1, last
 
     def word_start(self, tokens: Tokens, index: int) -> int:
         """The character at which the word nearest to token `index` starts, by distance in tokens."""
-        at = int(tokens.starts[index])
+        at = int(tokens.ends[index - 1]) if index else 0
         word = re.compile(r"(?<!\S)\S")
         following = word.search(tokens.text, at)
         before = max((m.start() for m in word.finditer(tokens.text, max(0, at - 200), at + 1)), default=None)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from axolotl_preprocessing import axolotl_windows
 from small_tokenizers import gpt2_like, save, save_gpt2_like, tales
+from tokenizers import Tokenizer
 
 from prep.common import BadInput, sha256, write_text
 from prep.dedup import Entry
@@ -76,6 +77,28 @@ def test_odd_text_is_counted_as_axolotl_counts_it(tokenizer, novel, monkeypatch)
     found, texts = cut(Cutter(tokenizer, 64), "".join(draw.choice(odd) for _ in range(80)))
     assert len(found) > 50
     assert axolotl_windows(texts, tokenizer, 64)[0] == slices(found, 64)
+
+
+def test_words_tokenised_apart_have_the_tokens_of_the_whole_text(tokenizer, novel, monkeypatch):
+    """Spaces at the ends, several at once, the letter that stands for a space; words that are known, and that are not."""
+    monkeypatch.setattr("prep.rows.KNOWN", 1000)
+    cutter = Cutter(tokenizer, 64)
+    words = novel[:40_000].split(" ")
+    odd = [
+        "",
+        "mot ",
+        " mot",
+        "le  mot",
+        "le   mot  mot",
+        "le▁ mot",
+        "le ▁mot",
+        "le \n mot",
+        "l'été 🙂 ἦν été",
+        " ".join(words),
+    ]
+    for text in [*odd, *(" ".join(words[i:] + words[:i]) for i in range(0, len(words), 700)), *odd]:
+        whole = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode(text, add_special_tokens=False)
+        assert cutter.encode(text).ends.tolist() == [end for _, end in whole.offsets]
 
 
 def test_a_row_whose_first_word_gives_fewer_tokens_is_lengthened_or_given_up(llama, monkeypatch):
