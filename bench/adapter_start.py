@@ -1,9 +1,10 @@
 """What quantising a base costs, and what a new adapter's start gives back before any training, on held-out text.
 
     cd demo/run && python ../../bench/adapter_start.py      # make bench-start; after make demo
+    cd bench/run/train-start && python ../../adapter_start.py --model outputs/2a-ours-42-...     # after make bench-train-start
 
-Every variant is the demo's 2a, quantised, with an adapter set by train/adapter_start.py or as the variant says; its calibration
-rows are the demo's training rows for 2b. Writes bench/reports/adapter_start.json, then the page from it. Finished variants
+Every variant is that 2a, quantised, with an adapter set by train/adapter_start.py or as the variant says; its calibration
+rows are the training rows for 2b. Writes bench/reports/adapter_start.json, then the page from it. Finished variants
 are kept: run it again to continue.
 """
 
@@ -89,10 +90,10 @@ def page(report: dict[str, Any]) -> str:
     missing = f"Not measured yet: {'; '.join(waiting)}. " if waiting else ""
     where = f"{report['cpu']}, {commit(report['git'])}, {', '.join(f'{k} {v}' for k, v in report['versions'].items())}"
     return (
-        "# What quantisation costs, and what the adapter's start gives back\n\nHeld-out bits per byte of the demo's 2a, lower is "
+        "# What quantisation costs, and what the adapter's start gives back\n\nHeld-out bits per byte of a 2a, lower is "
         "better, with the paired 95 % interval of the difference, * where it leaves out zero. Nothing is trained. With a rank, the "
         f"adapter starts as the correction of the quantisation error.\n\n{markdown((head, rows))}\n\n"
-        f"{missing}{where}. Model: {report['model'][:16]}.\n"
+        f"{missing}{where}. 2a: {report['path']}, {report['model'][:16]}.\n"
     )
 
 
@@ -106,7 +107,7 @@ def main() -> None:
     if report.get("model") != model:
         report = {"model": model, "variants": {}}
     packages = versions("torch", "transformers", "peft", "bitsandbytes")
-    report |= {"cpu": cpu_name(), "git": git_state(), "versions": packages}
+    report |= {"path": str(args.model), "cpu": cpu_name(), "git": git_state(), "versions": packages}
     for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):
         report["variants"][name] = measure(VARIANTS[name], args.model, args.rows)
         write_text(REPORT, json.dumps(report, ensure_ascii=False) + "\n")
