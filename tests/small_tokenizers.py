@@ -15,7 +15,7 @@ def tales() -> list[str]:
 
 
 def llama_like() -> tokenizers.Tokenizer:
-    """Llama's kind: a space is ▁, one is put before the text, two are a token, unknown characters are bytes, BOS is added."""
+    """Llama's kind: a space is ▁, one is put before the text, unknown characters are bytes, BOS is added."""
     specials = ["<unk>", "<s>", "</s>"]
     trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -25,8 +25,6 @@ def llama_like() -> tokenizers.Tokenizer:
     trained.train_from_iterator((line for tale in tales() for line in tale.split("\n")), trainer)
     settings = json.loads(trained.to_str())
     settings["pre_tokenizer"] = None
-    settings["model"]["vocab"]["▁▁"] = len(settings["model"]["vocab"])
-    settings["model"]["merges"].insert(0, ["▁", "▁"])
     settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] in specials]
     result = tokenizers.Tokenizer.from_str(json.dumps(settings))
     result.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
