@@ -30,8 +30,8 @@ MAX_WINDOWS = 16  # a row; Axolotl truncates silently at 64 and tokenises 1,000 
 # 16 windows of 2048 tokens at 3 characters per token. A chunk's last window is lost by half on average: 1,024 tokens of
 # 32,768, 3 %. Smaller chunks lose more, and larger ones leave fewer to a book (the average one has 4 of these).
 CHUNK = 98_304
-KNOWN = 2**17  # words whose tokens are kept, 40 MB
-BATCH = 150  # words tokenised as one text: a longer one takes longer a word
+KNOWN = 2**17  # words whose tokens are kept, 27 MB
+BATCH = 150  # words tokenised as one text: a longer one takes longer per word
 SPECIAL = "special token in text"  # "</s>" in a text would become an end of text
 
 
