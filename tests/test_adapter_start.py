@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_curriculum import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from prep.common import BadInput
 from train.adapter_start import StartAdapter, calibration_rows, correct, low_rank, root_of_moments, unquantised
-from train.dequantise import merge
+from train.dequantise import dequantised, merge
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -81,6 +82,13 @@ def test_the_corrected_model_is_nearer_to_the_unquantised(
     after = (model(ids).logits - target).square().mean()
     assert f"{corrected} quantised layers corrected on {sum(map(len, rows()))} tokens" in said
     assert after * nearer < before, f"{before} -> {after}"
+
+
+def test_a_layer_that_computes_with_other_weights_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a kernel of bitsandbytes keeps the weights in a layout that `dequantize_4bit` does not know."""
+    monkeypatch.setattr("train.adapter_start.dequantised", lambda layer: dequantised(layer).roll(1, dims=1))
+    with pytest.raises(BadInput, match=r"computes model.layers.0.self_attn.q_proj with other weights"):
+        correct(quantised(base, 64, NF4), unquantised(str(base)), rows())
 
 
 def test_more_rank_than_the_layer_has(base: Path) -> None:

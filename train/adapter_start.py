@@ -4,6 +4,7 @@ import functools
 import random
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from axolotl.utils.dict import DictDefault
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
+from prep.common import BadInput
 from train.dequantise import dequantised, is_quantised
 from train.gate import weight_files
 from train.plugins import SeedAdapter, starts_an_adapter
@@ -53,7 +56,10 @@ class StartAdapter(SeedAdapter):
             apply_lora_kernel_patches(model, DictDefault())
         rows = calibration_rows(load_datasets(cfg=cfg).train_dataset, cfg.seed, self.tokens)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bool(cfg.bf16)):
-            print(correct(model, unquantised(cfg.base_model), rows, self.root), flush=True)
+            try:
+                print(correct(model, unquantised(cfg.base_model), rows, self.root), flush=True)
+            except BadInput as error:
+                raise SystemExit(f"adapter start: {error}") from error
 
 
 def calibration_rows(dataset: Any, seed: int, tokens: int) -> list[Tensor]:
@@ -110,6 +116,7 @@ def correct(
 ) -> str:
     """Set the adapter of `model`, a PeftModel, in place, layer after layer. Returns a line on the gain.
 
+    Raises BadInput when a quantised layer computes with other weights than `dequantised` gives: none is corrected by those.
     `weight` gives an unquantised tensor by name, `root` a matrix L [in, in] from a layer's inputs, which weighs its error.
     """
     began, training = time.monotonic(), model.training
@@ -125,7 +132,15 @@ def correct(
             last[:] = inputs[0], root(inputs[0][real.to(inputs[0].device)].float())
         base, scale = layer.get_base_layer(), layer.scaling["default"] ** 0.5
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        error = weight(f"{name}.weight").to(a.device).float() - dequantised(base)
+        held = dequantised(base)
+        few = inputs[0][:1, :8]
+        outputs = linear(few.float(), held, None if base.bias is None else base.bias.float())
+        if (base(few).float() - outputs).norm() > 0.1 * outputs.norm():  # 8 bits round the inputs too, to 0.01
+            raise BadInput(
+                f"on this processor bitsandbytes {version('bitsandbytes')} computes {name} with other weights than it gives "
+                "back; nothing was trained. Take another version of it, or another machine"
+            )
+        error = weight(f"{name}.weight").to(a.device).float() - held
         rank = min(a.shape[0], *error.shape)
         new_b, new_a, share = low_rank(error, last[1], rank)
         b[:, :rank], a[:rank] = new_b / scale, new_a / scale

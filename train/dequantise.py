@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import bitsandbytes.nn.modules
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from bitsandbytes.nn import Int8Params, Params4bit
@@ -9,6 +10,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+# Where a processor has avx512_bf16, a 4-bit layer changes its weight's layout at its first pass without gradients. From
+# then on no gradient passes through it (training goes on with those of the last layers alone), and `dequantize_4bit` gives
+# other numbers than it computes with.
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 
 def is_quantised(layer: Any) -> bool:
