@@ -46,7 +46,6 @@ from eval.tasks.texts import once, read_rows
 from prep.common import ROOT, BadInput, digest, read_yaml, sha256, write_json, write_text
 from prep.pairs import places, side
 from train.gate import check_steps, checkpoints, movement_of_weights
-from train.resume import prepare_output
 from train.stage import command, launch_and_wait, load_profile
 from train.stages import Stage, load_recipe
 
@@ -159,16 +158,8 @@ def prepare(plan: dict[str, Any]) -> dict[str, str]:
     return {stage: sha256(f"data/{stage}.manifest.json") for stage in plan["batch_divisor"]}
 
 
-def launch(this: Run, arguments: list[str]) -> None:
-    """Run a training, its output into a log. Raises BadInput when it fails."""
-    log = Path(f"logs/{this.name}.log")
-    with log.open("a", encoding="utf-8") as handle:
-        if status := launch_and_wait(arguments, handle):
-            raise BadInput(f"{this.name} failed with status {status} (log: {log.absolute()}); run again to resume")
-
-
 def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
-    """Train, or resume; steps, movement of the weights (median over matrices) and losses."""
+    """Train; steps, movement of the weights (median over matrices) and losses."""
     stage = this.stage
     stage.recipe.write_text(yaml.safe_dump(stage.config, sort_keys=False))
     try:
@@ -177,9 +168,15 @@ def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
         merged = Path(this.outputs[MERGED])
         if this.parent and stage.base_model == merged and not merged.is_dir():
             apart(save_merged, models.candidate(this.parent.stage), merged)
-        prepare_output(stage, {"key": this.name})
+        shutil.rmtree(stage.output_dir, ignore_errors=True)  # of a killed run
         threads = ["--num_cpu_threads_per_process", str(plan["threads"])]
-        launch(this, command(stage, [*load_profile(plan["profile"], stage.name)[0], *threads], {}, []))
+        arguments = command(stage, [*load_profile(plan["profile"], stage.name)[0], *threads], {}, [])
+        log = Path(f"logs/{this.name}.log")
+        with log.open("a", encoding="utf-8") as handle:
+            if status := launch_and_wait(arguments, handle):
+                raise BadInput(
+                    f"{this.name} failed with status {status} (log: {log.absolute()}); run again to repeat it"
+                ) from None
         steps = check_steps(stage)
     moved = None
     if stage.adapter is None:

@@ -136,11 +136,13 @@ def test_two_processes_share_the_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("[tp]r*.yml")), ids=lambda path: path.stem)
-def test_a_shipped_plan_is_good_and_axolotl_knows_its_keys(path: Path) -> None:
+def test_a_shipped_plan_is_good_and_axolotl_accepts_its_recipes(path: Path, axolotl_validates: Any) -> None:
     plan = sweep.load_plan(path)
     liger = ["axolotl.integrations.liger.LigerPlugin"]  # its keys stay in the recipe when a CPU leaves it out
     for variant in plan["variants"].values():
-        assert unknown_keys({"test_datasets": [], **sweep.settings(variant, plan, 1)}, liger) == []
+        config = sweep.settings(variant, plan, 1)
+        assert unknown_keys({"test_datasets": [], **config}, liger) == []
+        axolotl_validates(config)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
