@@ -171,11 +171,11 @@ def train(this: Run, plan: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(stage.output_dir, ignore_errors=True)  # of a killed run
         threads = ["--num_cpu_threads_per_process", str(plan["threads"])]
         arguments = command(stage, [*load_profile(plan["profile"], stage.name)[0], *threads], {}, [])
-        log = Path(f"logs/{this.name}.log")
-        with log.open("a", encoding="utf-8") as handle:
+        output = Path(f"logs/{this.name}.log")
+        with output.open("a", encoding="utf-8") as handle:
             if status := launch_and_wait(arguments, handle):
                 raise BadInput(
-                    f"{this.name} failed with status {status} (log: {log.absolute()}); run again to repeat it"
+                    f"{this.name} failed with status {status} (log: {output.absolute()}); run again to repeat it"
                 ) from None
         steps = check_steps(stage)
     moved = None

@@ -22,6 +22,7 @@ import argparse
 import bisect
 import html
 import itertools
+import os
 import re
 import sys
 import tempfile
@@ -298,7 +299,7 @@ def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
     Raises BadInput when the file is missing, empty or no UTF-8 text.
     """
     path = book if source is None else Path(source)
-    is_file = len(str(path)) < 255 and path.is_file()
+    is_file = os.path.isfile(path)  # false, too, of words that are too long for a name
     text, name = source or "", "words given"
     if is_file:
         try:

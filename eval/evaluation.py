@@ -198,11 +198,13 @@ def trained_again(weights: dict[str, str]) -> bool:
     return bool(changed(Path(), {path: sha for path, sha in weights.items() if Path(path).is_file()}))
 
 
-def previous(path: Path) -> dict[str, Any]:
-    """The report that is there, whose rows need not all be measured again; empty when none can be read."""
+def previous(path: Path, needed: bool) -> dict[str, Any]:
+    """The report that is there, whose rows need not all be measured again; empty when none can be read and none is needed."""
     try:
         return report.load(path) if path.is_file() else {}
     except BadInput as error:
+        if needed:
+            raise BadInput(f"{error}; --stages would lose its other rows, --fresh gives them up") from error
         print(f"not reused: {error}", file=sys.stderr)
         return {}
 
@@ -248,6 +250,8 @@ def main() -> None:
     entries = generation.load_prompts(args.prompts)
     asked = [entry for entry in entries if "question" in entry]
     prompts = [entry for entry in entries if "question" not in entry]
+    for folder in {row.model for row in chosen if asked and not row.form}:
+        questions.need_template(models.load_tokenizer(folder), folder)
     texts = [name for name in args.tasks if (scoring.TASKS / f"{name}.yaml").is_file()]
     benchmarks = scoring.load_benchmarks([name for name in args.tasks if name not in texts])
     tasks = scoring.load_tasks(texts)
@@ -256,6 +260,7 @@ def main() -> None:
     rows_trained_on = [row["text"] for row in rows_of(paths.get("novel_train"))]
     trained_on = metrics.CopyFinder(rows_trained_on) if rows_trained_on else None
     author = reference(paths.get("novel_heldout"), trained_on, args.max_new_tokens)
+    files = {name: hashed(Path(name)) for name in args.tasks if Path(name).is_file()}
     settings = {
         "tasks": list(args.tasks),
         "limit": args.limit,
@@ -267,6 +272,7 @@ def main() -> None:
         "samples": args.samples,
         "positions": args.positions,
         "decoding": generation.decoding(args.max_new_tokens),
+        **({"task_files": files} if files else {}),
     }
     where = environment(args.device, args.dtype)
     hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
@@ -278,7 +284,7 @@ def main() -> None:
     }
 
     lock(target)  # not writable: an error now, not after hours of scoring
-    before = previous(target)
+    before = previous(target, needed=bool(args.stages) and not args.fresh)
     there = {name: stage for name, stage in before.get("stages", {}).items() if stage}
     others = {name: stage for name, stage in there.items() if name not in inputs} if args.stages else {}
     if stale := [name for name, stage in others.items() if trained_again(stage["weights"])]:

@@ -170,7 +170,7 @@ def modelfile(gguf: str, chat: bool) -> str:
 def heldout(line: list[Stage]) -> tuple[Path, str]:
     """Held-out text of the stage, or of one before it when the whole book was trained on: the start of it."""
     for path in (path for stage in reversed(line) for path in stage.heldout):
-        rows = path.read_text(encoding="utf-8").splitlines()
+        rows = path.read_bytes().splitlines()
         if text := "\n\n".join(json.loads(row)["text"] for row in rows)[:PROOF_TEXT]:
             return path, text
     raise BadInput(f"no held-out text for {line[-1].name}: nothing to prove the export on")

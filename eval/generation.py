@@ -17,9 +17,9 @@ from prep.common import BadInput, read_yaml
 def load_prompts(path: Path) -> list[dict[str, str]]:
     """The prompts of a YAML file, as {name, text}. An entry gives its `text`, or `tail_of` a file and how many `words`.
 
-    One that gives a `question` stays as it is (eval/questions.py).
+    A question is {name, question}, and `answer` where there is one (eval/questions.py).
 
-    Raises BadInput when the file, or one it names, is missing or empty, or when an entry says neither.
+    Raises BadInput when the file, or one it names, is missing or empty, or when an entry says something else.
     """
     if not path.is_file():
         raise BadInput(f"no prompt file {path} (looked from {Path.cwd()})")
@@ -28,18 +28,23 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
         raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
     prompts = []
     for entry in entries:
-        name, text = entry.get("name"), entry.get("text", "")
-        if name and entry.get("question"):
-            prompts.append(entry)
-            continue
-        if "tail_of" in entry:
-            source = Path(entry["tail_of"])
+        given = dict(entry) if isinstance(entry, dict) else {}
+        if isinstance(given.get("words"), int) and "tail_of" in given:
+            source = Path(str(given["tail_of"]))
             if not source.is_file():
-                raise BadInput(f"prompt {name}: {source} is missing (looked from {Path.cwd()}); prepare it")
-            text = tail(source.read_text(encoding="utf-8"), entry["words"])
-        if not name or not text.strip():
-            raise BadInput(f"{path}: a prompt has a name and a text (or tail_of and words); this one lacks it: {entry}")
-        prompts.append({"name": name, "text": text})
+                raise BadInput(
+                    f"prompt {given.get('name')}: {source} is missing (looked from {Path.cwd()}); prepare it"
+                )
+            given["text"] = tail(source.read_text(encoding="utf-8"), given["words"])
+        wanted = ("name", "question", "answer") if "question" in given else ("name", "text")
+        prompt = {key: given[key] for key in wanted if key in given}
+        texts = [value for value in prompt.values() if isinstance(value, str) and value.strip()]
+        if not {"name", wanted[1]} <= set(prompt) or len(texts) < len(prompt):
+            raise BadInput(
+                f"{path}: a prompt has a name and a text, a question (and an answer), or tail_of and words, numbers in quotes; "
+                f"this one has not: {entry}"
+            )
+        prompts.append(prompt)
     return prompts
 
 

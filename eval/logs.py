@@ -7,6 +7,7 @@ A log is a list of points in the order of their steps. A point has `step`, `epoc
     points = logs.curve(log)
 """
 
+import contextlib
 import json
 import math
 import statistics
@@ -96,7 +97,8 @@ class Run:
                 if not text.endswith(b"\n"):
                     break  # it is being written
                 self.read += len(text)
-                self.add(json.loads(text))
+                with contextlib.suppress(ValueError):  # a line that a full disk cut short
+                    self.add(json.loads(text))
 
     def add(self, line: dict[str, Any]) -> None:
         """A line of the log. A resumed run repeats the steps after its checkpoint: what was logged for them is dropped."""

@@ -60,7 +60,7 @@ def full_weights(model: Path) -> list[Path]:
 
 def files_of(row: Candidate) -> list[Path]:
     """The files that decide what a row scores: its weights, its base's, the tokenizer and the settings."""
-    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    names = ("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
     files = [*row.weights, *full_weights(row.model)]
     files += [row.model / name for name in names if (row.model / name).is_file()]
     if row.adapter:

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import py3langid
@@ -34,17 +35,21 @@ def has(text: str, answer: str) -> bool:
     return bool(re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(plain(answer))}(?!\w|[.,]\d)", plain(text)))
 
 
+def need_template(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raises BadInput when the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise BadInput(f"{folder} has no chat template: questions are for an instruct model (prep/collect.py keeps it)")
+
+
 def ask(
     model: Any, tokenizer: Tokenizer, questions: Sequence[dict[str, str]], max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """The answers, judged: {question, text, tokens, ended, right, own_language, template}; null where it cannot be told.
 
-    All questions are one batch, filled up on the left. Raises BadInput when the tokenizer has no chat template.
+    All questions are one batch, filled up on the left.
     """
     if not questions:
         return []
-    if not tokenizer.chat_template:
-        raise BadInput("the model has no chat template: questions are for an instruct model (prep/collect.py keeps it)")
     turns = [[{"role": "user", "content": each["question"]}] for each in questions]
     bare, asked = (
         [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=more)) for turn in turns]

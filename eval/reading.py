@@ -296,8 +296,8 @@ def main() -> None:
     option("--words", type=positive, default=100, help="of a passage; the lines are half as long (default %(default)s)")
     args = models.parse(parser)
     target = args.out / f"{args.run}.json"
-    evidence = report.load(target)
     lock(target)
+    evidence = report.load(target)
     evidence["reading"] = draw(evidence, args)
     report.check(evidence, target)
     write_json(target, evidence)

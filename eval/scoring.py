@@ -153,6 +153,8 @@ def benchmark(
 
 def score(scorer: TokenScorer, tasks: dict[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
     """Run the tasks, on the first `limit` documents of each if given; one `summary` a task."""
+    if not tasks:  # lm-eval fails on none
+        return {}
     with contextlib.redirect_stderr(io.StringIO()):
         results = lm_eval.evaluate(scorer, tasks, limit=limit, bootstrap_iters=0, log_samples=True)
     return {

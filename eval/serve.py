@@ -133,7 +133,7 @@ def main() -> int:
         signal.signal(name, lambda *_: sys.exit(0))
     try:
         check_refused("127.0.0.1" if args.ip == "0.0.0.0" else args.ip, args.port, server)
-        host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0", "::1") else args.ip
+        host = "localhost" if args.ip in ("127.0.0.1", "0.0.0.0") else args.ip
         address = f"http://{host}:{args.port}/"
         print(f"workbench: {address}" + ("  (token: JUPYTER_TOKEN)" if given else f"?token={token}"), flush=True)
         return server.wait()

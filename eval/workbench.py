@@ -112,9 +112,10 @@ class Models:
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         sizes = (path.stat().st_size if row.form else elements(path) * dtype.itemsize for path in paths)
         needed = round(HEADROOM * sum(sizes))
-        if self.held and needed > self.free():
-            say(f"{size(needed)} for {name} are not free beside {', '.join(self.held)}: one model at a time.")
-            self.drop()
+        if needed > self.free():
+            if self.held:
+                say(f"{size(needed)} for {name} are not free beside {', '.join(self.held)}: one model at a time.")
+            self.drop()  # and what torch keeps of models that are gone
         if needed > self.free():
             raise BadInput(
                 f"{name} needs about {size(needed)} of memory, and {size(self.free())} are free: "
@@ -254,7 +255,12 @@ def report_page(path: Path) -> str:
     if path.name.endswith(READING):
         from eval import report
 
-        sandbox, text = "", report.reading_page(report.load(reading_report(path)))
+        made = report.load(reading_report(path))
+        if "reading" not in made:
+            raise BadInput(
+                f"{path} is of pairs that {reading_report(path)} has no more: draw them again (make reading)"
+            )
+        sandbox, text = "", report.reading_page(made)
     else:
         sandbox, text = "sandbox", path.read_text(encoding="utf-8")
     return f'<iframe {sandbox} class="report" srcdoc="{html.escape(text, quote=True)}"></iframe>'

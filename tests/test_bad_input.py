@@ -173,6 +173,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CONTINUE} --stage 9z", nothing, "9z"),
     (CONTINUE, gone("data/2c.txt"), "make prep-c"),
     (f"{CONTINUE} --from nowhere.txt", nothing, "nowhere.txt is missing"),
+    (f"{CONTINUE} --from '{'été' * 60}.txt", nothing, "is missing"),
     (f"{CONTINUE} --from empty.txt", write("empty.txt", " \n"), "empty.txt is empty"),
     (f"{CONTINUE} --from latin.txt", write("latin.txt", b"\xe9t\xe9"), "latin.txt is not UTF-8"),
     (f"{CONTINUE} --window 100 --chunk-tokens 90", nothing, "does not do"),

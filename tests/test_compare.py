@@ -1,5 +1,6 @@
 """Several runs in one page, out of the committed report with losses written by hand."""
 
+import copy
 import json
 import math
 import re
@@ -131,6 +132,15 @@ def write(folder: Path, reports: list[dict[str, Any]]) -> None:
     for each in reports:
         report.check(each, folder)
         (folder / f"{each['run']}.json").write_text(json.dumps(each))
+
+
+def test_a_text_that_only_the_third_run_has_is_a_dash(reports):
+    third = copy.deepcopy(reports[1]) | {"run": "third"}
+    for each in reports:
+        del each["tasks"]["english"]
+        for stage in filter(None, each["stages"].values()):
+            del stage["scores"]["english"]
+    assert cells_of(compare.paired([*reports, third]), "base: third - small")["english"] == "–"
 
 
 def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, capsys):

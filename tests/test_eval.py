@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,21 @@ def multiple_choice() -> str:
     }  # fmt: skip
     Path("choice.yaml").write_text(yaml.safe_dump(task))
     return "choice.yaml"
+
+
+def test_a_task_that_has_changed_is_measured_again(in_four_bits):
+    settings = ("--tasks", multiple_choice(), "--samples", "1")
+    base = evaluate(*settings, "--stages", "base", "2a")["stages"]["base"]
+    assert list(base["benchmarks"]) == ["choice, acc"] and base["scores"] == {}
+    task = Path("choice.yaml")
+    task.write_text(task.read_text().replace("metric: acc", "metric: acc_norm"))
+    with pytest.raises(BadInput, match="has other arguments, and 2a would be lost"):
+        evaluate(*settings, "--stages", "base")
+    again = evaluate(*settings)["stages"]
+    assert [list(again[name]["benchmarks"]) for name in ("base", "2a")] == [["choice, acc_norm"]] * 2
+    Path("eval/reports/tiny.json").write_text("{")
+    with pytest.raises(BadInput, match="--stages would lose its other rows"):
+        evaluate(*settings, "--stages", "base")
 
 
 def test_the_report_prices_quantising_and_merging(in_four_bits, capsys, monkeypatch):
@@ -683,6 +699,10 @@ def long_prompt(place: Path) -> None:
     (place / "prompts.yml").write_text("- {name: long, tail_of: data/2c.txt, words: 4000}\n")
 
 
+def prompts(text: str) -> Callable[[Path], Any]:
+    return lambda place: (place / "prompts.yml").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
@@ -691,6 +711,10 @@ def long_prompt(place: Path) -> None:
         (lambda p: (p / "data/2c.txt").unlink(), [], "data/2c.txt is missing"),
         (no_bos, [], "no BOS token"),
         (long_prompt, ["--prompts", "prompts.yml"], "more than the 2048"),
+        (prompts("- K. ouvrit la porte."), ["--prompts", "prompts.yml"], "this one has not: K. ouvrit la porte."),
+        (prompts("- {name: s, tail_of: data/2c.txt}"), ["--prompts", "prompts.yml"], "tail_of and words"),
+        (prompts("- {name: a, question: 'Combien ?', answer: 9}"), ["--prompts", "prompts.yml"], "numbers in quotes"),
+        (prompts("- {name: a, question: 'Combien ?'}"), ["--prompts", "prompts.yml"], "has no chat template"),
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
         (other_modules, ["--stages", "2b"], "2b does not fit outputs/2a: 1 of its tensors"),
         (lambda p: save_gpt2_like(p / "outputs/2b"), ["--stages", "2b"], "another vocabulary"),

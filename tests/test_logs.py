@@ -35,6 +35,11 @@ def test_a_run_is_read_while_it_grows(tmp_path: Path, log_step: Callable[..., No
             file.write(whole[start : start + 40])
         assert losses(other) in ([], [4.0], [4.0, 3.5])
     assert other.log == run.log
+    with (other.folder / LOG).open("ab") as file:
+        file.write(b'{"time": 1.0, "step')  # a full disk cut it; the resumed run appends
+    log_step(other.folder, 4, loss=3.0)
+    log_step(other.folder, 5, loss=2.5)
+    assert losses(other) == [4.0, 3.5, 2.5]
 
 
 def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path, log_step: Callable[..., None]) -> None:

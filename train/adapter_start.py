@@ -59,7 +59,7 @@ class StartAdapter(SeedAdapter):
             try:
                 print(correct(model, unquantised(cfg.base_model), rows, self.root), flush=True)
             except BadInput as error:
-                raise SystemExit(f"adapter start: {error}") from error
+                raise SystemExit(f"gate: {cfg.output_dir}: {error}") from error
 
 
 def calibration_rows(dataset: Any, seed: int, tokens: int) -> list[Tensor]:
