@@ -96,7 +96,7 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{source}: pickled weights hold more than tensors or are damaged; they were not run") from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
         raise BadInput(f"{source} does not load as a language model: {reason(error)}") from error
     model, found = loaded
     # Transformers fills what a checkpoint lacks with random numbers, and only warns.

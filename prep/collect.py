@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import hashlib
 import io
-import json
 import math
 import os
 import random
@@ -39,7 +38,20 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import disable_progress_bars
 
-from prep.common import BadInput, atomic_write, lock, need_room, progress, reason, sha256, source_files, versions
+from prep.common import (
+    BadInput,
+    atomic_write,
+    lock,
+    need_room,
+    positive,
+    progress,
+    read_json,
+    reason,
+    sha256,
+    source_files,
+    versions,
+    write_json,
+)
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
 from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns
 
@@ -64,12 +76,12 @@ def recorded(out: Path) -> tuple[Record | None, list[str]]:
     path = out / "source.json"
     if not path.is_file():
         return None, []
-    try:
-        record: Record = json.loads(path.read_text(encoding="utf-8"))
+
+    def pick(record: Record) -> tuple[Record, dict[str, int]]:
         described(record)
-        sizes = {file["name"]: file["bytes"] for file in record["files"] if not file.get("dropped")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged: remove {out} and collect it again") from error
+        return record, {file["name"]: file["bytes"] for file in record["files"] if not file.get("dropped")}
+
+    record, sizes = read_json(path, f"remove {out} and collect it again", pick)
     paths = {name: out / name for name in sizes}
     return record, [name for name, path in paths.items() if not path.is_file() or path.stat().st_size != sizes[name]]
 
@@ -94,9 +106,7 @@ def described(record: Record) -> str:
 
 def write_record(out: Path, record: Record) -> None:
     """source.json, the last file of a collection."""
-    record = record | {"versions": versions("huggingface_hub", "transformers", "torch")}
-    with atomic_write(out / "source.json") as handle:
-        handle.write(json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    write_json(out / "source.json", record | {"versions": versions("huggingface_hub", "transformers", "torch")})
 
 
 def staging(out: Path) -> Path:
@@ -311,11 +321,11 @@ def choose(names: list[str], count: int, seed: int) -> list[str]:
 def collect_gallica(args: argparse.Namespace) -> None:
     """data/raw/gallica: files appear there once all are whole and checked."""
     out, source, downloads = args.out, args.source, staging(args.out)
-    local = {p.name: p for p in sorted(source.glob("*")) if p.name.endswith(SUFFIXES)} if source else {}
+    local = {p.name: p for p in sorted(source.glob("*")) if p.name.lower().endswith(SUFFIXES)} if source else {}
     if source and not local:
         raise BadInput(f"{source} is not a folder with files of books ({' '.join(SUFFIXES)})")
     zenodo = args.repo == FICTION_REPO
-    count = args.files if args.files is not None else len(local) or (None if zenodo else LIBRARY_FILES)
+    count = args.files or len(local) or (LIBRARY_FILES if args.repo == LIBRARY_REPO else None)
     wanted: Record = {"repo": args.repo, "revision": args.revision}
     if source:
         wanted = {"source": str(source), "bytes": sum(path.stat().st_size for path in local.values())}
@@ -337,7 +347,7 @@ def collect_gallica(args: argparse.Namespace) -> None:
         ends = TABLES if zenodo else (".parquet",)
         remote = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(ends)}
     names = choose(list(local or remote), count or len(remote), args.seed)
-    foreign = sorted(p.name for p in out.glob("*") if p.name.endswith(SUFFIXES) and p.name not in names)
+    foreign = sorted(p.name for p in out.glob("*") if p.name.lower().endswith(SUFFIXES) and p.name not in names)
     if foreign:
         raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {len(names)} chosen: remove or move them")
     wanting = [name for name in names if name not in {file["name"] for file in held}]
@@ -427,7 +437,7 @@ def main() -> None:
     of = f"{' or '.join(DATASETS)}, or one with the second's columns (default: the first)"
     gallica.add_argument("--dataset", "--repo", dest="repo", help=of)
     gallica.add_argument("--source", type=Path, help="a local folder of books instead (linked, or copied)")
-    gallica.add_argument("--files", type=int, help="how many (default: all; 80 of French-PD-Books)")
+    gallica.add_argument("--files", type=positive, help="how many (default: all; 80 of French-PD-Books)")
     gallica.add_argument("--seed", type=int, default=1, help="chooses which (default %(default)s)")
     gallica.set_defaults(collect=collect_gallica, out=Path("data/raw/gallica"), pinned=DATASETS)
 

@@ -47,9 +47,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    for left in path.parent.glob(
-        f".{glob.escape(path.name)}.*.part"
-    ):  # a killed run's, up to gigabytes that nobody sees
+    # A killed run's, up to gigabytes that nobody sees.
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         with contextlib.suppress(OSError), left.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left.unlink()
@@ -108,11 +107,13 @@ def lock(target: Path) -> None:
     handle = target.with_name(f".{target.name}.lock").open("a+")
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by the processes it forks
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         handle.seek(0)
         number = handle.read()  # empty where it has just begun
         writer = f"process {number}" if number else "another process"
         raise BadInput(f"{writer} is writing {target}: wait for it, or stop it") from error
+    except OSError:  # the file system has no locks
+        pass
     handle.truncate(0)
     handle.write(str(os.getpid()))
     handle.flush()
@@ -148,8 +149,7 @@ def seal(folder: Path, *patterns: str) -> None:
     """Record files of a folder (default: all) and their sha256 in it, last of all: what writes them writes in place."""
     found = {path for pattern in patterns or ["**/*"] for path in folder.glob(pattern)}
     files = [path for path in sorted(found) if path.is_file() and path.name != SEAL]
-    with atomic_write(folder / SEAL) as handle:
-        json.dump({str(path.relative_to(folder)): sha256(path) for path in files}, handle, indent=1)
+    write_json(folder / SEAL, {str(path.relative_to(folder)): sha256(path) for path in files})
 
 
 def is_whole(folder: Path) -> bool:

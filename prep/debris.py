@@ -23,9 +23,8 @@ _BLOTS = re.compile(  # beside words; a lone figure after a sentence is a blot o
 _BLOT, _DIGIT = frozenset("|_~^<>=+#\\{}°•"), re.compile(r"\d")
 _HEAD, _TAIL = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}$"), re.compile(r"[a-zà-ÿœ]{2,}")
 _NUMERAL = re.compile(r"\W*(?=[IVXLC])(?:XC|XL|L?X{0,3})(?:IX|IV|V?I{0,3})\W*")
-_MARKS = re.compile(
-    r"[—–-]?[ .?!…]*(?:[.?!…]{2}|(?<=[—–-] )[?!])[ .?!…]*|(?:\* ?){3}"
-)  # "— ?...", and between sections
+# "— ?...", and between sections
+_MARKS = re.compile(r"[—–-]?[ .?!…]*(?:[.?!…]{2}|(?<=[—–-] )[?!])[ .?!…]*|(?:\* ?){3}")
 _YEAR = re.compile(r"\W{0,2}1[5-9]\d\d\W{0,2}")
 # May be a word of no lexicon: a name, dialect.
 _LIKELY = re.compile(r"(?=.*[aeiouyà-ÿœ])(?!.*[b-df-hj-np-tv-xz]{4})[A-ZÀ-Ý]?[a-zà-ÿœ]{3,}")

@@ -22,9 +22,8 @@ _BYTES = {bytes([n]).decode("cp1252", "ignore") or chr(n): n for n in range(128,
     chr(n): n for n in range(128, 160)
 }
 _TRAIL = "".join(re.escape(c) for c, n in _BYTES.items() if n < 0xC0)
-_TWICE = re.compile(
-    f"[ÂÃÅ][{_TRAIL}]|â[€‚„\u0080\u0082\u0084][{_TRAIL}]|Ã(?= )"
-)  # Ã©, â€™; "Ã " has lost its no-break space
+# Ã©, â€™; "Ã " has lost its no-break space
+_TWICE = re.compile(f"[ÂÃÅ][{_TRAIL}]|â[€‚„\u0080\u0082\u0084][{_TRAIL}]|Ã(?= )")
 _C1 = re.compile("[\u0080-\u009f]")
 _CODES = re.compile(  # é in a mail, a URL, UTF-7, TeX, HTML without its ";"
     r"=[0-9A-F]{2}|%[0-9A-F]{2}|\+A[\w+/]{2,}-|\\['`^\"c]\{?[A-Za-z]|&[a-zA-Z](?:acute|grave|circ|uml|cedil)(?!;)"

@@ -169,7 +169,7 @@ def kind_of(data: bytes, name: str) -> str:
 def _zip_kind(data: bytes, name: str) -> str:
     with _opened(data, name) as archive:
         names = archive.namelist()
-        mimetype = archive.read("mimetype") if "mimetype" in names else b""
+        mimetype = _member(archive, "mimetype", name) if "mimetype" in names else b""
     if "META-INF/container.xml" in names or mimetype.startswith(b"application/epub"):
         return "epub"
     if "word/document.xml" in names:
@@ -221,7 +221,7 @@ _BLOCKS = _words(
     " h6 header hr li main ol p pre section table tr ul"
 )
 _SIGNS = dict.fromkeys(("br", "cr", "line-break"), "\v") | dict.fromkeys(("td", "th", "tab", "img"), " ")
-_SIGNS["noBreakHyphen"] = "-"
+_SIGNS |= {"noBreakHyphen": "-"}
 _SPACES = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}s"
 _UNSEEN = _words(
     "head title script style nav button select noscript template svg figcaption rt rp del moveFrom Fallback"  # HTML, DOCX
@@ -368,9 +368,10 @@ def _read_rtf(data: bytes, name: str) -> BookText:
 def _read_html(data: bytes, name: str) -> BookText:
     declared = re.search(rb"(?:charset|encoding) *= *[\"']? *([\w-]+)", data[:4096])
     encoding = declared[1].decode().lower() if declared else ""
+    encoding = "" if encoding.startswith(("utf-16", "utf-32")) else encoding  # it was found in single bytes
     try:
         text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
-    except (UnicodeDecodeError, LookupError):
+    except (UnicodeError, LookupError):
         text = decode(data, name)
     text = re.sub(r"^\s*<\?xml[^>]*>", "", text) + "<p></p>"  # never empty
     root = lxml.html.document_fromstring(text, parser=lxml.html.HTMLParser(huge_tree=True))
@@ -429,7 +430,7 @@ def _read_epub(data: bytes, name: str) -> BookText:
         package, folder = _xml(archive, path, name), posixpath.dirname(path)
         items = {item.get("id"): item for item in package.iter("{*}item")}
         aside = {
-            posixpath.normpath(reference.get("href", "").split("#")[0])
+            posixpath.normpath(unquote(reference.get("href", "").split("#")[0]))
             for reference in package.iter("{*}reference")
             if reference.get("type") in _ASIDE
         }
@@ -438,7 +439,7 @@ def _read_epub(data: bytes, name: str) -> BookText:
             item = items.get(entry.get("idref"))
             if item is None or not re.search("xml|html", item.get("media-type", "")):
                 continue
-            href = unquote(item.get("href", ""))
+            href = posixpath.normpath(unquote(item.get("href", "")))
             if href in aside or "nav" in item.get("properties", "").split() or entry.get("linear") == "no":
                 left_out += 1
             else:
@@ -483,6 +484,6 @@ def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
 
 def _parsed(data: bytes, name: str) -> Any:
     parser = etree.XMLParser(recover=True, resolve_entities=False, no_network=True, huge_tree=True)
-    if (root := etree.fromstring(data, parser)) is None:
+    if (root := etree.fromstring(data or b" ", parser)) is None:  # of no bytes at all lxml raises its own
         raise BadInput(f"{name} is damaged: it is no XML; fetch it again")
     return root

@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from jinja2 import TemplateError
 
 from prep.common import BadInput, positive, progress, reason, source_files
 from prep.dedup import COPY, held_out
@@ -49,6 +50,7 @@ def load(source: str, subset: str | None, revision: str | None) -> Any:
     """A local JSON, JSONL or parquet file, or a data set of the hub, read from the disk as it is needed. Raises BadInput."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     kind = "parquet" if source.endswith(".parquet") else "json"
     try:
         if Path(source).is_file():
@@ -76,7 +78,7 @@ class Preparation:
 
     def row(self, record: dict[str, Any], number: int, part: str) -> Row | str:
         """The row of a record, or why there is none."""
-        made = self.conversation(record) if "conversations" in record else self.article(record)
+        made = self.conversation(record) if record.get("conversations") is not None else self.article(record)
         if isinstance(made, str):
             return made
         title, text, tokens, turns = made
@@ -88,6 +90,8 @@ class Preparation:
         title, text = (str(record.get(key) or "").strip() for key in ("title", "text"))
         if not text:
             return "empty article"
+        if any(token in title + text for token in self.tokenizer.all_special_tokens):
+            return SPECIAL
         filled = self.template.replace("{title}", title).replace("{text}", text)
         tokens = len(self.tokenizer(filled).input_ids) + 1  # EOS
         if tokens > LONGEST * self.sequence_len:
@@ -111,11 +115,23 @@ class Preparation:
             return "refusal"
         if any(token in turn["value"] for turn in turns for token in self.tokenizer.all_special_tokens):
             return SPECIAL
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        except TemplateError:  # which some raise for a system turn
+            return "refused by the chat template"
         tokens = len(self.tokenizer(text, add_special_tokens=False).input_ids)
         if tokens > self.sequence_len:
             return "longer than the window"
         return said[0]["content"][:80], text.removeprefix(self.tokenizer.bos_token or ""), tokens, turns
+
+
+def pattern(text: str) -> str:
+    """An argparse type: a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
 
 
 def turns_of(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
@@ -139,7 +155,14 @@ def main() -> None:
     option("--tokenizer", type=Path, required=True, help="folder of the base model")
     option("--sequence-len", type=positive, default=2048, help="tokens a window (the recipe's sequence_len)")
     option("--template", default="{title}\\n\\n{text}", help="what an article's row is, in its language")
-    option("--refusal", action="append", default=[], metavar="REGEX", help="how answers begin that are left out")
+    option(
+        "--refusal",
+        action="append",
+        default=[],
+        type=pattern,
+        metavar="REGEX",
+        help="how answers begin that are left out",
+    )
     option("--holdout", type=holdout_share, default=0.1, help="share held out, by title or first question; 0: none")
     option("--seed", type=int, default=42, help="of the shuffle")
     option("--out", type=jsonl_path, required=True, help="the rows, such as data/3a.jsonl")
@@ -160,7 +183,7 @@ def main() -> None:
         for i in progress(sorted(range(len(data)), key=lambda i: keys[i] not in held)):
             row = preparation.row(data[i], i + 1, "heldout" if keys[i] in held else "train")
             if isinstance(row, Row):
-                # Without the template, whose words are in every row.
+                # Without the chat template, whose words are in every conversation.
                 hashes = bucket_hashes(" ".join(turn["value"] for turn in row.conversations) or row.text)
                 if seen.isdisjoint(hashes):
                     seen |= hashes

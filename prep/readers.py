@@ -18,7 +18,6 @@ import csv
 import gzip
 import io
 import itertools
-import json
 import re
 import sys
 import tarfile
@@ -28,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
@@ -42,7 +42,7 @@ FICTION_REPO, LIBRARY_REPO = "biglam/gallica_literary_fictions", "PleIAs/French-
 LIBRARY_TOKENS = 15e6
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
 SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", *BOOK_SUFFIXES)
-_DAMAGED = (pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, EOFError)
+_DAMAGED = (pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
 
 
 def source_paths(folder: Path) -> list[Path]:
@@ -51,13 +51,15 @@ def source_paths(folder: Path) -> list[Path]:
     Raises BadInput where there is none, or one that is no source.
     """
     there = {path.name for path in folder.glob("*") if path.is_file()}
-    files = [folder / name for name in sorted(there | collected(folder)["files"].keys()) if name.endswith(SUFFIXES)]
+    files = [
+        folder / name for name in sorted(there | collected(folder)["files"].keys()) if name.lower().endswith(SUFFIXES)
+    ]
     if not files:
         raise BadInput(f"no file of books in {folder} ({' '.join(SUFFIXES)}): python prep/collect.py gallica gets some")
     for path in files:
-        if path.suffix == ".parquet" and path.name in there:
+        if path.suffix.lower() == ".parquet" and path.name in there:
             check_columns(path)
-    others = [n for n in sorted(there) if not n.endswith(SUFFIXES) and n[0] != "." and n != "source.json"]
+    others = [n for n in sorted(there) if not n.lower().endswith(SUFFIXES) and n[0] != "." and n != "source.json"]
     if others:
         print(f"{folder}: not read, since they are not books: {', '.join(others)}", file=sys.stderr)
     return files
@@ -65,7 +67,7 @@ def source_paths(folder: Path) -> list[Path]:
 
 def read_books(path: Path) -> Iterator[Document]:
     """Every book of a file, in order; `metadata` has title, author and date. Raises BadInput where the file is damaged."""
-    name = path.name
+    name = path.name.lower()
     try:
         if name.endswith(".parquet"):
             yield from _from_parquet(path)
@@ -75,7 +77,7 @@ def read_books(path: Path) -> Iterator[Document]:
             yield from _from_formats(path)
         else:
             for table in _page_tables(path):
-                yield from _from_pages(table, name)
+                yield from _from_pages(table, path.name)
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     except UnicodeDecodeError as error:
@@ -135,7 +137,7 @@ def _opened(path: Path) -> pq.ParquetFile:
     try:
         # A buffer, and no reading ahead: otherwise a file's whole column of texts, a gigabyte, is held in memory.
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGED as error:
         raise _damaged(path, error) from error
 
 
@@ -152,13 +154,10 @@ def check_columns(path: Path) -> None:
 def _from_parquet(path: Path) -> Iterator[Document]:
     file = _opened(path)
     columns = [c for c in ("file_id", "title", "author", "date", "complete_text") if c in file.schema_arrow.names]
-    try:
-        for batch in file.iter_batches(BOOKS_A_BATCH, columns=columns):
-            for index in range(batch.num_rows):
-                row = {name: _value(batch.column(i)[index]) for i, name in enumerate(columns)}
-                yield _book(row.pop("file_id"), row.pop("complete_text"), **row)
-    except OSError as error:
-        raise _damaged(path, error) from error
+    for batch in file.iter_batches(BOOKS_A_BATCH, columns=columns):
+        for index in range(batch.num_rows):
+            row = {name: _value(batch.column(i)[index]) for i, name in enumerate(columns)}
+            yield _book(row.pop("file_id"), row.pop("complete_text"), **row)
 
 
 def _value(scalar: pa.Scalar) -> Any:
@@ -169,11 +168,11 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def _from_jsonl(path: Path) -> Iterator[Document]:
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = dict(json.loads(line))
+                row = dict(orjson.loads(line))  # refuses half a pair of surrogates
             except (ValueError, TypeError) as error:
                 raise BadInput(f"{path}, line {number} is not a JSON object: mend or collect it again") from error
             source, text = row.get("id", row.get("file_id")), row.get("text", row.get("complete_text"))
@@ -182,12 +181,12 @@ def _from_jsonl(path: Path) -> Iterator[Document]:
 
 def _has_tables(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
-        return not archive.namelist() or any(name.endswith(".tsv") for name in archive.namelist())
+        return any(name.endswith(".tsv") for name in archive.namelist())
 
 
 def _from_formats(path: Path) -> Iterator[Document]:
     """A file that is one book, or a zip of them."""
-    if path.suffix == ".zip":
+    if path.suffix.lower() == ".zip":
         books = read_members(path.read_bytes(), str(path))
     else:
         books = iter([(path.name, attempt(lambda: read_book(path)))])
@@ -200,17 +199,17 @@ def _from_formats(path: Path) -> Iterator[Document]:
 
 def _page_tables(path: Path) -> Iterator[IO[bytes]]:
     """The TSV tables of an archive, or the one that a file is."""
-    if path.name.endswith(".zip"):
+    if path.name.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             for member in sorted(n for n in archive.namelist() if n.endswith(".tsv")):
                 yield archive.open(member)
-    elif path.name.endswith((".tar", ".tar.gz", ".tgz")):
+    elif path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
         with tarfile.open(path) as tar:
             for entry in tar:
                 if entry.isfile() and entry.name.endswith(".tsv") and (raw := tar.extractfile(entry)):
                     yield raw
     else:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as table:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as table:
             yield table  # type: ignore[misc]
 
 
@@ -240,9 +239,8 @@ def _from_pages(table: IO[bytes], name: str) -> Iterator[Document]:
         cells = ({column: _plain(row[column]) for column in rows.fieldnames} for row in rows)
         for source, group in itertools.groupby(cells, key=lambda row: _PAGE_ID.sub("", row["main_id"])):
             read = list(group)
-            number = [
-                int(page.get("page", "")) if page.get("page", "").isdecimal() else i for i, page in enumerate(read)
-            ]
+            given = [page.get("page", "") for page in read]
+            number = list(map(int, given)) if all(map(str.isdecimal, given)) else list(range(len(read)))
             pages = {n: page["texte"] for n, page in sorted(zip(number, read, strict=True), key=lambda pair: pair[0])}
             author = ", ".join(filter(None, (read[0].get(c) for c in ("nom_auteur", "prenom_auteur"))))
             # A word cut at a line's end has "- " in its middle: the cleaning joins it where it sees the line's end.

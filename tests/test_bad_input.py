@@ -97,6 +97,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py base --source nowhere", nothing, "nowhere"),
     ("prep/collect.py base --out new --source given", write("given/model.safetensors", "x"), "given"),
     ("prep/collect.py base --out new --source given.gguf", write("given.gguf", "GGUF but not one"), "given.gguf"),
+    ("prep/collect.py gallica --files 0", nothing, "at least 1"),
     ("prep/collect.py gallica --source nowhere", nothing, "nowhere"),
     ("prep/collect.py gallica --source given", lambda: Path("given").mkdir(), "given"),
     ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
@@ -109,6 +110,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{GALLICA} given", lambda: Path("given").mkdir(), "given"),
     (f"{GALLICA} given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     (f"{GALLICA} given", write("given/a.jsonl", '{"text": "Il neig'), "a.jsonl"),
+    (f"{GALLICA} given", write("given/a.jsonl", '{"id": "a", "text": "\\ud83d"}\n'), "a.jsonl, line 1 is not"),
     (f"{GALLICA} given --tokenizer nowhere", write("given/a.txt", "Il neigeait."), "nowhere"),
     (f"{GALLICA} given --windows 0", nothing, "at least 1"),
     (f"{GALLICA} given --windows many", nothing, "not a whole number"),
@@ -135,6 +137,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} data/2c.txt --tokenizer nowhere", nothing, "no tokenizer.json"),
     (f"{CASTLE} data/2c.txt", write("models/base/tokenizer.json", "{"), "models/base"),
     (INSTRUCTIONS, write("given.jsonl", '{"conversations": []}\n'), "models/base has no chat template"),
+    (f"{INSTRUCTIONS} --refusal '('", nothing, "no regular expression"),
     (INSTRUCTIONS, write("given.jsonl", '{"title": "Le sel", "te'), "given.jsonl is no readable file"),
     (INSTRUCTIONS, write("given.jsonl", '{"title": "", "text": ""}\n'), "1 empty article"),
     # evaluating

@@ -210,6 +210,20 @@ def test_page_tables_become_books(name, tmp_path):
         list(read_books(packed(tmp_path / f"other{name[1:]}", b"a\tb\n1\t2\n")))
 
 
+def test_pages_that_are_not_all_numbered_keep_their_order(tmp_path):
+    """Roman numerals, or none: a place in the table and a number would be the same."""
+    rows = [f"b1_p{n}\t\t\t\t\t\t\t\t\t{page}\tpage {n}\n" for n, page in enumerate(["NA", "iv", "1", "2"])]
+    (tmp_path / "a.tsv").write_text(TABLE.split("\n")[0] + "\n" + "".join(rows))
+    [book] = read_books(tmp_path / "a.tsv")
+    assert book.text == "page 0\fpage 1\fpage 2\fpage 3" and not book.metadata["odd"]
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path):
+    (tmp_path / "ROMAN.TXT").write_text("Il neigeait. " * 30)
+    packed(tmp_path / "a.tsv.gz", TABLE.encode()).rename(tmp_path / "A.TSV.GZ")
+    assert [book.id for path in source_paths(tmp_path) for book in read_books(path)] == ["b1", "b2", "ROMAN"]
+
+
 @pytest.mark.parametrize("name", ["a.tsv.gz", "a.zip", "a.tar.gz", "b.jsonl.gz"])
 def test_a_truncated_archive_is_one_clear_error(name, tmp_path):
     draw = random.Random(1)

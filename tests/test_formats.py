@@ -46,8 +46,10 @@ def epub(chapters: dict[str, str], spine: list[str], **more: str | bytes) -> byt
     """An EPUB whose spine is in another order than its manifest."""
     items = "".join(f'<item id="{n}" href="{n}%20x.xhtml" media-type="application/xhtml+xml"/>' for n in chapters)
     order = "".join(f'<itemref idref="{n}"/>' for n in spine)
+    guide = "".join(f'<reference type="cover" href="./{n}%20x.xhtml"/>' for n in chapters if n == "cover")
     package = (
-        f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{order}</spine></package>'
+        f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{order}</spine>'
+        f"<guide>{guide}</guide></package>"
     )
     container = (
         '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
@@ -169,12 +171,13 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
         '<p id="n1">1. La note <a href="a.xhtml#r1">↩</a></p><ol><li id="n2">La deuxième.</li></ol>'
         '<aside epub:type="footnote" id="x">Une autre.</aside><p>2. Ce qui n’est pas une note.</p>'
     )
-    book = read_bytes(epub({"a": chapter, "c": notes}, ["a", "c"]), "livre")
+    chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>"}
+    book = read_bytes(epub(chapters, ["cover", "a", "c"]), "livre")
     assert book.paragraphs == [
         *("I", "La maison", "Il séjourna là, R&D, 3e étage, le 4.", "Un bloc nu.", "Un autre.", "Sa queue."),
         "2. Ce qui n’est pas une note.",
     ]
-    assert book.counts == {"note_calls": 3, "notes": 3, "edition_parts": 2}
+    assert book.counts == {"note_calls": 3, "notes": 3, "edition_parts": 3}
 
 
 def test_project_gutenbergs_header_and_licence_in_an_epub_stay_out():
@@ -229,6 +232,8 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (epub({"a": tagged(LONG)}, ["a"], **DRM), "copy protection"),
         (epub({"a": "<img src='1.jpg'/>"}, ["a"]), "no text"),
         (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
+        (odt(LONG).replace(b"vnd.oasis", b"vnd.oasiS", 1), "mimetype cannot be read"),
+        (epub({}, ["a"], **{"OEBPS/content.opf": ""}), "content.opf is damaged: it is no XML"),
         (packed({"a.png": b"\x89PNG\r\n\x1a\n"}), "a zip without a book (a.png is a picture"),
         (packed({"a.txt": "Un roman.", "b.html": f"<html>{tagged(LONG)}</html>"}), "several books (a.txt, b.html)"),
         (packed({"[Content_Types].xml": "<T/>", "xl/workbook.xml": "<w/>"}), "an Excel workbook"),
@@ -243,6 +248,9 @@ def test_what_is_no_book_is_named(data, words):
 
 def test_texts_that_begin_like_something_else_are_books():
     assert read_bytes(epub({"a": tagged(LONG)}, ["a"], **FONTS), "livre").paragraphs == LONG
+    for charset in ("undefined", "utf-16"):  # no codec, and not what the tag itself is in
+        page = f"<html><head><meta charset={charset}></head><body>{tagged(LONG * 3)}</body></html>"
+        assert read_bytes(page.encode(), "livre").paragraphs == LONG * 3
     for text in (
         "[Illustration]\nLe passeur vint.",
         "<< Oui >>, dit-il.",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -14,6 +15,8 @@ from tiny_curriculum import save_chat_base
 from transformers import AutoTokenizer
 
 from eval.questions import has, language
+from prep.instructions import Preparation
+from prep.rows import Row
 from train.stage import as_arguments, load_profile
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +55,7 @@ def rows(path: Path) -> list[dict]:
 
 def test_what_is_not_trained_on_is_counted(place: Path) -> None:
     good = said("Quelle est la couleur du ciel ?", "Bleu, quand il n'y a pas de nuages au-dessus de la ville.")
-    bad: list[dict[str, list]] = [
+    bad: list[dict[str, Any]] = [
         said("Et la mer ?", "  "),
         said("Et la nuit ?", "Désolé, je ne peux pas répondre à cette question."),
         said("Et le mur ?", "</s>"),
@@ -61,15 +64,27 @@ def test_what_is_not_trained_on_is_counted(place: Path) -> None:
         {"conversations": good["conversations"][::-1]},
         {"conversations": [{"from": "bard", "value": "Oyez !"}, *good["conversations"]]},
         said("Dis-moi : quelle est la couleur du ciel ?", good["conversations"][1]["value"]),
+        {"title": "Une balise", "text": "La fin d'un texte s'écrit </s> dans ce modèle."},
     ]
     printed = prepare(place, write(place / "bad.jsonl", [good, *bad]), "bad/rows.jsonl", "--holdout", "0")
     assert rows(place / "bad/rows.jsonl")[0]["conversations"] == good["conversations"]
     manifest = json.loads((place / "bad/rows.manifest.json").read_text())
     assert manifest["train"]["rows"] == 1 and manifest["documents"]["rejected"] == {
-        "empty turn": 1, "refusal": 1, "special token in text": 1, "longer than the window": 1, "fewer than two turns": 1,
+        "empty turn": 1, "refusal": 1, "special token in text": 2, "longer than the window": 1, "fewer than two turns": 1,
         "turns out of order": 1, "role that is neither human, gpt nor system": 1, "near-duplicate": 1,
     }  # fmt: skip
     assert "1 refusal" in printed
+
+
+def test_what_the_chat_template_refuses_is_counted(place: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(place / "models/instruct")
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    tokenizer.chat_template = strict + tokenizer.chat_template
+    good = said("Quelle est la couleur du ciel ?", "Bleu, quand il n'y a pas de nuages.")
+    ordered = {"conversations": [{"from": "system", "value": "Sois bref."}, *good["conversations"]]}
+    preparation = Preparation(tokenizer, 2048, "{text}", [])
+    assert preparation.row(ordered, 1, "train") == "refused by the chat template"
+    assert isinstance(preparation.row(good, 1, "train"), Row)
 
 
 def test_held_out_by_title_and_by_first_question(place: Path) -> None:

@@ -260,17 +260,17 @@ def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None
     bits = {name: scored["scores"]["novel_heldout"]["bits_per_byte"] for name, scored in report["stages"].items()}
     assert abs(bits["2d (merged)"] - bits["2d"]) < 0.001
 
-    command = [ROOT / "eval/export.py", "2c", "--recipes", RECIPES, "--report", "reports/smoke.json"]
+    command = [ROOT / "eval/export.py", "2d", "--recipes", RECIPES, "--report", "reports/smoke.json"]
     said = python(*command, cwd=workdir)
-    assert "outputs/export/2c: 2c in model, F16, Q8_0, Q4_K_M" in said
-    folder = workdir / "outputs/export/2c"
+    assert "outputs/export/2d: 2d in model, F16, Q8_0, Q4_K_M" in said
+    folder = workdir / "outputs/export/2d"
     merged = AutoModelForCausalLM.from_pretrained(folder)
     assert merged.dtype == torch.float16 and not hasattr(merged.config, "quantization_config")
     page = ModelCard.load(folder / "README.md")
     assert {result.dataset_name for result in page.data.eval_results} >= {"gallica_heldout", "novel_heldout"}
-    assert "Nobody has stated the rights" in page.text and "| 2c-Q4_K_M" not in page.text and "| Q4_K_M" in page.text
+    assert "Nobody has stated the rights" in page.text and "| 2d-Q4_K_M" not in page.text and "| Q4_K_M" in page.text
     again = python(*command, cwd=workdir)
     assert again.count("unchanged") == 8  # adapter, model, three GGUF files, Modelfile, proof, card
 
-    options = ["--recipes", RECIPES, "--stage", folder / "2c-Q4_K_M.gguf", "--words", "20"]
+    options = ["--recipes", RECIPES, "--stage", folder / "2d-Q4_K_M.gguf", "--words", "20"]
     assert "words in" in python(ROOT / "eval/continuation.py", *options, cwd=workdir)
