@@ -17,7 +17,7 @@ RUNS ?=#              names of reports, for `make compare`
 WORDS ?= 800#         how many, for `make continue`
 PORT ?= 8000#         of `make notebook`
 TORCH ?= auto#        cpu, cuda, or by whether there is an NVIDIA card
-ARGS ?=#              more options for the command; words split and quoted as in a shell
+ARGS ?=#              more options for the command (not base, book, prep-c, check, merge, compare); words split and quoted as in a shell
 # CORPUS_DIR=folder with gallica/, tokenizer/ and book/, for some of the bench targets and tests
 
 # Settings reach the shell as environment variables that recipes quote, never as text of a command: a file name with

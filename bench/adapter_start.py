@@ -23,7 +23,7 @@ from bench.sweep_plugin import Diagonal, Start, Unweighted
 from eval import intervals, models, scoring
 from eval.tables import changed, markdown, number
 from eval.tasks.texts import read_rows
-from prep.common import commit, cpu_name, git_state, progress, sha256, versions, write_text
+from prep.common import BadInput, commit, cpu_name, git_state, progress, sha256, versions, write_text
 from train.adapter_start import calibration_rows, correct, unquantised
 
 REPORT = Path(__file__).with_name("reports") / "adapter_start.json"
@@ -104,8 +104,9 @@ def main() -> None:
     args = parser.parse_args()
     model = sha256(args.model / "model.safetensors")
     report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
-    if report.get("model") != model:
-        report = {"model": model, "variants": {}}
+    if report.setdefault("model", model) != model:
+        raise BadInput(f"{REPORT} is of another model ({report['path']}): move it away")
+    report.setdefault("variants", {})
     packages = versions("torch", "transformers", "peft", "bitsandbytes")
     report |= {"path": str(args.model), "cpu": cpu_name(), "git": git_state(), "versions": packages}
     for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):

@@ -10,17 +10,16 @@ from prep.command import run
 
 import argparse
 import json
-import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.sweep import apart
 from eval import models, scoring
 from eval.tables import markdown
 from prep.common import ROOT, BadInput, digest, write_json, write_text
@@ -95,10 +94,9 @@ On all documents ({where["cpu"]}, {where["threads"]} threads, float32, quantised
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the recipes")
-    rows = models.present(models.candidates(load_chain(parser.parse_args().recipes)), None)
+    rows = models.present(models.candidates(load_chain(parser.parse_args().recipes, "2")), None)
     started = time.time()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        stages = process.submit(ours, rows).result()
+    stages = apart(ours, rows)
     seconds = time.time() - started
     with tempfile.TemporaryDirectory() as folder:
         lm_eval = {row.name: theirs(row, Path(folder)) for row in rows}

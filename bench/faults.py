@@ -298,6 +298,8 @@ def main() -> None:
         return
     if not chosen:
         raise BadInput(f"no case holds {args.only!r}: --list names them")
+    if os.geteuid() != 0:
+        raise BadInput("only root can mount the small disks that are filled here")
     work.mkdir(parents=True, exist_ok=True)
     report |= {"cpu": cpu_name(), "versions": versions("torch", "transformers", "axolotl", "datatrove")}
     states = undisturbed(work, max(list(COMMANDS).index(name) for name, *_ in chosen.values()))

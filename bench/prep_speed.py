@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -74,7 +73,7 @@ def write_corpus(source: Path, folder: Path, count: int, files: int = FILES) -> 
     novels = [book for book in books if not re.search("kocr|kdup", book.id) and " the " not in book.text[:20_000]]
     if not novels:
         raise BadInput(f"no novel of 100,000 characters in {source}")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)  # killed, it left tables of the same names
     with ProcessPoolExecutor(WORKERS) as pool:
         made = [*progress(pool.map(partial(write_table, novels, folder, count, files), range(files)), total=files)]
     return sum(size for size, _ in made), sum(words for _, words in made)
@@ -126,7 +125,7 @@ def ours(source: Path, tokenizer: Path, folder: Path, size: int) -> dict[str, An
     words += ["--split", "1/1", "--holdout", 0.02, "--workers", WORKERS, "--out", folder / "2a.jsonl"]
     began = time.monotonic()
     command = [sys.executable, str(ROOT / "prep/gallica.py"), *map(str, words)]
-    process = psutil.Popen(command, stderr=subprocess.DEVNULL)
+    process = psutil.Popen(command)
     worker = total = 0
     cpu: dict[int, float] = {}  # seconds of each process, as last seen
     while process.poll() is None:
@@ -261,6 +260,8 @@ def main() -> None:
     if args.library:
         write_corpus(args.source, args.library, args.books[-1], 40)
         return
+    if len(args.books) < 2:
+        raise BadInput("--books needs two sizes: what a further megabyte costs is their difference")
     report = measured(args)
     write_json(args.out, report)
     write_text(args.out.with_suffix(".md"), page(report))

@@ -169,12 +169,18 @@ def main() -> None:
         "texts": texts,
     }
     report = read_json(out, "move it away to start again") if out.exists() else {"facts": facts, "rows": {}}
+    if report["facts"] != facts:
+        raise BadInput(
+            f"{out} is of another machine, other versions or texts: move it away, or name another with --out"
+        )
     (work / "logs").mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
         save_base(args.tokenizer, work / "base")
     every = commands(args.profile, args.library and args.library.absolute())
     chosen = [name for name in every if any(word in name for word in args.only)]
     left = {name: every[name] for name in chosen if name not in report["rows"]}
+    if not left:
+        print(f"{out} has all of these: move it away to measure them again")
     for name in progress(left, unit="command"):
         first = work / "outputs" / left[name][1] / "checkpoint-1/complete.json"
         enough = first.exists if name.endswith("checkpoint") else lambda: False

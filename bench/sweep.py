@@ -53,7 +53,6 @@ VERSION = 1  # of the results: raise it when the same settings and data give oth
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train")  # of a plan without `texts`
 MERGED = "outputs/merged"  # what a variant names as its base to get the parent's adapter merged
 NEEDED = ("profile", "seeds", "threads", "all", "batch_divisor", "largest_batch", "data")
-PLAN_KEYS = (*NEEDED, "base", "texts", "samples")
 KEYS = {"name", "recipe", "parent", "start", "quantised", "overrides", "against", "curve", "says"}
 
 
@@ -307,7 +306,7 @@ def write_report(plan: dict[str, Any], runs: list[Run], target: Path) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": models.environment("cpu", dtype(plan)),
         "base_sha256": sha256("models/base/model.safetensors"),
-        "plan": {key: plan[key] for key in PLAN_KEYS if key in plan},
+        "plan": {key: value for key, value in plan.items() if key not in ("variants", "shared")},
         "manifests": manifests,
         "validation": validation,
         "texts": texts[0] if texts else {},

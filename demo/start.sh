@@ -4,8 +4,7 @@ cd "$(dirname "$0")"
 mkdir -p run && cd run
 root=../..
 bin=$root/.venv/bin
-export AXOLOTL_DO_NOT_TRACK=1 # no telemetry
-export HF_HUB_OFFLINE=1       # nothing here comes from a hub
+export HF_HUB_OFFLINE=1 # nothing here comes from a hub
 export TOKENIZERS_PARALLELISM=false
 
 step() { printf '\n[%d min] %s\n' $((SECONDS / 60)) "$*"; }

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 --device cpu"
 GALLICA = "prep/gallica.py --tokenizer models/base --sequence-len 64 --windows all --out data/new.jsonl --source"
 CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 --out data/new.jsonl --book"
+GATE = "train.plugins.Gate"
 INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
 CONTINUE = "eval/continuation.py --words 5 --device cpu"
 
@@ -82,6 +83,12 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("train/stage.py 2a", setting("recipes/2b.yml", output_dir="outputs/2a"), "already that of recipe 2a"),
     ("train/stage.py 2a", setting("recipes/2a.yml", base_model="outputs/2c"), "in a circle"),
     ("train/stage.py 2a", nothing, "must list train.plugins.Gate"),
+    ("train/stage.py 2a -- --plugins=[]", setting("recipes/2a.yml", plugins=[GATE]), "must list train.plugins.Gate"),
+    (
+        "train/stage.py 2a --profile cpu",
+        setting("recipes/2a.yml", plugins=["train.adapter_start.StartAdapter", GATE]),
+        "give 2a its plugins too: train.adapter_start.StartAdapter",
+    ),
     # data and inputs of a stage
     ("train/gate.py", gone("outputs"), "no stage has been trained here"),
     ("train/gate.py 2a", nothing, "outputs/2a holds no checkpoint"),

@@ -155,9 +155,16 @@ def test_slurm_starts_the_recipe_with_its_profile_on_every_node(tmp_path: Path) 
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["train/slurm.sh", "2a", "fsdp", "--wandb_project=a b"]
-    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    words = said.splitlines()
-    assert "n1:29500" in words and words[words.index("--nproc-per-node") + 1] == "4"
-    overrides = as_arguments(load_profile("fsdp", "2a")[1])
-    assert len(overrides) == 2 and words[words.index("recipes/2a.yml") + 1 :] == [*overrides, "--wandb_project=a b"]
+
+    def start(profile: str) -> subprocess.CompletedProcess[str]:
+        command = ["train/slurm.sh", "2a", profile, "--wandb_project=a b"]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    for profile, count in {"fsdp": 2, "ddp": 0}.items():
+        words = start(profile).stdout.splitlines()
+        assert "n1:29500" in words and words[words.index("--nproc-per-node") + 1] == "4"
+        overrides = as_arguments(load_profile(profile, "2a")[1])
+        assert len(overrides) == count
+        assert words[words.index("recipes/2a.yml") + 1 :] == [*overrides, "--wandb_project=a b"]
+    refused = start("fdsp")
+    assert refused.returncode and not refused.stdout and "no profile fdsp" in refused.stderr

@@ -161,7 +161,7 @@ def correct(
     model.train(training)
     return (
         f"adapter start: {len(left)} quantised layers corrected on {int(real.sum())} tokens in {time.monotonic() - began:.0f} s, "
-        f"{sum(left) / len(left):.0%} of the squared error of their outputs left; "
+        f"{sum(left) / max(1, len(left)):.0%} of the squared error of their outputs left; "
         f"loss on {len(some)} of them {before:.4f} -> {after:.4f}"
     )
 

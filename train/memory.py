@@ -3,7 +3,7 @@
 Parameters are counted on the real model and adapter (torch's meta device); the rest is arithmetic, a function for each
 part, with its source. Everything printed is planned; `make bench-gpu` measures.
 
-  python train/memory.py                                   the shipped recipes, on TinyLlama, and on Llamas of 1 to 8 B
+  python train/memory.py                                   the shipped recipes, on TinyLlama, Llamas of 1 to 8 B and Mistral 7B
   python train/memory.py --base models/base                on another base (a folder, or its config.json)
   python train/memory.py bench/kafka/2a.yml                other recipes
   python train/memory.py --base train/mistral-7b.json recipes/2a.yml       how many cards for every weight of a 7B
@@ -288,13 +288,12 @@ def check_planned(recipe: dict[str, Any]) -> None:
             raise BadInput(f"the planner does not count what `{key}` does to memory; `make bench-gpu` measures it")
 
 
-def gathered(config: PretrainedConfig, kinds: Iterable[Tensors]) -> float:
+def gathered(config: PretrainedConfig, kinds: list[Tensors]) -> float:
     """Bytes that each card of FSDP2 holds whole for a while, in bf16: weights and their gradients, before they are shared out.
 
     Embedding, head and last norm are one group, each layer another; the next one is gathered while one is in use
     (torch/distributed/fsdp/_fully_shard).
     """
-    kinds = list(kinds)
     layers = sum(sum(kind.elements) for kind in kinds if kind.kind in ("matrix", "16-bit matrix"))
     outer = sum(sum(kind.elements) for kind in kinds if kind.kind in ("embedding", "head"))
     return 2 * 2 * (outer + 2 * layers / config.num_hidden_layers)

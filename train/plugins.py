@@ -1,4 +1,4 @@
-"""Two Axolotl plugins, listed under `plugins` in the recipes.
+"""`Gate`, an Axolotl plugin that all recipes list under `plugins`, and `SeedAdapter`, on which the others build.
 
 `SeedAdapter` makes the recipe's `seed` decide a new adapter's first weights too. `Gate` makes every launch a judged one,
 `accelerate launch -m axolotl.cli.train recipes/2b.yml` as well as `make stage-b`: before the training it refuses what

@@ -57,12 +57,6 @@ def check_compiler() -> None:
         )
 
 
-def check_engine(profile: str, overrides: dict[str, Any]) -> None:
-    """Raises BadInput where the profile shares the training out by an engine that is not installed."""
-    if "deepspeed" in overrides and not importlib.util.find_spec("deepspeed"):
-        raise BadInput(f"profile {profile} needs DeepSpeed, which is not installed: `make setup-gpu`, or PROFILE=fsdp")
-
-
 def as_arguments(overrides: dict[str, Any]) -> list[str]:
     """{"bf16": False, "plugins": []} -> ["--bf16=False", "--plugins=[]"], as Axolotl's command line reads them."""
     return [f"--{key}={value}" for key, value in overrides.items()]
@@ -149,9 +143,16 @@ def main() -> int:
     chain = load_chain(args.recipes)
     stage = line_of(args.stage, chain)[-1]
     launch, overrides = load_profile(args.profile, stage.name)
-    check_engine(args.profile, overrides)
-    if "train.plugins.Gate" not in overrides.get("plugins", stage.config.get("plugins") or []):
-        raise BadInput(f"{stage.recipe} must list train.plugins.Gate under plugins: it judges the training")
+    if "deepspeed" in overrides and not importlib.util.find_spec("deepspeed"):
+        raise BadInput(
+            f"profile {args.profile} needs DeepSpeed, which is not installed: `make setup-gpu`, or PROFILE=fsdp"
+        )
+    listed = stage.config.get("plugins") or []
+    if "train.plugins.Gate" not in listed or any(word.startswith("--plugins") for word in more):
+        raise BadInput(f"{stage.recipe} alone must list train.plugins.Gate under plugins: it judges the training")
+    ours = {name for name in listed if name.startswith("train.")}
+    if lost := sorted(ours - set(overrides.get("plugins", listed))):
+        raise BadInput(f"{OVERRIDES}, profile {args.profile}: give {stage.name} its plugins too: {', '.join(lost)}")
     check_ready(stage, chain)
     if stage.verdict.exists():
         print(f"{describe(recall(stage, chain))}. Remove {stage.output_dir} to train it again.")
