@@ -174,7 +174,6 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ),
     (EVALUATE, write("outputs/2b/trained.json", "[]"), "trained.json is damaged"),
     (EVALUATE, write("models/base/tokenizer.json", "{"), "tokenizer of models/base"),
-    (EVALUATE, write("eval", "in the way"), "eval"),
     ("eval/report.py nowhere.json", nothing, "nowhere.json"),
     ("eval/report.py given.json", write("given.json", "{"), "given.json"),
     ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),

@@ -239,7 +239,7 @@ texts: {gallica_heldout: Gallica}
 samples: {prompts: 2, draws: 2, words: 5}
 data:
   - '"$PYTHON" "$ROOT/demo/corpus.py" --out sources'
-  - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 2048 --windows 4 --split 2/2 --holdout 0.2 --heldout-windows 2 --out data/2b.jsonl'
+  - '"$PYTHON" "$ROOT/prep/gallica.py" --source sources/gallica --tokenizer models/base --sequence-len 2048 --windows 4 --split 2/2 --holdout 0.2 --heldout-windows 2 --workers 1 --out data/2b.jsonl'
   - '"$PYTHON" "$ROOT/prep/castle.py" --book "$ROOT/demo/corpus/novella.txt" --tokenizer models/base --holdout 0.2 --out data/2c.jsonl'
 variants:
   - {name: adapter, recipe: recipes/2b.yml, overrides: {base_model: models/base, learning_rate: 1e-2}, curve: true}

@@ -160,13 +160,8 @@ def test_a_cap_on_a_work_counts_all_its_volumes(llama, tmp_path):
         records[number]["title"] = f"Les Veillées. Tome {number}"
     source = library(tmp_path / "source", records)
     prepare(source, llama, tmp_path / "2a.jsonl", cap_per_work=3, holdout=0)
-    found: dict[str, int] = {}
-    for row in rows(tmp_path / "2a.jsonl"):
-        work = "veillees" if "Veillées" in row["title"] else row["title"]
-        found[work] = found.get(work, 0) + int(row["text"].count(" ") > 0)
     manifest = json.loads((tmp_path / "2a.manifest.json").read_text(encoding="utf-8"))
     assert manifest["train"]["windows"] == 3 * 13 and manifest["documents"]["works_used"] == 13
-    assert found["veillees"] <= 3
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------

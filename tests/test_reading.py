@@ -251,9 +251,11 @@ def test_the_workbench_appends_to_a_file_for_each_reader(tmp_path: Path) -> None
     assert "sandbox" in workbench.report_page(Path(shutil.copy(__file__, tmp_path / "demo.html")))
 
 
-def test_the_workbench_runs_no_scripts_but_its_own(drawn: dict[str, Any]) -> None:
+def test_the_workbench_runs_no_scripts_but_its_own(tmp_path: Path) -> None:
     """A page of blind reading may have been sent by anybody."""
-    page = PAGE.with_suffix(".reading.html")
+    for name in ("demo.json", "demo.reading.html"):
+        shutil.copy(Path(report.__file__).parent / "reports" / name, tmp_path)
+    page = tmp_path / "demo.reading.html"
     own = html.escape(page.read_text(encoding="utf-8"), quote=True)
     page.write_text("<script>somebody's own</script>")
     shown = workbench.report_page(page)
@@ -269,8 +271,7 @@ def browser(open_browser: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("device", "width"), [("desk", 1280), ("phone", 360)])
+@pytest.mark.parametrize(("device", "width", "scheme"), [("desk", 1280, "light"), ("phone", 360, "dark")])
 def test_the_page_by_keyboard_alone(browser: Any, drawn_place: Path, device: str, width: int, scheme: str) -> None:
     """Begun, closed, continued and saved, on any screen."""
     from selenium.webdriver.common.action_chains import ActionChains

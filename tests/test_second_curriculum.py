@@ -138,7 +138,7 @@ def test_the_three_stages(place: Path) -> None:
 
     options = ["--recipes", RECIPES, "--curriculum", "3", "--run", "second", "--out", "reports", "--limit", "1"]
     options += ["--tasks", "articles_heldout", "conversations_heldout", "--prompts", ROOT / "demo/corpus/questions.yml"]
-    python(ROOT / "eval/evaluation.py", *options, "--max-new-tokens", "4", cwd=place)
+    call(ROOT / "eval/evaluation.py", *options, "--max-new-tokens", "4", cwd=place)
     report = json.loads((place / "reports/second.json").read_text())
     names = ["base", "base (nf4)", "3a (start)", "3a", "3b", "3b (merged)", "3c (start)", "3c", "3c (merged)"]
     assert list(report["stages"]) == names and "3b - 3c" in report["differences"]

@@ -1,6 +1,8 @@
 """The whole curriculum once, small: real Axolotl, real 4-bit, the shipped recipes, on a tiny Llama and the demo's texts."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -54,11 +56,20 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(ROOT / "prep/collect.py", "gallica", "--source", "sources/gallica", cwd=cwd)
     call(ROOT / "prep/collect.py", "book", "--source", "sources/novella.pdf", cwd=cwd)
     shared = ["--tokenizer", "models/base", "--holdout", "0.2"]
-    gallica = [ROOT / "prep/gallica.py", "--source", "data/raw/gallica", *shared, "--heldout-windows", "3"]
+    gallica = [
+        ROOT / "prep/gallica.py",
+        "--source",
+        "data/raw/gallica",
+        *shared,
+        "--heldout-windows",
+        "3",
+        "--workers",
+        "1",
+    ]
     short = ["--sequence-len", "512", "--windows", "24", "--split", "1/2", "--out", "data/2a.jsonl"]
     long = ["--sequence-len", "2048", "--windows", "6", "--split", "2/2", "--out", "data/2b.jsonl"]
-    python(*gallica, *short, cwd=cwd)
-    python(*gallica, *long, cwd=cwd)
+    call(*gallica, *short, cwd=cwd)
+    call(*gallica, *long, cwd=cwd)
     book = ["--book", "data/raw/book/book.pdf", "--sequence-len", "2048", "--out", "data/2c.jsonl"]
     call(ROOT / "prep/castle.py", *book, *shared, cwd=cwd)
     return cwd
@@ -89,10 +100,10 @@ def trained(workdir: Path) -> dict[str, str]:
 
     output["2c"] = accelerate("2c", workdir)
     sizes = ["--pairs", "4", "--prompt-words", "20", "--words", "10"]
-    python(ROOT / "prep/pairs.py", "--recipes", RECIPES, *sizes, cwd=workdir)
+    call(ROOT / "prep/pairs.py", "--recipes", RECIPES, *sizes, cwd=workdir)
     plugins = [*load_profile("smoke", "2d")[1]["plugins"], "smoke_plugins.RecordPairs"]
     output["2d"] = stage("2d", workdir, "--", *as_arguments({"plugins": plugins}))
-    output["check"] = python(ROOT / "train/gate.py", "--recipes", RECIPES, cwd=workdir)
+    output["check"] = call(ROOT / "train/gate.py", "--recipes", RECIPES, cwd=workdir)
     return output
 
 
@@ -118,7 +129,8 @@ def test_our_command_prints_a_screen_and_logs_the_rest(trained: dict[str, str], 
 def test_killed_and_resumed_it_ends_in_the_same_bytes(trained: dict[str, str], workdir: Path) -> None:
     """So does a run from the start with the same seed: A is drawn by it."""
     log = (workdir / "outputs/2b/train.log").read_text()
-    assert "checkpoint-2" in log and log.count("adapter start:") == 1  # not again when it resumes
+    # Once, not again when it resumes; of 14 modules two v_proj are in 16 bits, the others really in 4.
+    assert "checkpoint-2" in log and re.findall(r"adapter start: (\d+) quantised", log) == ["12"]
     name = "adapter_model.safetensors"
     assert (workdir / "outputs/2b" / name).read_bytes() == (workdir / "undisturbed" / name).read_bytes()
     resumed, undisturbed = (
@@ -135,12 +147,10 @@ def test_killed_and_resumed_it_sees_each_window_once(trained: dict[str, str], wo
 
 def test_experiment_3_trains_a_mistral(workdir: Path) -> None:
     save_base(workdir / "tiny-mistral", kind="mistral")
-    base = ["--tokenizer", "models/mistral", "--holdout", "0.2", "--out"]
     call(ROOT / "prep/collect.py", "base", "--source", "tiny-mistral", "--out", "models/mistral", cwd=workdir)
-    source = ["--source", "data/raw/gallica", "--sequence-len", "512", "--windows", "24", "--heldout-windows", "3"]
-    python(ROOT / "prep/gallica.py", *source, *base, "data/4a.jsonl", cwd=workdir)
-    book = ["--book", "data/raw/book/book.pdf", "--sequence-len", "2048"]
-    call(ROOT / "prep/castle.py", *book, *base, "data/4b.jsonl", cwd=workdir)
+    for name, rows in {"4a": "2a", "4b": "2c"}.items():  # of the same tokenizer and length
+        for kind in ("jsonl", "heldout.jsonl", "manifest.json"):
+            shutil.copy(workdir / f"data/{rows}.{kind}", workdir / f"data/{name}.{kind}")
     for name in ("4a", "4b"):
         assert f"{name}: trained, 4 of 4 steps" in stage(name, workdir)
     assert AutoConfig.from_pretrained(workdir / "models/mistral").model_type == "mistral"
@@ -169,11 +179,6 @@ def test_2d_learns_both_sides_and_no_end(trained: dict[str, str], workdir: Path)
         assert sorted(ids for batch in seen for ids in batch[f"{side}_input_ids"]) == sorted(whole)
         assert sorted(ids for batch in seen for ids in batch[f"{side}_labels"]) == sorted(labels)
         assert not any(tokenizer.eos_token_id in ids for ids in whole)
-
-
-def test_4_bit_was_real(trained: dict[str, str], workdir: Path) -> None:
-    log = (workdir / "outputs/2b/debug.log").read_text()
-    assert '"load_in_4bit": true' in log and '"adapter": "qlora"' in log
 
 
 def test_validation_loss_is_logged(trained: dict[str, str], workdir: Path) -> None:
@@ -260,8 +265,8 @@ def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None
     bits = {name: scored["scores"]["novel_heldout"]["bits_per_byte"] for name, scored in report["stages"].items()}
     assert abs(bits["2d (merged)"] - bits["2d"]) < 0.001
 
-    command = [ROOT / "eval/export.py", "2d", "--recipes", RECIPES, "--report", "reports/smoke.json"]
-    said = python(*command, cwd=workdir)
+    command = ["2d", "--recipes", RECIPES, "--report", "reports/smoke.json"]
+    said = call(ROOT / "eval/export.py", *command, cwd=workdir)
     assert "outputs/export/2d: 2d in model, F16, Q8_0, Q4_K_M" in said
     folder = workdir / "outputs/export/2d"
     merged = AutoModelForCausalLM.from_pretrained(folder)
@@ -269,8 +274,8 @@ def test_evaluation_of_the_chain(trained: dict[str, str], workdir: Path) -> None
     page = ModelCard.load(folder / "README.md")
     assert {result.dataset_name for result in page.data.eval_results} >= {"gallica_heldout", "novel_heldout"}
     assert "Nobody has stated the rights" in page.text and "| 2d-Q4_K_M" not in page.text and "| Q4_K_M" in page.text
-    again = python(*command, cwd=workdir)
+    again = call(ROOT / "eval/export.py", *command, cwd=workdir)
     assert again.count("unchanged") == 8  # adapter, model, three GGUF files, Modelfile, proof, card
 
     options = ["--recipes", RECIPES, "--stage", folder / "2d-Q4_K_M.gguf", "--words", "20"]
-    assert "words in" in python(ROOT / "eval/continuation.py", *options, cwd=workdir)
+    assert "words in" in call(ROOT / "eval/continuation.py", *options, cwd=workdir)

@@ -403,7 +403,6 @@ def test_the_notebook_runs_from_top_to_bottom_where_nothing_is_trained(tmp_path:
     client.execute(env=ENVIRONMENT | {"WORKBENCH_DIR": str(tmp_path)})
     text = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 1] 0" in text
-    assert "No report yet" in text or list((ROOT / "eval/reports").glob("*.html"))
 
 
 # --- the browser ------------------------------------------------------------------------------------------------------
