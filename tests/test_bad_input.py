@@ -87,7 +87,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (
         "train/stage.py 2a --profile cpu",
         setting("recipes/2a.yml", plugins=["train.adapter_start.StartAdapter", GATE]),
-        "give 2a its plugins too: train.adapter_start.StartAdapter",
+        "2a must list train.adapter_start.StartAdapter under plugins",
     ),
     # data and inputs of a stage
     ("train/gate.py", gone("outputs"), "no stage has been trained here"),

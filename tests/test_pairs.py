@@ -56,6 +56,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(novel: Path, capsys: pytest
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a command in the background ignores it
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         draw()

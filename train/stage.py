@@ -148,11 +148,14 @@ def main() -> int:
             f"profile {args.profile} needs DeepSpeed, which is not installed: `make setup-gpu`, or PROFILE=fsdp"
         )
     listed = stage.config.get("plugins") or []
-    if "train.plugins.Gate" not in listed or any(word.startswith("--plugins") for word in more):
-        raise BadInput(f"{stage.recipe} alone must list train.plugins.Gate under plugins: it judges the training")
-    ours = {name for name in listed if name.startswith("train.")}
-    if lost := sorted(ours - set(overrides.get("plugins", listed))):
-        raise BadInput(f"{OVERRIDES}, profile {args.profile}: give {stage.name} its plugins too: {', '.join(lost)}")
+    given = [word for word in more if word.startswith("--plugins")]
+    plugins = given[-1] if given else overrides.get("plugins", listed)
+    needed = {"train.plugins.Gate", *(name for name in listed if name.startswith("train."))}
+    if lost := sorted(name for name in needed if name not in plugins):
+        raise BadInput(
+            f"{stage.name} must list {', '.join(lost)} under plugins: in {stage.recipe}, and where {OVERRIDES} (profile "
+            f"{args.profile}) or the command line give others"
+        )
     check_ready(stage, chain)
     if stage.verdict.exists():
         print(f"{describe(recall(stage, chain))}. Remove {stage.output_dir} to train it again.")
