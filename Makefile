@@ -180,7 +180,7 @@ bench-prep: $(READY) ## Speed and memory of the preparation beside the naive met
 
 # --- small and local ---
 
-demo: $(READY) ## All of the above, small, on a CPU, in demo/run: about an hour on two cores (CURRICULUM=3: the second, 17 minutes)
+demo: $(READY) ## All of the above, small, on a CPU, in demo/run: half an hour to an hour on two cores (CURRICULUM=3: the second, 9 to 17 minutes)
 	@"demo/demo$${CURRICULUM#2}.sh"
 
 clean-demo: ## Remove what the demo made; texts that you kept or continued stay in demo/run/outputs

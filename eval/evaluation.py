@@ -32,7 +32,6 @@ from eval.tasks.texts import read_rows
 from prep.common import BadInput, changed, digest, hashed, lock, positive, read_json, run_name, write_json
 from train.stages import load_chain
 
-HERE = Path(__file__).resolve().parent
 SCORES_VERSION = 2  # raise it when the same weights give other figures: rows of an older version are measured again
 TASKS = ("gallica_heldout", "novel_heldout", "novel_train", "english", "code")
 POSITIONED = ("gallica_heldout", "novel_heldout")  # the texts long enough to have far context
@@ -216,7 +215,7 @@ def parse() -> argparse.Namespace:
     option("--out", type=Path, default=Path("eval/reports"), help="folder of the report")
     option("--stages", nargs="+", help="only these (base, 2a, '2b (start)', '2c (merged)'); default: all")
     option("--tasks", nargs="+", default=TASKS, help="of eval/tasks, of lm-eval's own, or a task's YAML file")
-    option("--prompts", type=Path, default=HERE / "prompts.yml")
+    option("--prompts", type=Path, default=Path(__file__).with_name("prompts.yml"))
     option("--samples", type=positive, default=2, help="continuations of each prompt (default 2)")
     option("--max-new-tokens", type=positive, default=500, help="length of each continuation (default 500)")
     option(

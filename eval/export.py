@@ -108,11 +108,6 @@ class Folder:
 # --- the forms --------------------------------------------------------------------------------------------------------
 
 
-def decoding() -> dict[str, Any]:
-    """What samples and continuations are drawn with, without a length."""
-    return {key: value for key, value in generation.decoding(0).items() if key != "max_new_tokens"}
-
-
 def write_model(row: models.Candidate, tokenizer: Tokenizer, target: Path) -> None:
     """The stage as one 16-bit model that Transformers loads, with tokenizer and decoding."""
     on_gpu = torch.cuda.is_available()
@@ -121,7 +116,7 @@ def write_model(row: models.Candidate, tokenizer: Tokenizer, target: Path) -> No
     [(_, model, _)] = models.loaded([whole], "cuda" if on_gpu else "cpu", dtype)
     full: Any = model
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    full.generation_config = GenerationConfig(do_sample=True, **ends, **decoding())
+    full.generation_config = GenerationConfig(do_sample=True, **ends, **generation.DECODING)
     try:
         full.to(models.MERGED_DTYPE).save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -158,7 +153,7 @@ def write_gguf(folder: Path, name: str, form: str, target: Path) -> None:
 
 def modelfile(gguf: str, chat: bool) -> str:
     """For Ollama, which takes a chat template from the GGUF, and would invent one for a model that only continues text."""
-    settings = {"num_ctx": models.MAX_LENGTH, **decoding()}
+    settings = {"num_ctx": models.MAX_LENGTH, **generation.DECODING}
     settings["repeat_penalty"] = settings.pop("repetition_penalty")
     lines = [f"FROM ./{gguf}", *(f"PARAMETER {key} {value}" for key, value in settings.items())]
     return "\n".join(lines if chat else [*lines, 'TEMPLATE "{{ .Prompt }}"']) + "\n"
@@ -286,7 +281,7 @@ def write_card(
     ModelCard.from_template(
         data, str(CARD), name=name, base=base, line=line, manifests=manifests, rights=record["rights"],
         scores=tables.markdown(tables.overview(found | {"stages": rows})) if found else None,
-        verdict=verdict.lines(found)[name] if found else None, decoding=decoding(), window=models.MAX_LENGTH, **about,
+        verdict=verdict.lines(found)[name] if found else None, decoding=generation.DECODING, window=models.MAX_LENGTH, **about,
     ).save(target / "README.md")  # fmt: skip
 
 
@@ -324,7 +319,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in row.weights)
         folder.step("adapter", weights, size, partial(write_adapter, row))
     size = sum(path.stat().st_size for path in models.full_weights(row.model))
-    folder.step("model", [weights, decoding()], size, partial(write_model, row, tokenizer))
+    folder.step("model", [weights, generation.DECODING], size, partial(write_model, row, tokenizer))
     model = folder.record["steps"]["model"]["files"]
     for form in forms[1:]:
         folder.step(form, model, size, partial(write_gguf, folder.path, stage.name, form))

@@ -60,15 +60,17 @@ def tail(text: str, words: int) -> str:
     return result
 
 
+DECODING: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_p": 0.9,
+    "top_k": 0,  # none: Transformers' own default of 50 would cut in unasked
+    "repetition_penalty": 1.1,
+}
+
+
 def decoding(max_new_tokens: int) -> dict[str, Any]:
     """The decoding parameters, as they go into the report and into `generate`."""
-    return {
-        "temperature": 0.8,
-        "top_p": 0.9,
-        "top_k": 0,  # none: Transformers' own default of 50 would cut in unasked
-        "repetition_penalty": 1.1,
-        "max_new_tokens": max_new_tokens,
-    }
+    return DECODING | {"max_new_tokens": max_new_tokens}
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

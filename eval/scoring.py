@@ -79,9 +79,7 @@ class TokenScorer(HFLM):
         order = sorted(windows, key=lambda key: (-len(windows[key][0]), key))
         scored: dict[Key, np.ndarray] = {}
         total = sum(len(target) for _, target in windows.values())
-        with progress(
-            total=total, unit="tok", desc=f"{self.label}: {what}", file=self.screen, disable=not order
-        ) as bar:
+        with progress(total=total, unit="tok", desc=f"{self.label}: {what}", file=self.screen) as bar:
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
                 inputs, targets = map(list, zip(*(windows[key] for key in batch), strict=True))

@@ -21,9 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-from prep.common import BadInput, end_with_parent
+from prep.common import ROOT, BadInput, end_with_parent
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = "/voila/render/eval/workbench.ipynb"
 # Voilà's template asks two content networks for fonts and formulas that the page does not use: nothing is loaded from elsewhere.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:; frame-ancestors 'self'"

@@ -54,7 +54,7 @@ def learned(name: str, report: dict[str, Any]) -> str | None:
     line = f"learned ({', '.join(better)} against {against})" if better else f"did not learn (against {against})"
     line += f", worse on {', '.join(worse)}" if worse else ""
     for key, other in report["differences"].items():
-        if key == f"{name} - {other['against']}":  # an adapter against the full model below it
+        if key == f"{name} - {other['against']}":  # against the full model below it, or its ablation
             ahead, behind = sides(other)
             line += f"; ahead of {other['against']} on {', '.join(ahead)}" if ahead else ""
             line += f"; behind {other['against']} on {', '.join(behind)}" if behind else ""

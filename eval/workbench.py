@@ -21,10 +21,9 @@ from typing import Any
 
 import psutil
 
-from prep.common import BadInput, read_json
+from prep.common import ROOT, BadInput, read_json
 from train.stages import LOG, load_chain
 
-ROOT = Path(__file__).resolve().parent.parent
 CGROUP = Path("/sys/fs/cgroup")  # a container's own limits
 KEPT = Path("outputs/kept.jsonl")  # relative to the working directory, as all paths here
 CONTINUED = Path("outputs/continuation")  # where eval/continuation.py writes

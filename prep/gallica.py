@@ -34,20 +34,10 @@ from datatrove.pipeline.dedup import MinhashDedupBuckets
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 
+from prep import filters
 from prep.common import SEAL, BadInput, collected, digest, lock, positive, sha256, source_files, versions, write_json
 from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import COUNTER, Cluster, forget, take
-from prep.filters import (
-    Fiction,
-    French,
-    InPeriod,
-    LongEnough,
-    LongEnoughWhenCleaned,
-    Read,
-    Readable,
-    WithIdentifier,
-    WithText,
-)
 from prep.page_layout import clean_pages
 from prep.readers import FICTION_REPO, LIBRARY_REPO, LIBRARY_TOKENS, Books, source_paths
 from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, holdout_share, jsonl_path, manifest_path
@@ -92,20 +82,26 @@ class CleanBooks(JsonlReader):
 def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, described: dict[str, Any]) -> list[tuple]:
     """The stages that make the corpus, each (name, steps, tasks). What costs little is before what costs much."""
     rejected, tasks = corpus / "rejected", len(files)
-    period = [InPeriod(rejected, args.from_year or 0, args.to_year or 9999)] if args.from_year or args.to_year else []
-    fiction = [] if "curated" in described["arguments"] else [Fiction(rejected)]  # the library shelves it as fiction
+    period = (
+        [filters.InPeriod(rejected, args.from_year or 0, args.to_year or 9999)]
+        if args.from_year or args.to_year
+        else []
+    )
+    fiction = (
+        [] if "curated" in described["arguments"] else [filters.Fiction(rejected)]
+    )  # the library shelves it as fiction
     clean = [
         Books(files, corpus / COUNTER, corpus / MESSAGES),
-        Read(rejected),
-        WithIdentifier(rejected),
-        WithText(rejected),
+        filters.Read(rejected),
+        filters.WithIdentifier(rejected),
+        filters.WithText(rejected),
         *period,
-        LongEnough(rejected),
-        French(rejected),
-        Readable(rejected),
+        filters.LongEnough(rejected),
+        filters.French(rejected),
+        filters.Readable(rejected),
         *fiction,
         CleanPages(),
-        LongEnoughWhenCleaned(rejected),
+        filters.LongEnoughWhenCleaned(rejected),
         JsonlWriter(str(corpus / "books"), "${rank}.jsonl.zst", compression="zstd"),
         Signatures(corpus),
     ]
