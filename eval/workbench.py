@@ -81,9 +81,9 @@ class Models:
     device: str
     held: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)  # name: (files, model, tokenizer)
 
-    def free(self) -> int:
-        """Bytes free where the models go."""
-        if self.device == "cpu":
+    def free(self, gguf: bool = False) -> int:
+        """Bytes free where the models go; llama.cpp's are on the CPU."""
+        if gguf or self.device == "cpu":
             return free_memory()
         import torch
 
@@ -111,13 +111,13 @@ class Models:
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         sizes = (path.stat().st_size if row.form else elements(path) * dtype.itemsize for path in paths)
         needed = round(HEADROOM * sum(sizes))
-        if needed > self.free():
+        if needed > self.free(bool(row.form)):
             if self.held:
                 say(f"{size(needed)} for {name} are not free beside {', '.join(self.held)}: one model at a time.")
             self.drop()  # and what torch keeps of models that are gone
-        if needed > self.free():
+        if needed > self.free(bool(row.form)):
             raise BadInput(
-                f"{name} needs about {size(needed)} of memory, and {size(self.free())} are free: "
+                f"{name} needs about {size(needed)} of memory, and {size(self.free(bool(row.form)))} are free: "
                 "wait until the training has ended, or stop what else is running"
             )
         say(f"reading {name} ...")

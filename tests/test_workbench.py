@@ -103,6 +103,7 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert workbench.free_memory() == 12345
     (tmp_path / "memory.max").write_text("max\n")
     assert workbench.free_memory() > 2**20
+    assert workbench.Models("cuda").free(gguf=True) > 2**20  # llama.cpp's are not on the card
 
 
 def test_an_adapter_is_loaded_on_its_quantised_base(folder: Path) -> None:
