@@ -249,8 +249,12 @@ def main() -> None:
     entries = generation.load_prompts(args.prompts)
     asked = [entry for entry in entries if "question" in entry]
     prompts = [entry for entry in entries if "question" not in entry]
-    for folder in {row.model for row in chosen if asked and not row.form}:
-        questions.need_template(models.load_tokenizer(folder), folder)
+    for folder in {row.model for row in chosen if not row.form}:
+        tokenizer = models.load_tokenizer(folder)
+        if asked:
+            questions.need_template(tokenizer, folder)
+        for prompt in prompts:
+            generation.fitting(tokenizer, prompt["text"], args.max_new_tokens)
     texts = [name for name in args.tasks if (scoring.TASKS / f"{name}.yaml").is_file()]
     benchmarks = scoring.load_benchmarks([name for name in args.tasks if name not in texts])
     tasks = scoring.load_tasks(texts)

@@ -78,6 +78,17 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
 
 
+def fitting(tokenizer: Tokenizer, prompt: str, new: int) -> list[int]:
+    """The tokens of a prompt. Raises BadInput when there is no room in the context for `new` more."""
+    ids = encode(tokenizer, prompt)
+    if len(ids) + new > MAX_LENGTH:
+        raise BadInput(
+            f"the prompt {prompt[:40]!r} has {len(ids)} tokens; with {new} new ones that is more "
+            f"than the {MAX_LENGTH} the models were trained on: shorten it, or lower --max-new-tokens"
+        )
+    return ids
+
+
 def generate(model: Any, tokenizer: Tokenizer, settings: dict[str, Any], **inputs: Any) -> Any:
     """Transformers' `generate` under these settings alone: the model's own would fill every setting that is not given."""
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -159,11 +170,6 @@ def continuations(
     streamer: BaseStreamer | None = None,
 ) -> list[dict[str, Any]]:
     """`count` continuations of one prompt as {text, tokens, ended}. Raises BadInput when they exceed the context."""
-    ids = encode(tokenizer, prompt)
-    if len(ids) + parameters["max_new_tokens"] > MAX_LENGTH:
-        raise BadInput(
-            f"the prompt {prompt[:40]!r} has {len(ids)} tokens; with {parameters['max_new_tokens']} new ones that is more "
-            f"than the {MAX_LENGTH} the models were trained on: shorten it, or lower --max-new-tokens"
-        )
+    ids = fitting(tokenizer, prompt, parameters["max_new_tokens"])
     samples = draw(model, tokenizer, ids, count, seed, parameters, streamer=streamer)
     return [{"text": sample.text, "tokens": len(sample.tokens), "ended": sample.ended} for sample in samples]

@@ -723,6 +723,8 @@ def prompts(text: str) -> Callable[[Path], Any]:
 def test_what_cannot_be_evaluated_is_refused(place, monkeypatch, spoil, arguments, message):
     """What a user can damage in more ways is in test_bad_input.py."""
     monkeypatch.setattr(sys, "argv", [])
+    if "--prompts" in arguments:  # all of it is known before anything is scored
+        monkeypatch.setattr(models, "loaded", lambda *_: pytest.fail("scored"))
     spoil(place)
     with pytest.raises(BadInput, match=message):
         evaluate("--tasks", "gallica_heldout", "--limit", "1", *arguments)
