@@ -72,7 +72,7 @@ class Mean(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         steps = state.global_step - state.max_steps // 2
         if steps == 1:
-            self.mean = [weight.detach().float() for weight in model.parameters()]
+            self.mean = [weight.detach().float().clone() for weight in model.parameters()]
         if steps >= 1:
             for mean, weight in zip(self.mean, model.parameters(), strict=True):
                 mean += (weight.detach().float() - mean) / steps

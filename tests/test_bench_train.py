@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,15 @@ def test_a_shipped_plan_is_good_and_axolotl_accepts_its_recipes(path: Path, axol
         config = sweep.settings(variant, plan, 1)
         assert unknown_keys({"test_datasets": [], **config}, liger) == []
         axolotl_validates(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_averaged_end_is_the_mean_of_the_second_half(dtype: torch.dtype) -> None:
+    model, mean = torch.nn.Linear(1, 1, bias=False, dtype=dtype), sweep_plugin.Mean()
+    for step in range(1, 7):
+        model.weight.data.fill_(step)
+        mean.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), None, model)
+    assert model.weight.item() == (4 + 5 + 6) / 3
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
