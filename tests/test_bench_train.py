@@ -158,7 +158,7 @@ def test_the_averaged_end_is_the_mean_of_the_second_half(dtype: torch.dtype) -> 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["preference", "train", "train-instruct", "train-long"])
+@pytest.mark.parametrize("name", ["preference", "train", "train-instruct", "train-long", "train-start"])
 def test_the_committed_page_and_picture_follow_from_the_json(name: str, tmp_path: Path) -> None:
     committed, copy = ROOT / f"bench/reports/{name}.json", tmp_path / f"{name}.json"
     copy.write_text(committed.read_text())
