@@ -298,8 +298,9 @@ def main() -> None:
         return
     if not chosen:
         raise BadInput(f"no case holds {args.only!r}: --list names them")
-    if os.geteuid() != 0:
-        raise BadInput("only root can mount the small disks that are filled here")
+    full = [case for case, (_, _, deeds) in chosen.items() if any(deed.startswith("full") for deed in deeds)]
+    if full and os.geteuid() != 0:
+        raise BadInput(f"only root can mount the small disk that `{full[0]}` fills: choose others with --only")
     work.mkdir(parents=True, exist_ok=True)
     report |= {"cpu": cpu_name(), "versions": versions("torch", "transformers", "axolotl", "datatrove")}
     states = undisturbed(work, max(list(COMMANDS).index(name) for name, *_ in chosen.values()))

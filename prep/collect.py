@@ -53,7 +53,7 @@ from prep.common import (
     write_json,
 )
 from prep.formats import BOOK_SUFFIXES, kind_of, read_bytes
-from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns
+from prep.readers import FICTION_REPO, LIBRARY_REPO, SUFFIXES, check_columns, is_source
 
 Record = dict[str, Any]
 
@@ -321,7 +321,7 @@ def choose(names: list[str], count: int, seed: int) -> list[str]:
 def collect_gallica(args: argparse.Namespace) -> None:
     """data/raw/gallica: files appear there once all are whole and checked."""
     out, source, downloads = args.out, args.source, staging(args.out)
-    local = {p.name: p for p in sorted(source.glob("*")) if p.name.lower().endswith(SUFFIXES)} if source else {}
+    local = {p.name: p for p in sorted(source.glob("*")) if is_source(p.name)} if source else {}
     if source and not local:
         raise BadInput(f"{source} is not a folder with files of books ({' '.join(SUFFIXES)})")
     zenodo = args.repo == FICTION_REPO
@@ -347,7 +347,7 @@ def collect_gallica(args: argparse.Namespace) -> None:
         ends = TABLES if zenodo else (".parquet",)
         remote = {file["name"].replace("/", "_"): file for file in files if file["name"].endswith(ends)}
     names = choose(list(local or remote), count or len(remote), args.seed)
-    foreign = sorted(p.name for p in out.glob("*") if p.name.lower().endswith(SUFFIXES) and p.name not in names)
+    foreign = sorted(p.name for p in out.glob("*") if is_source(p.name) and p.name not in names)
     if foreign:
         raise BadInput(f"{out} also holds {', '.join(foreign)}, not among the {len(names)} chosen: remove or move them")
     wanting = [name for name in names if name not in {file["name"] for file in held}]

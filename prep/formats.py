@@ -221,7 +221,7 @@ _BLOCKS = _words(
     " h6 header hr li main ol p pre section table tr ul"
 )
 _SIGNS = dict.fromkeys(("br", "cr", "line-break"), "\v") | dict.fromkeys(("td", "th", "tab", "img"), " ")
-_SIGNS |= {"noBreakHyphen": "-"}
+_SIGNS["noBreakHyphen"] = "-"
 _SPACES = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}s"
 _UNSEEN = _words(
     "head title script style nav button select noscript template svg figcaption rt rp del moveFrom Fallback"  # HTML, DOCX

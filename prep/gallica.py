@@ -82,14 +82,11 @@ class CleanBooks(JsonlReader):
 def pipeline(args: argparse.Namespace, files: list[Path], corpus: Path, described: dict[str, Any]) -> list[tuple]:
     """The stages that make the corpus, each (name, steps, tasks). What costs little is before what costs much."""
     rejected, tasks = corpus / "rejected", len(files)
-    period = (
-        [filters.InPeriod(rejected, args.from_year or 0, args.to_year or 9999)]
-        if args.from_year or args.to_year
-        else []
-    )
-    fiction = (
-        [] if "curated" in described["arguments"] else [filters.Fiction(rejected)]
-    )  # the library shelves it as fiction
+    period, fiction = [], []
+    if args.from_year or args.to_year:
+        period = [filters.InPeriod(rejected, args.from_year or 0, args.to_year or 9999)]
+    if "curated" not in described["arguments"]:  # where the library shelves it as fiction
+        fiction = [filters.Fiction(rejected)]
     clean = [
         Books(files, corpus / COUNTER, corpus / MESSAGES),
         filters.Read(rejected),

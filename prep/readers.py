@@ -45,21 +45,24 @@ SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".
 _DAMAGED = (pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
 
 
+def is_source(name: str) -> bool:
+    """Is a file of this name one of books?"""
+    return name.lower().endswith(SUFFIXES)
+
+
 def source_paths(folder: Path) -> list[Path]:
     """The files of books in a folder, by name, also those that were dropped from it (gallica.py --drop-sources).
 
     Raises BadInput where there is none, or one that is no source.
     """
     there = {path.name for path in folder.glob("*") if path.is_file()}
-    files = [
-        folder / name for name in sorted(there | collected(folder)["files"].keys()) if name.lower().endswith(SUFFIXES)
-    ]
+    files = [folder / name for name in sorted(there | collected(folder)["files"].keys()) if is_source(name)]
     if not files:
         raise BadInput(f"no file of books in {folder} ({' '.join(SUFFIXES)}): python prep/collect.py gallica gets some")
     for path in files:
         if path.suffix.lower() == ".parquet" and path.name in there:
             check_columns(path)
-    others = [n for n in sorted(there) if not n.lower().endswith(SUFFIXES) and n[0] != "." and n != "source.json"]
+    others = [n for n in sorted(there) if not is_source(n) and n[0] != "." and n != "source.json"]
     if others:
         print(f"{folder}: not read, since they are not books: {', '.join(others)}", file=sys.stderr)
     return files

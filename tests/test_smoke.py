@@ -56,16 +56,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(ROOT / "prep/collect.py", "gallica", "--source", "sources/gallica", cwd=cwd)
     call(ROOT / "prep/collect.py", "book", "--source", "sources/novella.pdf", cwd=cwd)
     shared = ["--tokenizer", "models/base", "--holdout", "0.2"]
-    gallica = [
-        ROOT / "prep/gallica.py",
-        "--source",
-        "data/raw/gallica",
-        *shared,
-        "--heldout-windows",
-        "3",
-        "--workers",
-        "1",
-    ]
+    small = ["--heldout-windows", "3", "--workers", "1"]
+    gallica = [ROOT / "prep/gallica.py", "--source", "data/raw/gallica", *shared, *small]
     short = ["--sequence-len", "512", "--windows", "24", "--split", "1/2", "--out", "data/2a.jsonl"]
     long = ["--sequence-len", "2048", "--windows", "6", "--split", "2/2", "--out", "data/2b.jsonl"]
     call(*gallica, *short, cwd=cwd)

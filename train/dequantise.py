@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # Where a processor has avx512_bf16, a 4-bit layer changes its weight's layout at its first pass without gradients. From
-# then on no gradient passes through it (training goes on with those of the last layers alone), and `dequantize_4bit` gives
+# then on no gradient passes through it (training continues with those of the last layers alone), and `dequantize_4bit` gives
 # other numbers than it computes with.
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
