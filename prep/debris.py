@@ -1,6 +1,6 @@
 """Drops what is no text in a scan: ornaments, stamps, pictures and margins that were read as letters.
 
-    drop_debris(lines, gaps, counts)     ["# 4 >", "LL LR RETES <", "— Parbleu ! |"] -> ["— Parbleu !"]
+    drop_debris(lines, gaps, words, counts)     ["# 4 >", "LL LR RETES <", "— Parbleu ! |"] -> ["— Parbleu !"]
 
 A line is judged by its words: those of the book itself and of a French lexicon count for it, other letters, figures and signs
 against it. Headings, replies and lines of verse are words, so they stay.
@@ -38,16 +38,19 @@ SHORT_WORDS = frozenset(
 )
 
 
-def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tuple[list[str], list[int]]:
+def drop_debris(
+    lines: list[str], gaps: list[int], words: Counter[str], counts: Counter[str]
+) -> tuple[list[str], list[int]]:
     """The lines that are text, without blots beside them, and what stood before each; `lines` has no blank ones.
 
+    `words`: how often each word is in the lines; those of dropped lines are taken off.
     A word that was cut at a line's end gets its hyphen back where the scan has lost it: "providen", "tielle".
     """
     width = full_width(lines)
     doubtful = {i for i, line in enumerate(lines) if not _SENTENCE.search(line)}
-    book = count_words("\n".join(line for i, line in enumerate(lines) if i not in doubtful).lower(), _WORD)
-    short = count_words("\n".join(lines[i] for i in doubtful).lower(), _WORD)
-    own = {w for w, n in book.items() if n >= 2} | {w for w, n in short.items() if n >= 3 and len(w) >= 5}
+    short = _simple(count_words(lines[i] for i in doubtful))
+    own = {w for w, n in _simple(words).items() if n - short[w] >= 2}
+    own |= {w for w, n in short.items() if n >= 3 and len(w) >= 5}
     french = lexicon()
 
     def known(word: str) -> bool:
@@ -57,6 +60,7 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
     if sum(bool(_WORD.search(lines[i])) for i in found) < SCAN * len(lines):
         return lines, gaps  # a PDF's or a typist's text, whose lone figures are chapters
     counts["debris"] = len(found)
+    words.subtract(count_words(lines[i] for i in found))
     kept: list[str] = []
     for i, line in enumerate(lines):
         if i in found:
@@ -69,6 +73,17 @@ def drop_debris(lines: list[str], gaps: list[int], counts: Counter[str]) -> tupl
             kept[-1] += "-"
         kept.append(line)
     return kept, [gap for i, gap in enumerate(gaps) if i not in found]
+
+
+def _simple(words: Counter[str]) -> Counter[str]:
+    """Words joined by hyphens as so many words."""
+    simple = words.copy()
+    for word in words:
+        if "-" in word:
+            times = simple.pop(word)
+            for part in word.split("-"):
+                simple[part] += times
+    return simple
 
 
 def _is_debris(line: str, before: str, width: int, known: Callable[[str], bool]) -> bool:

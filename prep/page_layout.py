@@ -18,7 +18,7 @@ from rapidfuzz import fuzz
 
 from prep.debris import drop_debris
 from prep.front_matter import drop_edition, drop_front_matter, drop_notice, letters_of
-from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, full_width, join_lines
+from prep.paragraphs import BLANK, BREAK, DASHES, PAGE, PAGE_END, breaks_off, count_words, full_width, join_lines
 from prep.typography import clean_characters, to_convention
 
 # What editions leave in plain text: "[Illustration: le bac]", "le bac[12]", "_Le Temps_", "**Le Temps**".
@@ -60,15 +60,17 @@ def clean_pages(text: str, keep_debris: bool = False) -> Cleaned:
     lines = drop_notice(drop_edition(lines, counts), counts)
     paged = Counter(counts)
     text_lines = drop_front_matter(lines, paged)
-    if (chain := _chain(text_lines)) or PAGE_END in lines:
+    has_pages = bool(chain := _chain(text_lines)) or PAGE_END in lines
+    if has_pages:
         counts = paged
         lines, gaps = _drop_footnotes(*drop_headers_and_footers(text_lines, chain, counts), counts)
-        if not keep_debris:
-            lines, gaps = drop_debris(lines, gaps, counts)
     else:
         lines, gaps = _nonblank(lines, set(), counts)
         gaps = _certain(lines, gaps)
-    return clean_paragraphs(join_lines(lines, gaps, counts), counts, gaps)
+    words = count_words(lines)
+    if has_pages and not keep_debris:
+        lines, gaps = drop_debris(lines, gaps, words, counts)
+    return clean_paragraphs(join_lines(lines, gaps, words, counts), counts, gaps)
 
 
 def clean_paragraphs(paragraphs: list[str], counts: Counter[str], gaps: Sequence[int] = (BREAK,)) -> Cleaned:

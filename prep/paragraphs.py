@@ -1,6 +1,6 @@
 """Joins the lines of a printed book into paragraphs, and the words cut at line ends.
 
-    join_lines(lines, gaps, counts)     ["Il s'assit et lui dit qu'il viendrait lui-", "même."] -> one paragraph
+    join_lines(lines, gaps, words, counts)     ["Il s'assit et lui dit qu'il viendrait lui-", "même."] -> one paragraph
 
 A line is followed by another of its paragraph if it is full: the next line's first word would not have fitted into it.
 Line widths and hyphens are judged by the book's own lines and words.
@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 PAGE_END = "\x00"  # a form feed between lines; typography.clean_characters leaves no such character
@@ -46,8 +47,10 @@ def breaks_off(line: str) -> bool:
     return last.isalnum() or last in _BREAKING or (last == "." and line[-2:-1].isupper() and not line[-3:-2].isalnum())
 
 
-def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[str]:
-    """Paragraphs of lines; `gaps` says what was before each line. Counts `page_breaks_joined` and hyphens.
+def join_lines(lines: list[str], gaps: list[int], words: Counter[str], counts: Counter[str]) -> list[str]:
+    """Paragraphs of lines; `gaps` says what was before each, `words` is `count_words` of them.
+
+    Counts `page_breaks_joined` and hyphens.
 
     Widths differ between books and sometimes between paragraphs, so they are measured where the paragraph is certain:
     at a line that ends within a word or before a small letter. What the width leaves open is decided by how often lines
@@ -62,7 +65,7 @@ def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[
     units = _units(joints, widths, bounds, _UNKNOWN)
     longest = max(map(len, lines))
     if len(units) > 0.95 * len(lines) and longest > 120:  # wider than a page: every line is a paragraph
-        return _join_words([lines[u.first : u.last + 1] for u in units], counts)
+        return _join_words([lines[u.first : u.last + 1] for u in units], words, counts)
     wider, tolerance = _widths(units, longest)
     units = _units(joints, widths, bounds, wider[0] - tolerance)
 
@@ -88,7 +91,7 @@ def join_lines(lines: list[str], gaps: list[int], counts: Counter[str]) -> list[
             shortest = min(current.refused, v.refused, refused[current.last])
             current = _Unit(current.first, v.last, max(current.longest, v.longest), shortest)
     counts["page_breaks_joined"] = sum(map(bool, gaps)) - sum(bool(gaps[i]) for i in firsts)
-    return _join_words([lines[a:b] for a, b in itertools.pairwise([*firsts, len(lines)])], counts)
+    return _join_words([lines[a:b] for a, b in itertools.pairwise([*firsts, len(lines)])], words, counts)
 
 
 def _refused(lines: list[str], gaps: list[int]) -> list[int]:
@@ -198,12 +201,15 @@ _PLACED = re.compile(
 _INNER = re.compile(r"à|de|en|sur|sous|et|la|le|les|aux?|du|des|bien")
 
 
-def count_words(text: str, word: re.Pattern[str]) -> Counter[str]:
-    """How often each word is in a text. Equal strings between spaces, which no word contains, are searched once."""
+def count_words(lines: Iterable[str]) -> Counter[str]:
+    """How often each word is in lines, in small letters, with its inner hyphens. Faster than one `findall`."""
+    text = "\n".join(lines).lower()
+    for mark in ".,;:!?'()«»\"—":  # nearly all that stands beside words
+        text = text.replace(mark, " ")
     found: Counter[str] = Counter()
     for token, times in Counter(text.split()).items():
-        for each in [token] if token.isalpha() else word.findall(token):
-            found[each] += times
+        for word in [token] if token.isalpha() else _WORD.findall(token):
+            found[word] += times
     return found
 
 
@@ -231,12 +237,11 @@ def hyphen_stays(head: str, tail: str, vocabulary: Counter[str]) -> bool:
     return known and bool(_PRONOUNS.fullmatch(first) or _FIRST.fullmatch(last))  # moi-même, peut-être, vingt-deux
 
 
-def _join_words(paragraphs: list[list[str]], counts: Counter[str]) -> list[str]:
+def _join_words(paragraphs: list[list[str]], vocabulary: Counter[str], counts: Counter[str]) -> list[str]:
     """Each paragraph's lines as one line, cut words whole again. Counts `hyphens_joined`, `hyphens_kept`."""
     text = "\n\n".join("\n".join(paragraph) for paragraph in paragraphs)
     cuts = [(match, _HEAD.search(text, max(0, match.start() - 40), match.start())) for match in _CUT.finditer(text)]
     if cuts:
-        vocabulary = count_words(text.lower(), _WORD)
         for match, head in cuts:  # the halves are no words of the book
             vocabulary[match[1].lower()] -= 1
             vocabulary[head[0].lower() if head else ""] -= 1

@@ -338,7 +338,8 @@ def test_real_books(sequence_len, windows, split, tmp_path):
         "too short": "bpt6ktiny001",
         "unreadable scan": "bpt6kocr0001",
     }
-    assert documents["rejected"] == dict.fromkeys(rejected, 1)
+    # The classifier loses three of the 49 novels, Allais, Barrès and Péladan: it keeps nine in ten.
+    assert documents["rejected"] == dict.fromkeys(rejected, 1) | {"not prose fiction": 3}
     for reason, name in rejected.items():
         [path] = (tmp_path / "gallica").glob(f"*/rejected/{reason}/*.jsonl.gz")
         assert [json.loads(line)["id"] for line in gzip.decompress(path.read_bytes()).splitlines()] == [name]
