@@ -277,8 +277,8 @@ def page(report: dict[str, Any]) -> str:
         table("what was done", [f"SIG{target}" if how == "kill" else WORDS[how] for _, how, target in deeds]), "",
         table("to which command", [plan[name][0] for name, *_ in deeds]), "",
         "## Faults\n", *listed(FAULT), "\n## Refusals\n", *listed(REFUSAL), "",
-        f"{report['cpu']}, {', '.join(f'{k} {v}' for k, v in report['versions'].items())}; "
-        f"{', '.join(sorted({result['commit'] for result in results.values()}))}.\n",
+        f"{', '.join(f'{k} {v}' for k, v in report['versions'].items())}; "
+        f"{'; '.join(sorted({result['cpu'] + ', ' + result['commit'] for result in results.values()}))}.\n",
     ])  # fmt: skip
 
 
@@ -302,13 +302,13 @@ def main() -> None:
     if full and os.geteuid() != 0:
         raise BadInput(f"only root can mount the small disk that `{full[0]}` fills: choose others with --only")
     work.mkdir(parents=True, exist_ok=True)
-    report |= {"cpu": cpu_name(), "versions": versions("torch", "transformers", "axolotl", "datatrove")}
+    report["versions"] = versions("torch", "transformers", "axolotl", "datatrove")
     states = undisturbed(work, max(list(COMMANDS).index(name) for name, *_ in chosen.values()))
     waiting = [name for name in chosen if results.get(name, {}).get("outcome", FAULT) == FAULT]
     for case in progress(waiting, unit="case"):
         name, setup, deeds = chosen[case]
         result = try_case(name, setup, deeds, states[name], work, random.Random(case))
-        results[case] = result | {"commit": commit(git_state())}
+        results[case] = result | {"commit": commit(git_state()), "cpu": cpu_name()}
         write_json(args.out, report)
         write_text(args.out.with_suffix(".md"), page(report))
 
