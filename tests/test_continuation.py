@@ -59,7 +59,6 @@ def write(*arguments: str, words: int = 60) -> dict[str, Any]:
     [
         (" Il vint. Puis il", " Il vint."),
         (" Il vit K. et M. Klamm sans", ""),
-        (" « Venez ! » dit-il. Alors K. se", " « Venez ! » dit-il."),
         (" Il dit : « Venez ! » et", " Il dit : « Venez ! »"),
         ("\n\n— Oui ?\n\n— Non, fit", "\n\n— Oui ?"),
         (" 3.14 fois MM. Durand...", " 3.14 fois MM. Durand..."),
@@ -88,16 +87,10 @@ def test_chapters_end_at_paragraphs_and_lose_nothing():
 
 
 def test_a_window_is_the_last_whole_paragraphs_that_fit(tokenizer, tale):
-    for room in (100, 300, 900):
-        ids = continuation.window(tale, "", room, tokenizer)
-        assert ids[0] == tokenizer.bos_token_id and len(ids) <= room
-        seen = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        assert tale.rstrip().endswith(seen)
-        rest = tale.rstrip().removesuffix(seen)
-        assert rest.endswith("\n\n") or "\n\n" not in seen  # at a paragraph, or inside the last
-        if rest.endswith("\n\n"):  # one paragraph more would not have fitted
-            more = rest.rstrip().rpartition("\n\n")[2] + "\n\n" + seen
-            assert len(generation.encode(tokenizer, more)) > room
+    parts = tale.split("\n\n")
+    for room in (300, 900):
+        tokens = (generation.encode(tokenizer, "\n\n".join(parts[first:])) for first in range(len(parts)))
+        assert continuation.window(tale, "", room, tokenizer) == next(ids for ids in tokens if len(ids) <= room)
     long = " ".join(f"mot{i}" for i in range(400))  # one paragraph is seen from one of its words on
     ids = continuation.window(long, "", 100, tokenizer)
     seen = tokenizer.decode(ids, skip_special_tokens=True)
@@ -112,9 +105,8 @@ def test_the_opening_stays_at_the_head_once_the_window_slides(tokenizer, tale):
     seen = tokenizer.decode(ids, skip_special_tokens=True)
     assert len(ids) <= 400 and seen.strip().startswith(opening) and tale.rstrip().endswith(seen[-200:])
     tight = len(generation.encode(tokenizer, opening)) + 39  # room for a few words: too few to go on from
-    for before, room in ((tale[:3000], 400), (opening, tight)):
-        with pytest.raises(BadInput, match="lower --keep"):
-            continuation.window(tale, before, room, tokenizer)
+    with pytest.raises(BadInput, match="lower --keep"):
+        continuation.window(tale, opening, tight, tokenizer)
     text = tale[:1500]  # one that just fits is seen whole, though its first paragraphs would otherwise go
     whole = generation.encode(tokenizer, text)
     assert continuation.window(text, continuation.head(text, 3), len(whole), tokenizer) == whole
@@ -180,7 +172,6 @@ def judge(tokenizer: Any, text: str, trained_on: str = "", before: str = "Il nei
     ("text", "more", "faults"),
     [
         (" Le vent tomba, et les chiens se turent.", {"trained_on": BOOK}, ()),
-        (f" {BOOK}", {"trained_on": BOOK}, ("copies",)),
         (f" {BOOK}", {"trained_on": BOOK, "longest": LONG - 1}, ("copies",)),
         (f" {BOOK}", {"trained_on": BOOK, "longest": LONG}, ()),  # so many may be shared
         (f" {BOOK}", {"before": BOOK, "longest": LONG}, ()),

@@ -1,6 +1,5 @@
 """Blind reading: readers whose figures closed form gives, the commands on tiny models, the page in a real Chromium."""
 
-import copy
 import html
 import json
 import math
@@ -49,9 +48,7 @@ def test_stages_and_sides_are_balanced(stages: list[str]) -> None:
 
 
 def test_passages_end_with_sentences_and_show_none_of_another() -> None:
-    text = (
-        "Il neigeait sur le village. Qui est là ? demanda-t-elle.\n\n— Moi, dit K. en entrant. La porte se ferma. " * 20
-    )
+    text = "Il neigeait sur le village. Qui est là ? demanda-t-elle.\n\n— Moi, dit K. en entrant. Il se tut. " * 20
     found = reading.places(text, 10)
     assert len(found) > 8
     place = 0
@@ -77,36 +74,28 @@ def read(choose: Callable[[list[str]], int], readers: int = 1) -> list[dict[str,
 
 
 def right(by: list[str]) -> int:
-    return by.index(AUTHOR) if AUTHOR in by else 0
+    """The author; of two stages the later."""
+    return by.index(AUTHOR) if AUTHOR in by else by.index(max(by, key=STAGES.index))
 
 
 def test_one_who_is_always_right_or_always_wrong() -> None:
-    for choose, taken in ((right, 0), (lambda by: 1 - right(by), 12)):
+    """Each stage meets two others in eight pairs: right, the last is always preferred, the first never."""
+    for choose, taken, won in ((right, 0, [0, 8, 8, 16]), (lambda by: 1 - right(by), 12, [16, 8, 8, 0])):
         figures = reading.figures(read(choose, readers=2), STAGES)
         for stage in STAGES:
             share = figures["stages"][stage]
             assert (share["taken"], share["answers"], share["sure"]) == (2 * taken, 24, 24)
             assert share["interval"] == pytest.approx(wilson(2 * taken, 24), abs=1e-6)
         assert figures["author"]["taken"] == (0 if taken else 16)
+        assert [figures["preferred"][stage]["won"] for stage in STAGES] == won
         assert figures["agreement"] == {"same": 80, "of": 80, "kappa": pytest.approx(1)}
-
-
-def test_a_coin() -> None:
-    coin = random.Random(3)
-    pairs = read(lambda by: coin.randrange(2), readers=40)
-    figures = reading.figures(pairs, STAGES)
-    share = figures["stages"]["2c"]
-    assert share["answers"] == 480 and share["interval"] == pytest.approx(wilson(share["taken"], 480), abs=1e-6)
-    for share in (*figures["stages"].values(), figures["author"], figures["same"], figures["left"]):
-        low, high = wilson(share["taken"], share["answers"])
-        assert low < 0.5 < high or abs(share["taken"] / share["answers"] - 0.5) < 0.06
-    assert abs(figures["agreement"]["kappa"]) < 0.03 and abs(figures["agreement"]["same"] / 62_400 - 0.5) < 0.02
-    assert all(low < 0 < high for low, high in (side["interval"] for side in figures["preferred"].values()))
 
 
 def test_one_who_clicks_left() -> None:
     """He tells nothing: half of each control and of the stages together, and the last row says why."""
     figures = reading.figures(read(lambda by: 0), STAGES)
+    for share in figures["stages"].values():
+        assert share["interval"] == pytest.approx(wilson(share["taken"], 12), abs=1e-6)
     assert sum(share["taken"] for share in figures["stages"].values()) == 24  # of 48
     assert figures["author"]["taken"] == 4 and figures["same"]["taken"] == 8 == figures["same"]["answers"]
     assert figures["left"] == {"taken": 80, "answers": 80, "interval": pytest.approx(wilson(80, 80)), "sure": 80}
@@ -179,15 +168,14 @@ def test_answers_of_two_readers_are_merged_by_the_evaluation(drawn: dict[str, An
 
     first = save_answers(drawn, "anne")
     save_answers(drawn, "bert", choice=1)
-    first.write_text(
-        first.read_text() + first.read_text().replace('"choice": 0', '"choice": 1')
-    )  # a second time: not counted
+    once = first.read_text()
+    first.write_text(once + once.replace('"choice": 0', '"choice": 1'))  # a second time: not counted
     command(evaluation, *EVALUATE)
     assert "not measured again: base, 2a, 2b, 2c" in capsys.readouterr().err
     evidence = report.load(PAGE)
     figures = evidence["reading"]["figures"]
     assert figures["readers"] == ["anne", "bert"] and figures["left"]["answers"] == 20 == 2 * figures["left"]["taken"]
-    assert figures["agreement"]["same"] == 0
+    assert figures["agreement"] == {"same": 0, "of": 10, "kappa": 0}
     page = PAGE.with_suffix(".md").read_text()
     assert "## Blind reading" in page and "Two chose the same side in 0% of 10 cases" in page and "### Pair 10" in page
     assert tables.preferred(evidence)[1] and "the left one | 10 of 20" in " ".join(page.split())
@@ -213,42 +201,34 @@ def test_bad_input_is_one_line(drawn: dict[str, Any]) -> None:
         assert json.loads(PAGE.read_text()) == whole
     answers.unlink()
 
-    with pytest.raises(BadInput, match="too short for 10 pairs: 1 passages of 500 words"):
-        command(reading, *READ, "--words", "500")
-    seen = copy.deepcopy(whole)  # a model that was trained on what is held out
-    seen["tasks"]["novel_train"] = seen["tasks"]["novel_heldout"]
-    PAGE.write_text(json.dumps(seen))
-    with pytest.raises(BadInput, match="too short for 10 pairs: 0 passages of 50 words"):
-        command(reading, *READ, "--words", "50")
-    del seen["tasks"]["novel_train"]
-    PAGE.write_text(json.dumps(seen))
-    with pytest.raises(BadInput, match="report tiny has no task novel_train"):
-        command(reading, *READ)
-    PAGE.write_text(json.dumps(whole))
     with pytest.raises(BadInput, match="no reader's name"):
         reading.answers_file(PAGE, "../anne")
+
+    def refused(evidence: dict[str, Any], message: str, *arguments: str) -> None:
+        PAGE.write_text(json.dumps(evidence))
+        with pytest.raises(BadInput, match=message):
+            command(reading, *READ, *arguments)
+
+    refused(whole, "too short for 10 pairs: 1 passages of 500 words", "--words", "500")
+    heldout = whole["tasks"]["novel_heldout"]
+    seen = {"novel_heldout": heldout, "novel_train": heldout}  # a model that was trained on what is held out
+    refused(whole | {"tasks": seen}, "too short for 10 pairs: 0 passages of 50 words", "--words", "50")
+    refused(whole | {"tasks": {"novel_heldout": heldout}}, "report tiny has no task novel_train")
     Path("outputs/2a/model.safetensors").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"2a/model\.safetensors is not what report tiny measured"):
-        command(reading, *READ)
+    refused(whole, r"2a/model\.safetensors is not what report tiny measured")
     Path("data/2c.heldout.jsonl").write_text('{"text": "Il neigeait."}\n')
-    with pytest.raises(BadInput, match=r"2c\.heldout\.jsonl is not the text that report tiny scored"):
-        command(reading, *READ)
-    for stage in whole["stages"].values():
-        stage["samples"] = []
-    PAGE.write_text(json.dumps(whole))
-    with pytest.raises(BadInput, match="report tiny has no samples"):
-        command(reading, *READ)
+    refused(whole, r"2c\.heldout\.jsonl is not the text that report tiny scored")
+    silent = {name: stage | {"samples": []} for name, stage in whole["stages"].items()}
+    refused(whole | {"stages": silent}, "report tiny has no samples")
 
 
 def test_the_workbench_appends_to_a_file_for_each_reader(tmp_path: Path) -> None:
     """The page sends all its answers each time; those that are there are not written again."""
-    page = tmp_path / "demo.reading.html"
     lines = [json.dumps({"reading": "1", "reader": "anne", "pair": n, "choice": 0, "sure": True}) for n in range(3)]
     for sent in (lines[:1], lines, lines[:2], [lines[0].replace("anne", "bert")]):
-        workbench.answered(page, "\n".join(sent))
+        workbench.answered(tmp_path / "demo.reading.html", "\n".join(sent))
     assert (tmp_path / "demo.answers.anne.jsonl").read_text().splitlines() == lines
     assert len((tmp_path / "demo.answers.bert.jsonl").read_text().splitlines()) == 1
-    assert "sandbox" in workbench.report_page(Path(shutil.copy(__file__, tmp_path / "demo.html")))
 
 
 def test_the_workbench_runs_no_scripts_but_its_own(tmp_path: Path) -> None:
