@@ -1,6 +1,5 @@
 """Several runs in one page, out of the committed report with losses written by hand."""
 
-import copy
 import json
 import math
 import re
@@ -52,15 +51,12 @@ def cells_of(table: tables.Table, row: str) -> dict[str, str]:
 
 
 def test_runs_are_paired_and_so_are_answers(reports):
-    assert list(cells_of(compare.paired(reports), "base: large - small")) == [
-        "stage",
-        *reports[0]["tasks"],
-    ]  # no questions
     small, large = reports
+    assert list(cells_of(compare.paired(reports), "base: large - small")) == ["stage", *small["tasks"]]  # no questions
     del small["tasks"]["english"]
     large["tasks"]["code"] = large["tasks"]["code"] | {"text_sha256": "b" * 64}
     small["questions"] = large["questions"] = [{"name": "q", "question": "?"}]
-    base = large["stages"]["base"] = json.loads(json.dumps(large["stages"]["base"]))
+    base = large["stages"]["base"]
     for document in base["scores"]["novel_heldout"]["documents"]:
         for block in [document, *document["blocks"]]:
             block["nll"] *= 1.1
@@ -85,6 +81,15 @@ def test_runs_are_paired_and_so_are_answers(reports):
     assert cells_of(tables.changes(large), "2a - base")["right"].startswith("-67% [-")
 
 
+def test_a_text_that_only_the_third_run_has_is_a_dash(reports):
+    for each in reports:
+        del each["tasks"]["english"]
+        for stage in filter(None, each["stages"].values()):
+            del stage["scores"]["english"]
+    third = report.load(DEMO) | {"run": "third"}
+    assert cells_of(compare.paired([*reports, third]), "base: third - small")["english"] == "–"
+
+
 def test_one_axis_holds_every_run(reports):
     picture = compare.draw_losses(reports)
     assert picture
@@ -93,10 +98,7 @@ def test_one_axis_holds_every_run(reports):
     assert drawn["small, training"] == [100, 200] and drawn["large, training"] == [1000, 1000, 1500]
     assert drawn["small, validation"] == [200] and drawn["large, validation"] == [1000, 1500]
     assert axis.get_xscale() == "linear"
-    colours = {
-        str(line.get_label()).partition(",")[0]: line.get_color() for line in axis.lines if "," in str(line.get_label())
-    }
-    assert len(set(colours.values())) == 2
+    assert len({line.get_color() for line in axis.lines if "," in str(line.get_label())}) == 2
     reports[1]["stages"]["2b"]["training"][0]["tokens"] = 1_000_000
     far = compare.draw_losses(reports)
     assert far and far.axes[0].get_xscale() == "log"
@@ -128,31 +130,14 @@ def test_what_does_not_compare_is_said_or_left_out(reports):
     assert "<dt>2b: large</dt>" in page and "<dt>2a: small</dt>" in page and "2b: small" not in page
 
 
-def write(folder: Path, reports: list[dict[str, Any]]) -> None:
-    for each in reports:
-        report.check(each, folder)
-        (folder / f"{each['run']}.json").write_text(json.dumps(each))
-
-
-def test_a_text_that_only_the_third_run_has_is_a_dash(reports):
-    third = copy.deepcopy(reports[1]) | {"run": "third"}
-    for each in reports:
-        del each["tasks"]["english"]
-        for stage in filter(None, each["stages"].values()):
-            del stage["scores"]["english"]
-    assert cells_of(compare.paired([*reports, third]), "base: third - small")["english"] == "–"
-
-
 def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, capsys):
-    write(tmp_path, reports)
+    for each in reports:
+        (tmp_path / f"{each['run']}.json").write_text(json.dumps(each))
     bits = tables.bits(reports[0]["stages"]["base"], "code")
     monkeypatch.setattr(sys, "argv", ["compare.py", "small", "large", "--reports", str(tmp_path)])
     compare.main()
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 1 and bits in page and "color-scheme" in page
-    assert not re.search(r'(src|href)="(?!#)', page.replace('xlink:href="#', ""))  # nothing is fetched
-    assert bits in capsys.readouterr().out
-    assert compare.html(reports) == page
+    assert compare.html(reports) == page and bits in page and bits in capsys.readouterr().out
 
     (tmp_path / "small.json").rename(tmp_path / "renamed.json")
     arguments = ["renamed", "large", "--reports", str(tmp_path), "--out", str(tmp_path / "other.html")]

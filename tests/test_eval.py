@@ -1,6 +1,6 @@
 """Evaluation, on tiny models whose scores are known, through the real lm-eval and the real adapters."""
 
-import html
+import contextlib
 import json
 import math
 import re
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lm_eval
 import numpy as np
@@ -27,32 +28,23 @@ from eval import evaluation, generation, intervals, logs, metrics, models, repor
 from prep.common import BadInput, sha256
 from train.stages import load_chain
 
+DEMO = Path(report.__file__).parent / "reports/demo.json"
+
 
 def evaluate(*arguments: str) -> dict[str, Any]:
     """Run eval/evaluation.py as from the command line; returns its report."""
-    sys.argv = ["evaluation.py", "--run", "tiny", "--max-new-tokens", "8", "--device", "cpu", *arguments]
-    evaluation.main()
+    command = ["evaluation.py", "--run", "tiny", "--max-new-tokens", "8", "--device", "cpu", *arguments]
+    with mock.patch.object(sys, "argv", command):
+        evaluation.main()
     return json.loads(Path("eval/reports/tiny.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="session")
-def evaluated_place(curriculum: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the curriculum with its report, made once; read it, do not change it."""
-    folder = shutil.copytree(curriculum, tmp_path_factory.mktemp("evaluated") / "place")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [])
-        evaluate("--positions", "4")
-    return folder
-
-
-@pytest.fixture
-def evaluated(evaluated_place: Path) -> dict[str, Any]:
-    return report.load(evaluated_place / "eval/reports/tiny.json")
 
 
 def scores_of(model: Any, tokenizer: Any, tasks: list[str]) -> dict[str, dict[str, Any]]:
     return scoring.score(scoring.TokenScorer(model, tokenizer, 2, "test"), scoring.load_tasks(tasks), None)
+
+
+def novel_bits(model: Any, tokenizer: Any) -> float:
+    return scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -75,12 +67,7 @@ def test_a_uniform_model_scores_ln_vocabulary_a_token(place, save):
         assert document["bytes"] == len(text.encode()) == sum(block["bytes"] for block in document["blocks"])
         assert document["nll"] == pytest.approx(count * math.log(len(tokenizer)), rel=1e-6)
         assert document["nll"] == pytest.approx(sum(block["nll"] for block in document["blocks"]), rel=1e-6)
-    size, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
-    assert result["words"] == pytest.approx(words, abs=len(texts))  # lm-eval counts an empty word at a trailing space
     assert result["token_perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)
-    assert result["bits_per_byte"] == pytest.approx(sum(tokens) * math.log2(len(tokenizer)) / size, rel=1e-6)
-    assert result["byte_perplexity"] == pytest.approx(2 ** result["bits_per_byte"], rel=1e-6)
-    assert math.log(result["word_perplexity"]) == pytest.approx(result["nll"] / result["words"], rel=1e-6)
 
 
 def test_scores_are_those_of_lm_eval_alone(place):
@@ -126,7 +113,7 @@ def test_full_copies_of_the_embeddings_are_scored_and_merged(in_four_bits):
     bits = []
     for each in (row, models.merged(row), replace(row, adapter=None)):
         [(_, model, tokenizer)] = models.loaded([each], "cpu", torch.float32)
-        bits.append(scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"])
+        bits.append(novel_bits(model, tokenizer))
     assert bits[1] == pytest.approx(bits[0], abs=1e-3) and abs(bits[2] - bits[0]) > 0.1
 
 
@@ -150,31 +137,26 @@ def test_an_adapter_is_evaluated_on_its_base_as_its_recipe_quantises_it(in_four_
     bits, layers = {}, {}
     for row, model, tokenizer in models.loaded(rows, "cpu", torch.float32):
         layers[row.name] = {type(module).__name__ for module in model.modules()}
-        bits[row.name] = scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"]
+        bits[row.name] = novel_bits(model, tokenizer)
     quantised = [row for row in rows if row.quantization and row.form != models.MERGED]
     assert {row.name for row in quantised} == {"2a (nf4)", "2b (start)", "2b", "2c"}
     for row in quantised:  # what a CPU unpacks once scores as what it would unpack at every pass
         packed = models.load_model(row.model, tokenizer, "cpu", torch.float32, row.quantization)
         assert "Linear4bit" in {type(module).__name__ for module in packed.modules()}
         whole = models.load_adapter(packed, row, tokenizer) if row.adapter else packed
-        scores = scores_of(whole, tokenizer, ["novel_heldout"])
-        assert scores["novel_heldout"]["bits_per_byte"] == pytest.approx(bits[row.name], abs=1e-6)
+        assert novel_bits(whole, tokenizer) == pytest.approx(bits[row.name], abs=1e-6)
     assert {name for name, types in layers.items() if "PeftModel" in types} == {"2b (start)", "2b", "2c"}
     assert len(set(bits.values())) == len(rows) and all(0 < value < 12 for value in bits.values())
 
     # A row's score does not depend on what was scored before it.
     [(_, model, tokenizer)] = models.loaded([row for row in rows if row.name == "2c"], "cpu", torch.float32)
-    assert scores_of(model, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"] == bits["2c"]
+    assert novel_bits(model, tokenizer) == bits["2c"]
     # An adapter is merged into the base that it was trained on, which is not the 16-bit one.
     assert bits["2c (merged)"] == pytest.approx(bits["2c"], abs=1e-4)
     plain = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("outputs/2a"), "outputs/2c").eval()
-    assert abs(scores_of(plain, tokenizer, ["novel_heldout"])["novel_heldout"]["bits_per_byte"] - bits["2c"]) > 1e-3
+    assert abs(novel_bits(plain, tokenizer) - bits["2c"]) > 1e-3
 
-    for wanted, expected in (
-        (["base", "2a"], ["base", "2a"]), (["2b", "2a (nf4)"], ["2a (nf4)", "2b"]),
-        (["2c (merged)"], ["2c (merged)"]), (None, [row.name for row in rows]),
-    ):  # fmt: skip
-        assert [row.name for row in models.present(rows, wanted)] == expected
+    assert [row.name for row in models.present(rows, ["2b", "2a (nf4)"])] == ["2a (nf4)", "2b"]
     for name in ("2b", "2c"):
         shutil.rmtree(f"outputs/{name}")
     assert [row.name for row in models.present(rows, None)] == ["base", "2a"]
@@ -184,18 +166,13 @@ def multiple_choice() -> str:
     """A task of lm-eval's kind with a file of its own: the base model is right once in two questions, by its own choice."""
     tokenizer = AutoTokenizer.from_pretrained("models/base")
     model = LlamaForCausalLM.from_pretrained("models/base").eval()
-    questions, choices = ["La porte était", "Il prit la"], ["ouverte", "lampe", "neige"]
-    rows = []
-    for number, question in enumerate(questions):
-        said = []
+    rows, choices = [], ["ouverte", "lampe", "neige"]
+    for number, question in enumerate(["La porte était", "Il prit la"]):
+        losses = []
         for choice in choices:
-            asked, whole = (
-                tokenizer(text, return_tensors="pt").input_ids for text in (question, f"{question} {choice}")
-            )
-            with torch.no_grad():
-                logprobs = model(whole).logits[0].log_softmax(-1)
-            said.append(sum(logprobs[i - 1, whole[0, i]].item() for i in range(asked.shape[1], whole.shape[1])))
-        rows.append({"question": question, "choices": choices, "gold": (np.argmax(said).item() + number) % 3})
+            ids = tokenizer(f"{question} {choice}", return_tensors="pt").input_ids
+            losses.append(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1))
+        rows.append({"question": question, "choices": choices, "gold": (losses.index(min(losses)) + number) % 3})
     Path("choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "choice", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "choice.jsonl"}},
@@ -206,7 +183,7 @@ def multiple_choice() -> str:
     return "choice.yaml"
 
 
-def test_a_task_that_has_changed_is_measured_again(in_four_bits):
+def test_a_task_that_has_changed_is_measured_again(place):
     settings = ("--tasks", multiple_choice(), "--samples", "1")
     base = evaluate(*settings, "--stages", "base", "2a")["stages"]["base"]
     assert list(base["benchmarks"]) == ["choice, acc"] and base["scores"] == {}
@@ -223,23 +200,20 @@ def test_a_task_that_has_changed_is_measured_again(in_four_bits):
 
 def test_the_report_prices_quantising_and_merging(in_four_bits, capsys, monkeypatch):
     settings = ("--tasks", "gallica_heldout", "novel_heldout", multiple_choice(), "--samples", "1", "--limit", "2")
-    load_tokenizer, load_model = models.load_tokenizer, models.load_model
-    alive: list[weakref.ref[Any]] = []
+    load_model = models.load_model
+    loaded: list[weakref.ref[Any]] = []
+    beside: list[int] = []
 
-    def first(folder):
-        assert [each() for each in alive] == [None] * len(alive)  # one row's weights at a time
-        return load_tokenizer(folder)
-
-    def then(*arguments):
+    def load(*arguments):
+        beside.append(sum(model() is not None for model in loaded))
         model = load_model(*arguments)
-        alive.append(weakref.ref(model))
+        loaded.append(weakref.ref(model))
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "load_tokenizer", first)
-        patch.setattr(models, "load_model", then)
+        patch.setattr(models, "load_model", load)
         result = evaluate(*settings)
-    assert len(alive) == 8  # the merged row's base twice: quantised, and in 16 bits
+    assert beside == [0] * 7 + [1]  # one row's weights at a time; the merged row's base is quantised, and in 16 bits
     assert result["stages"]["base"]["benchmarks"] == {"choice, acc": {"value": 0.5, "stderr": 0.5}}
     assert "benchmarks" not in result["stages"]["2c (merged)"] and list(result["tasks"]) == list(settings[1:3])
     bits = {name: stage["scores"]["novel_heldout"]["bits_per_byte"] for name, stage in result["stages"].items()}
@@ -257,14 +231,11 @@ def test_the_report_prices_quantising_and_merging(in_four_bits, capsys, monkeypa
     assert re.search(r"\| task, metric +\| +choice, acc \|\n.*\n\| base +\| +0\.500 ± 0\.500 \|", page)
     assert "2c (merged) - 2c" in page and "2c (merged) - 2a" in page and "**2c (merged)**" in page
 
-    # Some stages alone add to the report, and take nothing from it; with other settings they are refused.
+    # Some stages alone add to the report, and take nothing from it; with other settings they leave the others out.
     alone = evaluate(*settings, "--stages", "2b", "--fresh")
     assert [each["scores"] for each in alone["stages"].values()] == [
         each["scores"] for each in result["stages"].values()
     ]
-    others = ("--tasks", "gallica_heldout", "--samples", "1", "--limit", "2", "--stages", "2b")
-    with pytest.raises(BadInput, match=r"has other arguments and tasks, and .*2c.* would be lost"):
-        evaluate(*others)
 
     # A row whose files are gone stays; one that was trained again since it was measured does not.
     shutil.rmtree("outputs/2c")
@@ -274,22 +245,12 @@ def test_the_report_prices_quantising_and_merging(in_four_bits, capsys, monkeypa
     assert again["stages"]["base"] and again["stages"]["2b"] and not again["stages"]["2c"]
     assert "left out, trained again since they were measured: 2c, 2c (merged)\n" in capsys.readouterr().err
 
-    assert [name for name, stage in evaluate(*others, "--fresh")["stages"].items() if stage] == ["2b"]
+    others = evaluate("--tasks", "gallica_heldout", "--samples", "1", "--limit", "2", "--stages", "2b", "--fresh")
+    assert [name for name, stage in others["stages"].items() if stage] == ["2b"]
 
     # An adapter whose start is not measured is compared with the full model below, once.
     few = evaluate(*settings, "--stages", "2a", "2b", "--fresh")["differences"]
     assert {name: change["against"] for name, change in few.items()} == {"2b": "2a"}
-
-
-def test_an_unwritable_folder_is_refused_before_scoring(place, monkeypatch):
-    monkeypatch.setattr(models, "loaded", lambda *_: pytest.fail("scored"))
-    monkeypatch.setattr(sys, "argv", [])
-    Path("eval").write_text("")
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
-        evaluate("--tasks", "gallica_heldout", "--limit", "1")
-
-
-# --- by position ------------------------------------------------------------------------------------------------------
 
 
 def test_positions_are_those_of_the_text(place):
@@ -308,9 +269,8 @@ def test_positions_are_those_of_the_text(place):
         for start in starts:
             before = [([tokenizer.bos_token_id, *ids])[start - ahead], *ids[start - ahead : start + 255]]
             logits = model(torch.tensor([before])).logits[0, -256:]
-            nll += float(
-                torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start : start + 256]), reduction="sum")
-            )
+            wanted = torch.tensor(ids[start : start + 256])
+            nll += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
         assert part["bits_per_byte"] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
     first, last = result["ranges"][1]["bits_per_byte"], result["ranges"][-1]["bits_per_byte"]
     assert result["change"]["bits_per_byte"] == pytest.approx(last - first, abs=1e-6)
@@ -349,11 +309,10 @@ def test_pairing_sees_a_difference_that_two_intervals_hide():
 
 
 def test_whole_works_are_drawn_where_there_are_ten():
-    """Twenty passages, two a work: the units are the works' sums, whatever order they come in."""
+    """Twenty passages, two a work: the units are the works' sums, in the order of their names."""
     parts = documents([float(i) for i in range(20)], [f"work {9 - i % 10}" for i in range(20)])
     unit, table = intervals.units(parts)
     assert unit == "work" and table.tolist() == [[float(2 * i + 10), 200.0] for i in range(9, -1, -1)]
-    assert intervals.interval(parts) == intervals.interval(parts[10:] + parts[:10])
     assert intervals.units(documents([50.0] * 20, [f"work {i % 9}" for i in range(20)]))[0] == "block"
 
 
@@ -364,7 +323,6 @@ def test_units_that_do_not_match_or_are_one_have_no_interval():
     assert intervals.difference(documents([1, 2]), longer) is None
     alone = intervals.difference(documents([5.0]), documents([4.0]))
     assert alone is not None and alone["interval"] is None and alone["bits_per_byte"] < 0
-    assert intervals.interval(documents([100 * math.log(2)] * 5))["bits_per_byte"] == pytest.approx([1, 1])
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -474,48 +432,28 @@ def test_degeneration_is_the_mean_over_samples():
     assert metrics.degeneration([{"text": debris, "ended": False}])["artefacts"] == 4  # six capitals, at least
 
 
-def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
-    """A small model trained on one page, a hundred times over."""
-    model = tiny_llama(len(tokenizer), seed=0, hidden=64)
-    for parameter in model.parameters():
-        parameter.data *= 0.1  # from random noise of this size nothing learns
-    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(page, add_special_tokens=False)]])
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(100):
-        loss = model(ids, labels=ids).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return model.eval()
-
-
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_report_holds_every_stage_and_the_page_is_made_from_it_alone(evaluated_place, tmp_path, monkeypatch):
-    """In an empty folder, the JSON gives the same page and pictures, byte by byte."""
-    evaluated = report.load(evaluated_place / "eval/reports/tiny.json")
+def test_a_report_holds_every_stage_gives_its_pages_and_is_continued(place, capsys):
+    """From the JSON alone the same pages, byte by byte; only a stage whose weights changed is measured again."""
+    evaluated = evaluate("--positions", "4")
+    alone, page = place / "alone", Path("eval/reports/tiny.md").read_text(encoding="utf-8")
     assert list(evaluated["stages"]) == ["base", "2a", "2b", "2c", "2c (merged)"]
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(evaluated_place / "eval/reports/tiny.json", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report.py", "tiny.json"])
-    report.main()
-    for name in ("tiny.md", "tiny.html", "tiny.bpb.svg", "tiny.position.svg"):
-        assert (tmp_path / name).read_bytes() == (evaluated_place / "eval/reports" / name).read_bytes()
-    page = (tmp_path / "tiny.md").read_text(encoding="utf-8")
     for name, stage in evaluated["stages"].items():
         assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
         assert len(stage["samples"]) == (0 if stage["form"] else 2 * len(evaluated["prompts"]))
         assert f"{stage['scores']['code']['bits_per_byte']:.3f}" in page and f"**{name}**" in page
+    alone.mkdir()
+    shutil.copy("eval/reports/tiny.json", alone)
+    with contextlib.chdir(alone), mock.patch.object(sys, "argv", ["report.py", "tiny.json"]):
+        report.main()
+    made = sorted({path.name for path in alone.iterdir()} - {"tiny.json"})  # no plot of losses: there is no log
+    assert made == ["tiny.bpb.svg", "tiny.html", "tiny.md", "tiny.memory.svg", "tiny.position.svg"]
+    for name in made:
+        assert (alone / name).read_bytes() == Path("eval/reports", name).read_bytes(), name
 
-
-@pytest.mark.slow
-def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_path, monkeypatch, capsys):
-    """Only a stage whose weights changed is; and a gate's verdict on the old weights does not hold for the new."""
-    folder = shutil.copytree(evaluated_place, tmp_path / "again")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [])
     for name, below in (("2b", ["outputs/2a"]), ("2c", ["outputs/2a", "outputs/2b"])):
         files = Path("outputs", name).glob("*.safetensors")
         record = {
@@ -526,17 +464,13 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
             "versions": {},
         }
         Path("outputs", name, "trained.json").write_text(json.dumps(record))
-    same = evaluate("--positions", "4")
+    same = evaluate("--positions", "4")["stages"]
     assert "not measured again: base, 2a, 2b, 2c, 2c (merged)" in capsys.readouterr().err
-    assert same["stages"]["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
-    assert [stage["gate"] and stage["gate"]["passed"] for stage in same["stages"].values()] == [
-        *(None, None, True, True, None)
-    ]
+    assert same["2c"]["scores"] == evaluated["stages"]["2c"]["scores"]
+    assert [stage["gate"] and stage["gate"]["passed"] for stage in same.values()] == [None, None, True, True, None]
 
     shutil.copy("outputs/2b/adapter_model.safetensors", "outputs/2c/adapter_model.safetensors")
-    with pytest.raises(
-        BadInput, match=r"2c/adapter_model\.safetensors is not the file that .* describes: train 2c again"
-    ):
+    with pytest.raises(BadInput, match=r"2c/adapter_model\.safetensors is not the file that .*: train 2c again"):
         evaluate("--positions", "4")
     Path("outputs/2c/trained.json").unlink()
     swapped = evaluate("--positions", "4")
@@ -546,21 +480,23 @@ def test_finished_stages_are_not_measured_again(evaluated, evaluated_place, tmp_
     assert change["bits_per_byte"] == 0 and change["interval"] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda r: r["stages"]["2a"]["scores"]["code"].pop("bits_per_byte"), "stages.2a"),
-        (lambda r: r["tasks"]["code"].update(text_sha256="abc"), "tasks.code.text_sha256"),
-        (lambda r: r.update(format=2), "format"),
-    ],
-)
-def test_a_damaged_report_is_refused(tmp_path, damage, message):
-    demo = report.load(Path(report.__file__).parent / "reports/demo.json")
-    damage(demo)
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(demo))
-    with pytest.raises(BadInput, match=message):
-        report.load(path)
+def test_a_damaged_report_and_one_of_another_version_are_refused():
+    demo = report.load(DEMO)
+    with pytest.raises(BadInput, match="format"):
+        report.check(demo | {"format": 2}, DEMO)
+    del demo["stages"]["2a"]["scores"]["code"]["bits_per_byte"]
+    with pytest.raises(BadInput, match=r"stages\.2a"):
+        report.check(demo, DEMO)
+
+
+def test_signs_in_a_sample_are_text_and_its_copy_is_marked(tmp_path):
+    demo = report.load(DEMO)
+    sample = {"text": "*Il* dit <b> & « un homme entra » puis", "copied": {"words": 3, "start": 17, "end": 31}}
+    demo["stages"]["2c"]["samples"][0].update(sample)
+    page = report.write(demo, tmp_path)
+    text = page.with_suffix(".html").read_text(encoding="utf-8")
+    assert "*Il* dit &lt;b&gt; &amp; « <mark>un homme entra</mark>" in text
+    assert "\n> \\*Il\\* dit \\<b\\> & «" in page.read_text(encoding="utf-8")
 
 
 def judged(**changes: Any) -> str:
@@ -602,25 +538,6 @@ def test_verdicts(changes, words):
     assert words in judged(**changes)
 
 
-@pytest.mark.slow
-def test_the_html_page_stands_alone_and_marks_copies(evaluated, tmp_path):
-    """No file or address outside is fetched; a sample's signs are text, and its copied run is marked."""
-    sample = evaluated["stages"]["2c"]["samples"][0]
-    sample.update(text="Il dit <b> & « un homme entra » puis", copied={"words": 3, "start": 15, "end": 29})
-    report.write(evaluated, tmp_path)
-    text = (tmp_path / "tiny.html").read_text(encoding="utf-8")
-    assert "Il dit &lt;b&gt; &amp; « <mark>un homme entra</mark>" in text
-    kinds = re.findall(r'<figure id="(\w+)"><svg', text)
-    assert kinds == ["bpb", "position", "memory"] and text.count("<svg") == 3  # no training log, so no loss
-    assert not re.search(r"""(?:src|href)=["'](?!#)""", text) and "@import" not in text and "url(http" not in text
-    assert report.quoted("# <b>\n\n*x*") == "> \\# \\<b\\>\n>\n> \\*x\\*"  # in the Markdown page likewise
-    for line in verdict.lines(evaluated).values():
-        assert html.escape(line).replace("&#x27;", "&#39;") in text
-
-
-# --- loss curves ------------------------------------------------------------------------------------------------------
-
-
 def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
     for step in (9, 10):  # "checkpoint-9" sorts behind "checkpoint-10"
         log = [
@@ -641,29 +558,36 @@ def test_the_loss_curve_is_that_of_the_last_checkpoint(tmp_path):
 # --- whole runs that went wrong ---------------------------------------------------------------------------------------
 
 
+def know_by_heart(tokenizer: Any, page: str) -> LlamaForCausalLM:
+    """A small model trained on one page, a hundred times over."""
+    model = tiny_llama(len(tokenizer), seed=0, hidden=64)
+    for parameter in model.parameters():
+        parameter.data *= 0.1  # from random noise of this size nothing learns
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(page, add_special_tokens=False)]])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = model(ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return model.eval()
+
+
 @pytest.mark.slow
 def test_a_model_that_memorised_or_loops_is_called_so(place):
-    """2c by every weight, a hundred times over one page: it would recite the page. 2a says one word for ever."""
+    """The base recites its page; 2a says one word for ever."""
     tokenizer = AutoTokenizer.from_pretrained("models/base")
     page = tales()[3][:2_000]
     write_rows(place / "data/2c.jsonl", [page])
-    Path("data/2c.txt").write_text(page, encoding="utf-8")
-    Path("recipes/2c.yml").write_text(
-        "base_model: models/base\noutput_dir: outputs/2c\ndatasets: [{path: data/2c.jsonl}]\n"
-    )
     Path("prompts.yml").write_text(json.dumps([{"name": "page", "text": page[:300]}], ensure_ascii=False))
-    shutil.rmtree("outputs/2c")
-    shutil.copytree("outputs/2a", "outputs/2c")
-    know_by_heart(tokenizer, page).save_pretrained("outputs/2c")
-    always(
-        tiny_llama(len(tokenizer), seed=1), tokenizer.encode("la porte", add_special_tokens=False)[-1]
-    ).save_pretrained("outputs/2a")
-    arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1", "--stages", "base", "2a", "2c")
+    know_by_heart(tokenizer, page).save_pretrained("models/base")
+    word = tokenizer.encode("la porte", add_special_tokens=False)[-1]
+    always(tiny_llama(len(tokenizer), seed=1), word).save_pretrained("outputs/2a")
+    arguments = ("--prompts", "prompts.yml", "--max-new-tokens", "80", "--samples", "1", "--stages", "base", "2a")
     lines = verdict.lines(evaluate("--tasks", "novel_heldout", "novel_train", *arguments))
-    assert re.search(
-        r"; memorised \((9\d|100)% of trained chunks extractable, a sample copies \d\d words\)", lines["2c"]
-    )
-    assert "did not memorise" in lines["base"] and "did not memorise" in lines["2a"] and "loop" not in lines["base"]
+    memorised = r"memorised \((9\d|100)% of trained chunks extractable, a sample copies \d\d words\)"
+    assert re.match(memorised, lines["base"]) and "loop" not in lines["base"]
+    assert "did not memorise" in lines["2a"]
     assert "degenerated (100% of samples loop, " in lines["2a"] and "of 4-grams are repeated" in lines["2a"]
     assert "100% of samples loop" in Path("eval/reports/tiny.html").read_text(encoding="utf-8")
 
@@ -706,13 +630,13 @@ def prompts(text: str) -> Callable[[Path], Any]:
 @pytest.mark.parametrize(
     ("spoil", "arguments", "message"),
     [
+        (lambda p: (p / "eval").write_text(""), [], "File exists|Not a directory"),
         (lambda p: (p / "data/2b.heldout.jsonl").write_text(""), [], "2b.heldout.jsonl is empty"),
         (lambda p: (p / "data/2b.heldout.jsonl").write_text('{"text": " "}\n'), [], "line 1: no text"),
         (lambda p: (p / "data/2c.txt").unlink(), [], "data/2c.txt is missing"),
         (no_bos, [], "no BOS token"),
         (long_prompt, ["--prompts", "prompts.yml"], "more than the 2048"),
         (prompts("- K. ouvrit la porte."), ["--prompts", "prompts.yml"], "this one has not: K. ouvrit la porte."),
-        (prompts("- {name: s, tail_of: data/2c.txt}"), ["--prompts", "prompts.yml"], "tail_of and words"),
         (prompts("- {name: a, question: 'Combien ?', answer: 9}"), ["--prompts", "prompts.yml"], "numbers in quotes"),
         (prompts("- {name: a, question: 'Combien ?'}"), ["--prompts", "prompts.yml"], "has no chat template"),
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
@@ -722,10 +646,9 @@ def prompts(text: str) -> Callable[[Path], Any]:
 )
 def test_what_cannot_be_evaluated_is_refused(place, monkeypatch, spoil, arguments, message):
     """What a user can damage in more ways is in test_bad_input.py."""
-    monkeypatch.setattr(sys, "argv", [])
-    if "--prompts" in arguments:  # all of it is known before anything is scored
+    if "--stages" not in arguments:  # known before anything is scored
         monkeypatch.setattr(models, "loaded", lambda *_: pytest.fail("scored"))
     spoil(place)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises((BadInput, OSError), match=message):
         evaluate("--tasks", "gallica_heldout", "--limit", "1", *arguments)
     assert not Path("eval/reports/tiny.json").exists()

@@ -129,9 +129,8 @@ def test_what_is_drawn(browser: Any, pages: dict[str, Path], name: str, device: 
     assert len(boxes) == {"report": 3, "compare": 1}[name]
     for left, top, width, height in boxes:
         assert width > 500 and height > 150
-        drawn: np.ndarray = (
-            seen[round(top) : round(top + height), round(left) : round(left + width)].reshape(-1, 3).astype(int)
-        )
+        inside = seen[round(top) : round(top + height), round(left) : round(left + width)]
+        drawn = inside.reshape(-1, 3).astype(int)
         background = np.median(drawn, axis=0)
         marks = drawn[np.abs(drawn - background).max(axis=1) > 60]
         assert len(marks) > 0.005 * len(drawn)  # axes, words, curves
@@ -139,10 +138,21 @@ def test_what_is_drawn(browser: Any, pages: dict[str, Path], name: str, device: 
         assert contrast(marks[np.abs(marks - background).sum(axis=1).argmax()], background) > 7
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_copied_words_are_marked(browser: Any, pages: dict[str, Path], scheme: str) -> None:
-    """Every copied run of the JSON, and it alone, stands on a ground of its own that can be read."""
-    seen = show(browser, pages["report"], WIDTHS["phone"], scheme)
+@pytest.mark.parametrize(("device", "scheme"), [("desk", "light"), ("phone", "dark")])
+def test_samples_are_side_by_side_and_copied_words_are_marked(
+    browser: Any, pages: dict[str, Path], device: str, scheme: str
+) -> None:
+    """On a desk what the four stages wrote first after a prompt is one row, on a phone a column. Every copied run of the JSON,
+    and it alone, has a background of its own on which it can be read."""
+    seen = show(browser, pages["report"], WIDTHS[device], scheme)
+    places = browser.execute_script(
+        "return [...document.querySelector('.samples').children].slice(0, 4).map(e => { const b = e.getBoundingClientRect();"
+        "return [e.querySelector('.label').textContent.split(',')[0], Math.round(b.left), Math.round(b.top)] })"
+    )
+    names, lefts, tops = map(list, zip(*places, strict=True))
+    assert names == ["base", "2a", "2b", "2c"]
+    assert (len(set(lefts)), len(set(tops))) == {"desk": (4, 1), "phone": (1, 4)}[device]
+
     evidence = report.load(ROOT / "eval/reports/demo.json")
     copied = sorted(
         sample["text"][sample["copied"]["start"] : sample["copied"]["end"]]
@@ -157,22 +167,7 @@ def test_copied_words_are_marked(browser: Any, pages: dict[str, Path], scheme: s
     assert copied and sorted(text for text, *_ in marks) == copied
     card = style(browser, ".sample", "backgroundColor")
     for _, left, top, width, height in marks:
-        ground = np.median(
-            seen[round(top) + 2 : round(top + height) - 2, round(left) : round(left + width)].reshape(-1, 3), axis=0
-        )
+        inside = seen[round(top) + 2 : round(top + height) - 2, round(left) : round(left + width)]
+        ground = np.median(inside.reshape(-1, 3), axis=0)
         assert np.abs(ground - card).max() > 30
         assert contrast(style(browser, "mark", "color"), ground) > 4.5
-
-
-def test_the_stages_stand_side_by_side(browser: Any, pages: dict[str, Path]) -> None:
-    """On a desk, what the four stages wrote first after a prompt is one row; on a phone they are one column."""
-    places = (
-        "return [...document.querySelector('.samples').children].map(e => [e.querySelector('.label').textContent.split(',')[0],"
-        "Math.round(e.getBoundingClientRect().top), Math.round(e.getBoundingClientRect().left)])"
-    )
-    show(browser, pages["report"], WIDTHS["desk"], "light")
-    row = browser.execute_script(places)[:4]
-    assert [name for name, _, _ in row] == ["base", "2a", "2b", "2c"]
-    assert len({top for _, top, _ in row}) == 1 and len({left for *_, left in row}) == 4
-    show(browser, pages["report"], WIDTHS["phone"], "light")
-    assert len({left for *_, left in browser.execute_script(places)}) == 1
