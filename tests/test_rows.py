@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from axolotl_preprocessing import axolotl_windows
-from small_tokenizers import gpt2_like, save, save_gpt2_like, tales
+from small_tokenizers import gpt2_like, save, tales
 from tokenizers import Tokenizer
 
-from prep.common import BadInput, sha256, write_text
+from prep.common import BadInput, write_text
 from prep.dedup import Entry
 from prep.rows import (
     CHUNK,
@@ -42,19 +42,20 @@ def cut(cutter: Cutter, text: str, **options) -> tuple[list[Bounds], list[str]]:
     return found, [text[row.start : row.end] for row in found]
 
 
-def slices(found: list[Bounds], sequence_len: int) -> list[int]:
-    """The slices that Axolotl is to make: full windows, then a tail."""
-    return [length for row in found for length in [sequence_len] * row.windows + [row.tail]]
+def axolotl_agrees(cutter: Cutter, tokenizer: Path, found: list[Bounds], texts: list[str]) -> int:
+    """Axolotl makes of each row its full windows, then a tail, and no window with a false end; how many windows."""
+    lengths, windows = axolotl_windows(texts, tokenizer, cutter.sequence_len)
+    assert lengths == [length for row in found for length in [cutter.sequence_len] * row.windows + [row.tail]]
+    assert len(windows) == sum(row.windows for row in found)
+    assert all(cutter.eos not in window[1:] for window in windows)
+    return len(windows)
 
 
 @pytest.mark.parametrize("sequence_len", [64, 2048])
 def test_axolotl_finds_exactly_the_stated_windows(tokenizer, novel, sequence_len):
     cutter = Cutter(tokenizer, sequence_len)
     found, texts = cut(cutter, novel)
-    lengths, windows = axolotl_windows(texts, tokenizer, sequence_len)
-    assert sum(row.windows for row in found) == len(windows) > 64 * 512 // sequence_len
-    assert lengths == slices(found, sequence_len)
-    assert all(cutter.eos not in window[1:] for window in windows)
+    assert axolotl_agrees(cutter, tokenizer, found, texts) > 64 * 512 // sequence_len
     # Nothing is lost but the rest of each row's last words, and less than a row of one window more at the end.
     assert sum(row.tail for row in found) <= 12 * len(found)
     assert len(cutter.encode(novel[found[-1].start :]).ends) < (found[-1].windows + 1) * sequence_len
@@ -74,9 +75,9 @@ def test_odd_text_is_counted_as_axolotl_counts_it(tokenizer, novel, monkeypatch)
     monkeypatch.setattr("prep.rows.MAX_WINDOWS", 3)
     draw = random.Random(1)
     odd = ["x" * 3000, "🙂🚂" * 300, "Ἐν ἀρχῇ ἦν ὁ λόγος " * 40, "\n\n\n\n", "  ", "A.B.C." * 200, novel[5000:9000]]
-    found, texts = cut(Cutter(tokenizer, 64), "".join(draw.choice(odd) for _ in range(80)))
-    assert len(found) > 50
-    assert axolotl_windows(texts, tokenizer, 64)[0] == slices(found, 64)
+    cutter = Cutter(tokenizer, 64)
+    found, texts = cut(cutter, "".join(draw.choice(odd) for _ in range(80)))
+    assert len(found) > 50 and axolotl_agrees(cutter, tokenizer, found, texts)
 
 
 def test_words_tokenised_apart_have_the_tokens_of_the_whole_text(llama, novel, monkeypatch, tmp_path):
@@ -88,18 +89,8 @@ def test_words_tokenised_apart_have_the_tokens_of_the_whole_text(llama, novel, m
     whole = Tokenizer.from_str(json.dumps(settings))
     cutter = Cutter(save(whole, tmp_path, bos_token="<s>", eos_token="</s>", unk_token="<unk>"), 64)
     words = novel[:40_000].split(" ")
-    odd = [
-        "",
-        "mot ",
-        " mot",
-        "le  mot",
-        "le   mot  mot",
-        "le▁ mot",
-        "le ▁mot",
-        "le \n mot",
-        "l'été 🙂 ἦν été",
-        " ".join(words),
-    ]
+    odd = ["", "mot ", " mot", "le  mot", "le   mot  mot", "le▁ mot", "le ▁mot", "le \n mot", "l'été 🙂 ἦν été"]
+    odd.append(" ".join(words))
     for text in [*odd, *(" ".join(words[i:] + words[:i]) for i in range(0, len(words), 700)), *odd]:
         ends = [end for _, end in whole.encode(text, add_special_tokens=False).offsets]
         assert cutter.encode(text).ends.tolist() == ends
@@ -112,34 +103,23 @@ def test_a_row_whose_first_word_gives_fewer_tokens_is_lengthened_or_given_up(lla
     # Texts that end anywhere in a window, also just short of a full one.
     made = [cut(cutter, "\n".join(["maison"] * words), start=7) for words in range(20, 60)]
     bounds, rows = [row for found, _ in made for row in found], [text for _, texts in made for text in texts]
-    lengths, windows = axolotl_windows(rows, llama, 64)
-    assert len(windows) == len(bounds) > 40
-    assert lengths == slices(bounds, 64)
-    assert all(cutter.eos not in window for window in windows)
+    assert axolotl_agrees(cutter, llama, bounds, rows) == len(bounds) > 40
 
 
 def test_a_tail_never_makes_a_window_with_a_false_end(tokenizer, novel):
     """Texts of every length around a window's: EOS must not complete one."""
     cutter = Cutter(tokenizer, 64)
     ends = cutter.encode(novel).ends
-    rows = [text for last in range(60, 132) for text in cut(cutter, novel[: int(ends[last])])[1]]
-    _, windows = axolotl_windows(rows, tokenizer, 64)
-    assert len(windows) > 70
-    assert all(cutter.eos not in window[1:] for window in windows)
+    made = [cut(cutter, novel[: int(ends[last])]) for last in range(60, 132)]
+    bounds, rows = [row for found, _ in made for row in found], [text for _, texts in made for text in texts]
+    assert axolotl_agrees(cutter, tokenizer, bounds, rows) > 70
     assert not cut(cutter, "")[0] and not cut(cutter, "K. ouvrit la porte.")[0]
 
 
-def test_tokenizers_that_cannot_serve(tmp_path, gpt2):
-    broken = save_gpt2_like(tmp_path / "broken")
-    (broken / "tokenizer.json").write_text('{"version": "1.0", "model": ')
-    for folder, length, words in (
-        (tmp_path / "nothing", 64, r"no tokenizer\.json"),
-        (broken, 64, "cannot be loaded"),
-        (save(gpt2_like(), tmp_path / "endless"), 64, "no end-of-sequence"),
-        (gpt2, 32, "too short"),
-    ):
-        with pytest.raises(BadInput, match=words):
-            Cutter(folder, length)
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
+    """What else is wrong with one: tests/test_bad_input.py."""
+    with pytest.raises(BadInput, match="no end-of-sequence"):
+        Cutter(save(gpt2_like(), tmp_path), 64)
 
 
 # --- chunks and shares -----------------------------------------------------------------------------------------------
@@ -185,20 +165,6 @@ def some_rows(count: int, fails: bool = False):
 def write(out: Path, tokenizer: Path, train, heldout=()):
     rest: dict[str, Any] = {"source": {"path": "x"}, "arguments": {}, "seed": 1, "documents": {"read": 1}}
     return write_prepared(out, train, heldout, tokenizer=tokenizer, sequence_len=512, **rest)
-
-
-def test_the_manifest_describes_the_files(llama, tmp_path):
-    out = tmp_path / "data" / "2a.jsonl"
-    manifest = write(out, llama, some_rows(5), some_rows(2))
-    assert json.loads(manifest_path(out).read_text()) == manifest
-    for part, path in (("train", out), ("heldout", tmp_path / "data" / "2a.heldout.jsonl")):
-        data, rows = path.read_bytes(), len(path.read_bytes().splitlines())
-        counts = {"rows": rows, "windows": 2 * rows, "tokens": 1024 * rows, "tail_tokens": 3 * rows}
-        assert manifest[part] == {"path": path.name, **counts, "bytes": len(data), "sha256": sha256(path)}
-    assert manifest["tokenizer"]["sha256"] == sha256(llama / "tokenizer.json")
-    first = json.loads(out.read_text().splitlines()[0])
-    assert list(first) == ["text", "source", "title", "author", "date", "part"]
-    assert first["text"] == "« Été » 0\n\nœuvre"
 
 
 def test_a_write_that_fails_leaves_the_files_before_and_the_manifest_is_renamed_last(llama, tmp_path):
