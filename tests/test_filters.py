@@ -15,14 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_library import books, library, prepare, rows
+from small_library import books, library, prepare
 from small_tokenizers import tales
 
 from prep.common import BadInput
 from prep.dedup import Entry, copies, fingerprint
 from prep.executor import Cluster, run_local
-from prep.filters import KNOWN, classifier, fiction_score, french_share, known_share, year_of
-from prep.gallica import main
+from prep.filters import fiction_score, year_of
 from prep.readers import read_books, source_paths
 
 
@@ -66,12 +65,12 @@ def test_every_rule_rejects_under_its_own_name_and_keeps_the_tales(llama, tmp_pa
     odd = {
         "short": "Il pleuvait. " * 20,
         "english": ENGLISH,
-        "scan": misread(texts()[5], 0.25),
+        "scan": misread(texts()[5], 0.1),
         "law": LAW,
         "verse": VERSE,
         "table": texts()[6][:3990] + "\n[texte_manquant]" * 2,
         "old": texts()[7],
-        "copy": misread(texts()[8], 0.01),
+        "copy": misread(texts()[8], 0.02),
     }
     dates = dict.fromkeys(odd, "1880") | {"old": "1650", "copy": "1890"}
     good = [book | {"date": "1876-????"} for book in books()]
@@ -99,13 +98,7 @@ def test_every_rule_rejects_under_its_own_name_and_keeps_the_tales(llama, tmp_pa
     assert funnel[-1]["documents"] == 14 and funnel[0]["documents"] == documents["read"] == 22
 
 
-def test_figures_of_the_rules():
-    for text in texts():
-        assert known_share(text) > KNOWN + 0.1 and french_share(text) == 1
-    assert known_share(misread(texts()[0], 0.1)) < KNOWN < known_share(misread(texts()[0], 0.02))
-    assert french_share(ENGLISH) == 0
-    limit = classifier()[3]
-    assert max(fiction_score(LAW), fiction_score(VERSE)) < limit < min(map(fiction_score, texts()))
+def test_a_title_counts_and_a_date_has_a_year_or_none():
     assert fiction_score(texts()[0], "Comédie en trois actes") < fiction_score(texts()[0], "Roman")
     assert [year_of(date) for date in ("1876-????", "18--?", "[1912]", "", "12345")] == [1876, None, 1912, None, None]
 
@@ -132,26 +125,17 @@ def test_the_copy_that_stays_is_the_best_read_whatever_the_order():
 
 
 def test_what_overlaps_with_the_novel_or_with_held_out_text_is_removed(llama, tmp_path):
-    """A chapter of them in an anthology is enough; what did overlap stands in the manifest."""
+    """A chapter of it in a book is enough; what did overlap is in the manifest."""
     records = books()
     novel = tmp_path / "novel.txt"
     novel.write_text(texts()[7], encoding="utf-8")
     records[9]["complete_text"] += "\n" + texts()[7][2000:8000]
-    clear = prepare(library(tmp_path / "source", records), llama, tmp_path / "b" / "2a.jsonl", against=novel)
-    held = {row["source"] for row in rows(tmp_path / "b" / "2a.heldout.jsonl")}
-    assert set(clear["documents"]["contaminated"]) == {"bpt08", "bpt10"}
-    assert clear["documents"]["rejected"]["contaminated"] == 2
-    assert "the novel" in clear["documents"]["contaminated"]["bpt10"]
-
-    one = min(held)
-    quoted = next(record["complete_text"] for record in records if record["file_id"] == one)
-    records.append(
-        records[1]
-        | {"file_id": "anthology", "title": "Anthologie", "complete_text": texts()[7][:9000] + "\n" + quoted[3000:8000]}
-    )
-    library(tmp_path / "more", records)
-    last = prepare(tmp_path / "more", llama, tmp_path / "c" / "2a.jsonl")
-    assert "held-out books" in last["documents"]["contaminated"]["anthology"]
+    records[1]["complete_text"] += "\n" + texts()[0][2000:8000]  # of bpt01, which is held out
+    source = library(tmp_path / "source", records)
+    documents = prepare(source, llama, tmp_path / "2a.jsonl", against=novel)["documents"]
+    found = documents["contaminated"]
+    assert set(found) == {"bpt02", "bpt08", "bpt10"} and documents["rejected"]["contaminated"] == 3
+    assert "the novel" in found["bpt10"] and "held-out books" in found["bpt02"]
 
 
 def test_a_cap_on_a_work_counts_all_its_volumes(llama, tmp_path):
@@ -159,8 +143,7 @@ def test_a_cap_on_a_work_counts_all_its_volumes(llama, tmp_path):
     for number in (4, 5, 6):
         records[number]["title"] = f"Les Veillées. Tome {number}"
     source = library(tmp_path / "source", records)
-    prepare(source, llama, tmp_path / "2a.jsonl", cap_per_work=3, holdout=0)
-    manifest = json.loads((tmp_path / "2a.manifest.json").read_text(encoding="utf-8"))
+    manifest = prepare(source, llama, tmp_path / "2a.jsonl", cap_per_work=3, holdout=0)
     assert manifest["train"]["windows"] == 3 * 13 and manifest["documents"]["works_used"] == 13
 
 
@@ -188,13 +171,14 @@ def packed(path: Path, data: bytes) -> Path:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     else:
-        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
     return path
 
 
-@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz", "a.zip", "a.tar.gz"])
+@pytest.mark.parametrize("name", ["a.tsv", "A.TSV.GZ", "a.zip", "a.tar.gz"])
 def test_page_tables_become_books(name, tmp_path):
-    first, second = read_books(packed(tmp_path / name, TABLE.encode()))
+    packed(tmp_path / name, TABLE.encode())
+    first, second = (book for path in source_paths(tmp_path) for book in read_books(path))
     odd = {"pages_twice": 1, "pages_moved": 1}
     assert first.id == "b1"
     assert first.metadata == {"title": "Le Sel", "author": "Dupont, Marie", "date": "1871", "odd": odd}
@@ -211,12 +195,6 @@ def test_pages_that_are_not_all_numbered_keep_their_order(tmp_path):
     (tmp_path / "a.tsv").write_text(TABLE.split("\n")[0] + "\n" + "".join(rows))
     [book] = read_books(tmp_path / "a.tsv")
     assert book.text == "page 0\fpage 1\fpage 2\fpage 3" and not book.metadata["odd"]
-
-
-def test_the_case_of_a_suffix_does_not_matter(tmp_path):
-    (tmp_path / "ROMAN.TXT").write_text("Il neigeait. " * 30)
-    packed(tmp_path / "a.tsv.gz", TABLE.encode()).rename(tmp_path / "A.TSV.GZ")
-    assert [book.id for path in source_paths(tmp_path) for book in read_books(path)] == ["b1", "b2", "ROMAN"]
 
 
 @pytest.mark.parametrize("name", ["a.tsv.gz", "a.zip", "a.tar.gz", "b.jsonl.gz"])
@@ -247,18 +225,10 @@ def test_the_same_books_as_parquet_jsonl_or_tables_give_the_same_rows(llama, tmp
     assert made[0] == made[1] == made[2]
 
 
-def test_plain_text_and_odd_lines(tmp_path):
-    (tmp_path / "conte.txt").write_bytes("Il était une fois\xff".encode("latin-1"))
-    (tmp_path / "notes.md").write_text("rien")
+def test_odd_fields_of_a_line_are_empty(tmp_path):
     (tmp_path / "odd.jsonl").write_text('{"id": 7, "text": null}\n{"text": ["x"], "title": 5}\n')
-    assert [path.name for path in source_paths(tmp_path)] == ["conte.txt", "odd.jsonl"]
-    [conte] = read_books(tmp_path / "conte.txt")
-    assert conte.id == "conte" and conte.text.startswith("Il ")
     odd = [(book.id, book.metadata["title"], book.text) for book in read_books(tmp_path / "odd.jsonl")]
     assert odd == [("7", "", ""), ("", "5", "")]
-    (tmp_path / "odd.jsonl").write_text('{"id": 1}\n{"id": \n')
-    with pytest.raises(BadInput, match="line 2"):
-        list(read_books(tmp_path / "odd.jsonl"))
 
 
 def test_tables_in_latin_1_are_refused_and_a_text_encoded_twice_is_mended(tmp_path):
@@ -314,9 +284,7 @@ def test_slurm_jobs_make_the_same_bytes(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(stand_in), prepend=":")
     source = library(tmp_path / "source", books(), files=2)
     prepare(source, llama, tmp_path / "local" / "2a.jsonl", windows=20)
-    given = {"source": source, "tokenizer": llama, "out": tmp_path / "slurm" / "2a.jsonl", "sequence-len": 512}
-    given |= {"windows": 20, "holdout": 0.2, "executor": "slurm", "partition": "cpu"}
-    main([str(word) for key, value in given.items() for word in (f"--{key}", value)])
+    prepare(source, llama, tmp_path / "slurm" / "2a.jsonl", windows=20, executor="slurm", partition="cpu")
     for name in ("2a.jsonl", "2a.heldout.jsonl", "2a.manifest.json"):
         assert (tmp_path / "slurm" / name).read_bytes() == (tmp_path / "local" / name).read_bytes(), name
     [script] = (tmp_path / "slurm").glob("gallica/*/logs/clean/launch_script.slurm")
