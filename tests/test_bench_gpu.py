@@ -17,20 +17,10 @@ from train.stages import load_chain, load_recipe
 
 ROOT = Path(__file__).parent.parent
 OURS = [stage for stage in load_chain(ROOT / "recipes", "2") if not stage.config.get("rl")]
-KAFKA = [stage for stage in load_chain(ROOT / "bench/kafka") if not stage.adapter_from]
 ABLATIONS = gpu.load_ablations(ROOT / "bench/ablations.yml", OURS)
-RUNS = gpu.schedule(OURS, KAFKA, ABLATIONS, repetitions=3)
 
 
 # --- what would run ---------------------------------------------------------------------------------------------------
-
-
-def test_a_run_is_its_recipe_but_for_what_only_a_long_training_needs() -> None:
-    for run in RUNS[:5]:
-        config = run.trained(tiny=False)
-        changed = {key for key in config.keys() | run.config.keys() if config.get(key) != run.config.get(key)}
-        assert changed <= {"plugins", *gpu.QUIET} and "train.plugins.Gate" not in config["plugins"]
-        assert not {"test_datasets", "eval_steps", "save_steps"} & set(config) and config["save_strategy"] == "no"
 
 
 @pytest.mark.parametrize("run", ABLATIONS, ids=lambda run: f"{run.recipe} {run.variant}")
@@ -45,8 +35,8 @@ def test_axolotl_knows_every_ablation(run: gpu.Run, axolotl_validates: Any) -> N
             assert validated.get(key) == value or (value is True and validated.get(key)), key
 
 
-@pytest.mark.parametrize("sequence_len", [512, 2048])
-def test_rows_make_whole_windows(sequence_len: int, tmp_path: Path) -> None:
+def test_rows_make_whole_windows(tmp_path: Path) -> None:
+    sequence_len = 512
     gpu.save_tokenizer(1000, tmp_path)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 1000
     gpu.save_rows(tmp_path / "rows.jsonl", 40 * sequence_len, sequence_len, 1000)
@@ -124,8 +114,8 @@ def test_the_page_and_the_list_say_what_was_measured(tmp_path: Path, monkeypatch
     (tmp_path / "gpu.json").write_text(json.dumps(REPORT))
     bench(monkeypatch, "--list", "--out", tmp_path / "gpu.json")
     listed = capsys.readouterr().out.splitlines()
-    assert len({line[:60] for line in listed}) == len(RUNS) and listed[0].startswith("2a, ours, 11 GiB, 1 ")
-    assert listed[0].endswith(" ok")
+    assert listed[0].startswith("2a, ours, 11 GiB, 1 ") and listed[0].endswith(" ok")
+    assert len({line[:60] for line in listed}) == len(listed) > len(ABLATIONS)
     lines = [line for line in gpu.page(REPORT).splitlines() if line.startswith("| 2")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert rows[0] == [

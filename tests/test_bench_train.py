@@ -1,14 +1,12 @@
 """The sweep: a wrong plan is refused, what is finished is not run again, the page follows from the JSON report."""
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -62,18 +60,7 @@ def test_a_bad_variant_is_refused(variants: list[dict[str, Any]], said: str, tmp
             sweep.load_plan(tmp_path / "plan.yml")
 
 
-def test_the_batch_is_divided_exactly() -> None:
-    ours = {"micro_batch_size": 16, "gradient_accumulation_steps": 2, "sequence_len": 512}
-    theirs = {"micro_batch_size": 4, "gradient_accumulation_steps": 8, "sequence_len": 2048}
-    for recipe, divisor, micro, accumulated in ((ours, 8, 4, 1), (ours, 2, 4, 4), (theirs, 16, 1, 2)):
-        expected = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulated}
-        assert sweep.divided(recipe, divisor, 2048) == expected
-    for divisor in (3, 64):
-        with pytest.raises(BadInput, match=f"divided by {divisor}"):
-            sweep.divided(theirs, divisor, 2048)
-
-
-def test_settings_are_the_recipe_with_overrides(tmp_path: Path) -> None:
+def test_settings_are_the_recipe_with_overrides_and_a_smaller_batch(tmp_path: Path) -> None:
     variant = OURS | {"overrides": {"learning_rate": 1e-3, "optim_args": None}}
     plan = plan_of(tmp_path, variant)
     settings = sweep.settings(variant, plan, 7)
@@ -81,6 +68,12 @@ def test_settings_are_the_recipe_with_overrides(tmp_path: Path) -> None:
     assert settings["optimizer"] == "adamw_torch_8bit"
     assert "optim_args" not in settings and "test_datasets" not in settings
     assert sweep.settings(variant | {"curve": True}, plan, 7)["test_datasets"]
+    for divisor, batch in {8: (4, 1), 2: (4, 4)}.items():  # of 32 windows; at most 4 at once
+        divided = sweep.settings(variant, plan | {"batch_divisor": {"2a": divisor}}, 7)
+        assert (divided["micro_batch_size"], divided["gradient_accumulation_steps"]) == batch
+    for divisor in (3, 64):
+        with pytest.raises(BadInput, match=f"divided by {divisor}"):
+            sweep.settings(variant, plan | {"batch_divisor": {"2a": divisor}}, 7)
 
 
 def test_runs_are_in_order_and_train_in_folders_of_their_own(tmp_path: Path) -> None:
@@ -146,9 +139,8 @@ def test_a_shipped_plan_is_good_and_axolotl_accepts_its_recipes(path: Path, axol
         axolotl_validates(config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_averaged_end_is_the_mean_of_the_second_half(dtype: torch.dtype) -> None:
-    model, mean = torch.nn.Linear(1, 1, bias=False, dtype=dtype), sweep_plugin.Mean()
+def test_the_averaged_end_is_the_mean_of_the_second_half() -> None:
+    model, mean = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), sweep_plugin.Mean()
     for step in range(1, 7):
         model.weight.data.fill_(step)
         mean.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), None, model)
@@ -168,64 +160,17 @@ def test_the_committed_page_and_picture_follow_from_the_json(name: str, tmp_path
     assert sweep_report.dumped(json.loads(copy.read_text())) == committed.read_text()
 
 
-def test_figures_are_means_over_seeds_and_what_was_not_measured_is_a_dash() -> None:
+def test_a_variant_that_has_not_run_yet_has_dashes(tmp_path: Path) -> None:
     report = json.loads((ROOT / "bench/reports/train.json").read_text())
-    runs, text, removed = report["runs"], "gallica_heldout", ("2b-rank-16-43", "2c-full-42", "2c-full-43")
-    for name in removed:
-        del runs[name]
-    found = sweep_report.Sweep(report)
-    size = sum(report["texts"][text]["bytes"]) * math.log(2)
-    ours, kafka = (
-        np.array([runs[f"{name}-{seed}"]["nll"][text] for seed in (42, 43)]) for name in ("2a-ours", "2a-kafka")
-    )
-    assert found.bits("2a-ours", text) == pytest.approx(ours.sum() / 2 / size)
-    less = found.less("2a-ours", "2a-kafka", text)
-    assert less and less["bits_per_byte"] == pytest.approx((ours - kafka).sum() / 2 / size)
-    assert less["interval"][0] < less["bits_per_byte"] < less["interval"][1] < 0
-    rank, shipped = (np.array(runs[f"{name}-42"]["nll"][text]) for name in ("2b-rank-16", "2b-ours-8bit"))
-    less = found.less("2b-rank-16", "2b-ours-8bit", text)  # over the seed that both have
-    assert less and less["bits_per_byte"] == pytest.approx((rank - shipped).sum() / size)
-    assert found.less("2c-full", "2c-ours-8bit", text) is None and found.bits("2c-full", text) is None
-    losses = [runs[f"2c-passes-{seed}"]["log"][0][2] for seed in (42, 43)]
-    tokens, _, bits = found.curve("2c-passes")[0]
-    scale = report["validation"]["2c"]["tokens"] / report["validation"]["2c"]["bytes"] / math.log(2)
-    assert tokens == 0 and bits == pytest.approx(sum(losses) / 2 * scale) and found.curve("2c-full") == []
-
-    assert re.search(r"`2c-full` *\| *`2b-ours-8bit` \| *1e-4 \| *– \| *0 \| *– \|", found.page("train"))
+    del report["runs"]["2c-passes-42"], report["runs"]["2c-passes-43"]  # one that has a picture
+    (tmp_path / "train.json").write_text(json.dumps(report))
+    sweep_report.write(tmp_path / "train.json")
+    row = r"`2c-passes` *\| *`2b-ours-8bit` \| *2e-4 \| *– \| *0 \| *– \|"
+    assert re.search(row, (tmp_path / "train.md").read_text())
 
 
-def test_a_plan_has_texts_of_its_own_and_no_empty_parts(tmp_path: Path) -> None:
-    report = json.loads((ROOT / "bench/reports/train.json").read_text())
-    assert "kafka" in sweep_report.Sweep(report).page("other")
-    report["plan"]["texts"] = {"novel_heldout": "prose"}
-    report["variants"] = {"2a-nearest": report["variants"]["2a-nearest"] | {"curve": False, "against": []}}
-    for run in report["runs"].values():
-        run["moved"] = run["token_probability"] = None
-    (tmp_path / "other.json").write_text(json.dumps(report))
-    sweep_report.write(tmp_path / "other.json")
-    page = (tmp_path / "other.md").read_text()
-    assert re.search(r" seeds \| +prose \| +gain \|\n", page) and "12 works" not in page
-    assert re.findall(r"^## (.*)", page, re.M) == ["2a", "What each variant is"]
-    assert "kafka" not in page and "svg" not in page and not (tmp_path / "other.svg").exists()
-
-
-def test_samples_are_compared_by_place() -> None:
-    report = json.loads((ROOT / "bench/reports/train.json").read_text())
-    report["texts"]["author"] = {"copied": [1, 2]}
-    report["variants"] = {"2a-nearest": report["variants"]["2a-nearest"]}
-    for name, run in report["runs"].items():
-        run["samples"] = {"copied": [3, 5] if name == "base" else [4, 6]}
-    _, rows = sweep_report.Sweep(report).degeneration()
-    assert rows == [
-        ["the author", "1.500"],
-        ["`base`", "4.000"],
-        ["`2a-nearest`", "5.000, +1.000 [+1.000, +1.000] *"],
-    ]
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"runs": {}}'])
-def test_a_damaged_report_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "train.json").write_text(text)
+def test_a_damaged_report_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('{"runs": {}}')
     with pytest.raises(BadInput, match="make bench-train"):
         sweep_report.load(tmp_path / "train.json")
 
