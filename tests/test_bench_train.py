@@ -139,8 +139,9 @@ def test_a_shipped_plan_is_good_and_axolotl_accepts_its_recipes(path: Path, axol
         axolotl_validates(config)
 
 
-def test_the_averaged_end_is_the_mean_of_the_second_half() -> None:
-    model, mean = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16), sweep_plugin.Mean()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # fp32 weights were their own mean once
+def test_the_averaged_end_is_the_mean_of_the_second_half(dtype: torch.dtype) -> None:
+    model, mean = torch.nn.Linear(1, 1, bias=False, dtype=dtype), sweep_plugin.Mean()
     for step in range(1, 7):
         model.weight.data.fill_(step)
         mean.on_step_end(None, SimpleNamespace(global_step=step, max_steps=6), None, model)
