@@ -136,14 +136,10 @@ def fb2(paragraphs: list[str]) -> str:
         ("rtf of a Mac", rtf_of_a_mac(LONG)),
         ("epub in cp1252", epub({"a": "<p>x</p>"}, ["a"], **{"OEBPS/a x.xhtml": xhtml(tagged(LONG)).encode("cp1252")})),
         ("epub with a class", epub({"a": f'<div class="index">{tagged(LONG)}</div>'}, ["a"])),
-        ("html of Word", f"<html><body>{tagged([f'{p}<o:p></o:p>' for p in LONG])}</body></html>".encode()),
-        (
-            "html with drawn initials",
-            f"<html>{tagged(LONG).replace('<p>P', '<p><img src=p.png alt=P>')}</html>".encode(),
-        ),
+        ("html of Word", f"<!DOCTYPE html><body>{tagged([f'{p}<o:p></o:p>' for p in LONG])}</body>".encode()),
+        ("html with drawn initials", f"<html>{tagged(LONG).replace('<p>P', '<p><img src=p.png alt=P>')}".encode()),
         ("html of a site", with_site(tagged(LONG)).encode()),
         ("html of a site with an article", with_site(f"<p>Publicité</p><article>{tagged(LONG)}</article>").encode()),
-        ("html", f"<!DOCTYPE html><html><body>{tagged(LONG)}</body></html>".encode()),
         ("html in latin-1", f"<meta charset='iso-8859-1'>{tagged(LONG)}".encode("cp1252")),
         ("html with line ends", ("<html><body>" + "<br><br>".join(LONG)).encode()),
         ("tei", tei(LONG).encode()),
@@ -211,12 +207,8 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b" \n", "is empty"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" * 99, "old Word file"),
         (b"Roman".ljust(60, b"\0") + b"BOOKMOBI" + bytes(99), "a Kindle book"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(99), "a picture"),
-        (b"ID3\x03" + bytes(99), "sound or film"),
-        (b"MZ\x90\0" + bytes(99), "a program"),
         (b"\x1f\x8b\x08\0" + bytes(99), "an archive"),
         (b'{"titre": "Roman", "pages": [1, 2]}', "JSON data"),
         (b'{"text": "a"}\n{"text": "b"}\n', "JSON data"),
@@ -234,7 +226,6 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
         (odt(LONG).replace(b"vnd.oasis", b"vnd.oasiS", 1), "mimetype cannot be read"),
         (epub({}, ["a"], **{"OEBPS/content.opf": ""}), "content.opf is damaged: it is no XML"),
-        (packed({"a.png": b"\x89PNG\r\n\x1a\n"}), "a zip without a book (a.png is a picture"),
         (packed({"a.txt": "Un roman.", "b.html": f"<html>{tagged(LONG)}</html>"}), "several books (a.txt, b.html)"),
         (packed({"[Content_Types].xml": "<T/>", "xl/workbook.xml": "<w/>"}), "an Excel workbook"),
     ],
@@ -251,13 +242,7 @@ def test_texts_that_begin_like_something_else_are_books():
     for charset in ("undefined", "utf-16"):  # no codec, and not what the tag itself is in
         page = f"<html><head><meta charset={charset}></head><body>{tagged(LONG * 3)}</body></html>"
         assert read_bytes(page.encode(), "livre").paragraphs == LONG * 3
-    for text in (
-        "[Illustration]\nLe passeur vint.",
-        "<< Oui >>, dit-il.",
-        "Un, deux\nTrois, quatre\nIl vint",
-        "Il vint, vit, et partit.\n" * 9,
-        "MMe B...",
-    ):
+    for text in ("[Illustration]\nLe bac.", "<< Oui >>, dit-il.", "Il vint, vit, et partit.\n" * 9, "MMe B..."):
         assert read_bytes(text.encode(), "livre") == BookText(text, None, {}, [])
 
 
@@ -271,9 +256,6 @@ def test_a_folder_of_books_in_any_format_is_a_corpus(tmp_path, capsys):
     assert {book.text for book in books[:3]} == {"\n\n".join(LONG)}
     assert "b.jpg is a picture" in books[3].metadata["not read"]
     assert "notes.doc" in capsys.readouterr().err
-    (tmp_path / "faux.txt").write_bytes(b"\x89PNG")
-    [faux] = read_books(tmp_path / "faux.txt")
-    assert not faux.text and "faux.txt is a picture" in faux.metadata["not read"]
 
 
 def test_castle_keeps_the_words_of_known_paragraphs():
@@ -334,30 +316,27 @@ def test_footnotes_leave_with_their_calls_across_pages(pdf):
     assert book.counts == {"footnotes": 2}
 
 
+COLUMNS = [[f"{side} ligne {n}, la suite du récit" for n in range(12)] for side in ("gauche", "droite")]
+
+
 @pytest.mark.parametrize("by_row", [True, False])
 def test_two_columns_are_read_one_after_the_other(pdf, by_row):
-    columns = [[f"{side} ligne {n}, la suite du récit" for n in range(12)] for side in ("gauche", "droite")]
-    pdf.line(60, 570, "LE TITRE DU CHAPITRE, QUI VA D'UN BORD À L'AUTRE")
-    cells = [(40 + 190 * c, 545 - 14 * n, text) for c, column in enumerate(columns) for n, text in enumerate(column)]
+    title = "LE TITRE DU CHAPITRE, QUI VA D'UN BORD À L'AUTRE"
+    pdf.line(60, 570, title)
+    cells = [(40 + 190 * c, 545 - 14 * n, text) for c, column in enumerate(COLUMNS) for n, text in enumerate(column)]
     for x, y, text in sorted(cells, key=lambda cell: (-cell[1], cell[0])) if by_row else cells:
         pdf.line(x, y, text)
     pdf.line(205, 40, "12")
-    assert pdf.read().text.split("\n") == [
-        "LE TITRE DU CHAPITRE, QUI VA D'UN BORD À L'AUTRE",
-        *columns[0],
-        *columns[1],
-        "12",
-    ]
+    assert pdf.read().text.split("\n") == [title, *COLUMNS[0], *COLUMNS[1], "12"]
 
 
 def test_the_last_page_of_a_book_in_two_columns_is_short(pdf):
-    columns = [[f"{side} ligne {n}, la suite du récit" for n in range(12)] for side in ("gauche", "droite")]
     for height in (12, 12, 12, 3):
         for n in range(height):
-            pdf.line(40, 545 - 14 * n, columns[0][n])
-            pdf.line(230, 545 - 14 * n, columns[1][n])
+            pdf.line(40, 545 - 14 * n, COLUMNS[0][n])
+            pdf.line(230, 545 - 14 * n, COLUMNS[1][n])
         pdf.canvas.showPage()
-    assert pdf.read().text.split("\f")[3].split("\n") == [*columns[0][:3], *columns[1][:3]]
+    assert pdf.read().text.split("\f")[3].split("\n") == [*COLUMNS[0][:3], *COLUMNS[1][:3]]
 
 
 def test_a_watermark_across_the_page_is_no_text(pdf):

@@ -49,16 +49,12 @@ def misread(title: str, number: int) -> str:
 
 EDGES: dict[str, Callable[[int], list[str]]] = {
     "en dashes": lambda n: [f"– {n} –"],
-    "hyphens": lambda n: [f"- {n} -"],
-    "em dashes": lambda n: [f"— {n} —"],
     "brackets": lambda n: [f"[{n}]"],
     "p.": lambda n: [f"p. {n}"],
     "of all": lambda n: [f"{n}/240"],
     "of all in words": lambda n: [f"Page {n} de 240"],
     "Pg": lambda n: [f"[Pg {n}]"],
-    "page of all": lambda n: [f"Page {n} sur 240"],
     "bare": lambda n: [f"{n}"],
-    "point": lambda n: [f"{n}."],
     "roman": lambda n: [roman(n)],
     "header and number": lambda n: [f"{n} {TITLE}."] if n % 2 else [f"{TITLE}. {n}"],
     "header above number": lambda n: [TITLE, f"{n}"],
@@ -120,27 +116,14 @@ def test_what_only_looks_like_a_page_number_or_a_header_stays(novel):
     assert found.counts["page_numbers"] == len(sheets) and "running_headers" not in found.counts
 
 
-NO_TEXT = (
-    "' 4",
-    "2 &",
-    "*, 4 >",
-    "71",
-    "LL LR RETES <",
-    "« NIVARAC LH VAI",
-    "+",
-    "= É DE ET LL",
-    "mn nm me A",
-    "| LS 2 |",
-)
+NO_TEXT = ("' 4", "*, 4 >", "71", "LL LR RETES <", "« NIVARAC LH VAI", "+", "= É DE ET LL", "mn nm me A", "| LS 2 |")
 TEXT = ("XIV", "LE RETOUR", "— Eh bien ?", "— Wabimdam !", "1848", "UNE NUIT", "— ...", "Le marquis de ***")
 
 
 def test_lines_of_a_scan_that_are_no_text_go_and_headings_and_replies_stay(novel):
     """Also between two halves of a sentence; a blot after a line goes alone, and a cut word finds its lost hyphen."""
-    sheets = [
-        list(sheet)
-        for sheet in pages([*novel[:40], *TEXT, *novel[40:60], "Il restait providentiellement là."], lines=12)
-    ]
+    paragraphs = [*novel[:40], *TEXT, *novel[40:60], "Il restait providentiellement là."]
+    sheets = list(pages(paragraphs, lines=12))
     expected = " ".join(clean_pages("\f".join("\n".join(sheet) for sheet in sheets)).paragraphs)
     assert all(to_convention(line) in expected for line in TEXT)
     for i, line in enumerate(NO_TEXT):
@@ -164,17 +147,13 @@ def test_missing_text_goes_and_the_sentence_goes_on():
 HYPHENS = {  # of these cut words, with what the book has elsewhere, whether the hyphen stays
     True: [
         "vous|même: vous êtes le même",
-        "moi|même: ne dis rien à moi ni au même homme",
         *("dit|il", "va|t-il", "va-t|on", "est-à|dire", "rez|de-chaussée", "celui|ci", "par|dessus", "Saint|Aubin"),
         "peut|être: cela peut être vrai",
         "porte|manteau: le porte-manteau",  # the book writes it so
-        "arc-en|ciel",
     ],
     False: [
-        *("bois|son", "fi|dèle", "CHA|PITRE", "cha|peau"),
-        "vil|le: le soir",
-        "peut-ê|tre: peut-être",
-        "porte|manteau: le portemanteau",
+        *("bois|son", "CHA|PITRE", "vil|le: le soir"),
+        *("peut-ê|tre: peut-être", "porte|manteau: le portemanteau"),
     ],
 }
 
@@ -186,23 +165,10 @@ def test_a_hyphen_stays_where_the_word_demands_it(stays, cut):
     assert hyphen_stays(head, tail, Counter(elsewhere.lower().split())) is stays
 
 
-def test_hyphens_at_line_and_page_ends():
-    lines = """\
-Le vieux passeur s'assit sur le banc avec son com-
-pagnon de toujours et lui dit qu'il viendrait lui-
-\f– 12 –
-même ouvrir la grille du jardin, puisque Saint-
-Aubin était loin et que les hors-
-d'œuvre attendaient."""
-    found = clean_pages(lines)
-    assert found.paragraphs == [
-        "Le vieux passeur s'assit sur le banc avec son compagnon de toujours et lui dit qu'il viendrait lui-même ouvrir "
-        "la grille du jardin, puisque Saint-Aubin était loin et que les hors-d'œuvre attendaient."
-    ]
-    assert found.counts == {"hyphens_joined": 1, "hyphens_kept": 3, "page_breaks_joined": 1, "page_numbers": 1}
-    # Only the cut itself makes a word of "tremb": the "la" elsewhere must not turn it into a verb and its pronoun.
-    [paragraph] = clean_pages("Quand la porte s'ouvrit, toute la maison tremb-\nla, et l'on se mit à rire.").paragraphs
-    assert "maison trembla, et" in paragraph
+def test_hyphens_before_an_elision_and_after_what_is_a_word_only_by_the_cut():
+    """The "la" elsewhere must not make a verb and its pronoun of "tremb-la"."""
+    cut = "Quand la porte s'ouvrit sur les hors-\nd'œuvre, toute la maison tremb-\nla, et l'on se mit à rire."
+    assert clean_pages(cut).paragraphs == [cut.replace("-\nd'", "-d'").replace("-\n", "")]
 
 
 def test_where_lines_end_at_hyphens_but_cut_no_word_every_hyphen_stays():
@@ -239,25 +205,18 @@ Le passeur posa sa rame contre le mur, il regarda le ciel
 – un ciel bas, couleur d’étain, qui ne promettait rien de bon
 – et il se mit à rire doucement. Personne ne lui répondit.
 – Vous riez ? dit la servante.
-– Je ris, dit-il, parce que la rivière monte, et que le maire
-– vous le connaissez – a encore perdu son chapeau dans le bac.
 – Alors passez-nous vite."""
     assert clean_pages(text).paragraphs == [
         "Le passeur posa sa rame contre le mur, il regarda le ciel — un ciel bas, couleur d'étain, qui ne promettait rien "
         "de bon — et il se mit à rire doucement. Personne ne lui répondit.",
         "— Vous riez ? dit la servante.",
-        "— Je ris, dit-il, parce que la rivière monte, et que le maire — vous le connaissez — a encore perdu son chapeau "
-        "dans le bac.",
         "— Alors passez-nous vite.",
     ]
 
 
 def short_lines(novel: list[str]) -> list[str]:
-    return [line for p in novel for line in (p, draw_line(len(p)))]
-
-
-def draw_line(n: int) -> str:
-    return ("« Oui. »", "Adieu, mon ami.", "— Jamais !", "Le marquis de ***")[n % 4]
+    short = ("« Oui. »", "Adieu, mon ami.", "— Jamais !", "Le marquis de ***")
+    return [line for p in novel for line in (p, short[len(p) % 4])]
 
 
 def verses(paragraph: str) -> list[str]:
@@ -267,9 +226,6 @@ def verses(paragraph: str) -> list[str]:
 WITHOUT_PAGES: dict[str, Callable[[list[str]], list[str]]] = {
     "a novel": lambda novel: novel,
     "short lines that recur": short_lines,
-    "chapters in numerals": lambda novel: [
-        line for n, p in enumerate(novel[:60]) for line in [roman(n + 1).upper(), p]
-    ],
     "chapters": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"Chapitre {n}", p)],
     "chapters in figures": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"{n}", p, p)],
     "letters": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"LETTRE {n}", p, "Ton amie C")],
@@ -305,9 +261,7 @@ def test_replies_between_blank_lines_stay_where_pages_are_numbered(novel):
     assert found.counts["running_headers"] == len(sheets)
 
 
-@pytest.mark.parametrize(
-    "heading", ["Chapitre {}", "CHAPITRE {}", "LETTRE {}.", "{}. Le retour", "{}", "CHAPITRE PREMIER"]
-)
+@pytest.mark.parametrize("heading", ["Chapitre {}", "CHAPITRE {}", "{}. Le retour", "{}", "CHAPITRE PREMIER"])
 def test_headings_at_the_top_of_pages_stay(novel, heading):
     """They recur at page edges as headers do, but count on by one over several pages, or are far apart."""
     sheets, expected = [], []
@@ -327,12 +281,8 @@ def test_footnotes_of_a_scan_leave_with_their_calls(novel, end):
     sheets = []
     for n, sheet in enumerate(pages(novel), 5):
         first, second, *others = sheet
-        notes = [
-            f"(1) Voir {novel[n][:30]} et la",
-            f"suite, p. {n}.",
-            f"(2) {novel[n + 20][:30]}",
-            "(3) Rien ne l'appelle.",
-        ]
+        voir = [f"(1) Voir {novel[n][:30]} et la", f"suite, p. {n}."]
+        notes = [*voir, f"(2) {novel[n + 20][:30]}", "(3) Rien ne l'appelle."]
         sheets.append([f"{first} (1)", f"(2) {second}", *others, *notes, f"– {n} –"])
     sheets[2][1] = sheets[2][1].removeprefix("(2) ")
     sheets[2][0] = sheets[2][0].removesuffix(" (1)")  # this page's notes stay
@@ -444,20 +394,11 @@ def test_a_pages_own_number_tells_a_header_that_was_read_as_rubbish(novel):
 @pytest.mark.parametrize(
     ("start", "credits", "end"),
     [
-        (
-            "*** START OF THIS PROJECT",
-            "Produced by a volunteer and the\nDistributed Proofreaders",
-            "*** END OF THIS PROJECT",
-        ),
-        ("*** START OF THE PROJECT", "This Etext was prepared by a volunteer", "End of the Project"),
+        ("*** START OF THIS PROJECT", "Produced by a volunteer and\nhis proofreaders", "*** END OF THIS PROJECT"),
         ("***START OF PROJECT", "***\n\nHTML version by a volunteer\n\nWe thank the Bibliothèque", "Fin du Projet"),
         ("*** DÉBUT DU LIVRE PROJECT", "Note sur la transcription: les fautes", "*** FIN DE CE PROJET"),
         ("The Project", "Updated: 2022\n\nCredits: a volunteer", "END OF THE PROJECT"),
-        (
-            "The Project",
-            "E-text prepared by a volunteer",
-            "Section 1.  General Terms of Use and Redistributing Project",
-        ),
+        ("The Project", "E-text prepared by me", "Section 1.  General Terms of Use and Redistributing Project"),
         ("*** START OF THE PROJECT", "", "Liste des modifications:\n\nbas remplacé par bac\n\n*** END OF THE PROJECT"),
     ],
 )
@@ -468,12 +409,9 @@ def test_project_gutenbergs_header_credits_and_licence_go(novel, start, credits,
     found = clean_pages("\n\n".join([header + "\n\n" * bool(credits), credits, "1", *novel, end]))
     assert found.paragraphs == ["1", *novel]
     if "***" in start:
-        glued = clean_pages("\n".join([header, "\n\n".join(novel), end]))
-        assert glued.paragraphs == novel
-    assert clean_pages("\n\n".join(["Produced by", *novel])).paragraphs == [
-        "Produced by",
-        *novel,
-    ]  # no marker: no proof
+        assert clean_pages("\n".join([header, "\n\n".join(novel), end])).paragraphs == novel
+    unmarked = ["Produced by", *novel]
+    assert clean_pages("\n\n".join(unmarked)).paragraphs == unmarked
 
 
 @pytest.mark.parametrize(
@@ -489,19 +427,10 @@ def test_a_librarys_first_page_goes(novel, first):
     assert clean_pages("\n\n".join([first, *novel])).paragraphs == novel
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        "issu de la bibliothèque numérique Wikisource[1]",
-        "libre de droits, par des bénévoles",
-        "de la bibliothèque numérique romande",
-        "offert par Atramenta",
-    ],
-)
-def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, made):
+def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel):
     title = "À propos de cette édition électronique"
     first = ["Exporté de Wikisource le 12 mars 2020", "Publication: 1880\nSource: http://www.ebooksgratuits.com"]
-    last = [title, f"Ce livre électronique est {made}.", "Yann\nZephyrus"]
+    last = [title, "Ce livre électronique est issu de la bibliothèque numérique Wikisource[1].", "Yann\nZephyrus"]
     found = clean_pages("\n\n".join([*first, *novel, *last]))
     assert found.paragraphs == novel and found.counts["edition_notes"] == 7
     assert clean_pages("\n\n".join([*novel, title, "Il se tut."])).paragraphs == [*novel, title, "Il se tut."]
@@ -513,19 +442,11 @@ def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, 
         ("Il lut _Le Temps_, puis _Les\nDébats_.", "Il lut Le Temps, puis Les Débats."),
         ("Le bac[12] et la grille. [13]", "Le bac et la grille."),
         ("Il vint.\n\n[Illustration: Le [petit] bac,\nvu de la rive]\n\nIl vit.", "Il vint.\nIl vit."),
-        (
-            "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
-            "Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].",
-        ),
-        ("[1] Une note.", "[1] Une note."),  # nothing calls it
+        ("Il dit [à lui-même] : a_b_c, _ _, [Sic], l'an [1880].", None),
+        ("[1] Une note.", None),  # nothing calls it
         ("Il vint[38].\n\nII\n\n[38: Une note\n[sic].]", "Il vint.\nII"),
         ("Il vint[^1].\n\n[^1]: Une note.", "Il vint."),
         ("Il vint, [Pg 12] puis {13} vit.", "Il vint, puis vit."),
-        (
-            "Trois raisons : (1) le vent, (2) la mer.\n\n(1) Le vent.\n\n(2) La mer.",
-            "Trois raisons : (1) le vent, (2) la mer.\n(1) Le vent.\n(2) La mer.",
-        ),
-        ("Il vint[1].\n\n[1] Une note.\n\nIl vit.", "Il vint.\nIl vit."),
         ("Il vint[1], puis[2].\n\nNOTES\n\n[1] Une note.\n\n[2] Une autre.", "Il vint, puis."),
         ("Il vint[1].\n\nNotes\n\n↑ Une note.", "Il vint."),
         ("Il vint[1].\n\n[Note 1: Une\nnote.]\n\nIl vit.", "Il vint.\nIl vit."),
@@ -534,19 +455,19 @@ def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, 
         ("[Gravure : le bac]\n\nIl vint.", "Il vint."),
         ("Il vint (1), puis(2).\n\n(1) Une note.\n\n(2) Une autre.\n\nIl vit (1).", "Il vint, puis.\nIl vit (1)."),
         ("Il vint (*).\n\n(*) Une note.", "Il vint."),
-        ("Il vint (1).\n\nA.\n\nB.\n\n(1) Lettre.", "Il vint (1).\nA.\nB.\n(1) Lettre."),
+        ("Il vint (1).\n\nA.\n\nB.\n\n(1) Lettre.", None),
         ("Il vint (1).\n\nA (2).\n\nB.\n\n(1) Une note.\n\n(2) Autre.\n\nII", "Il vint.\nA.\nB.\nII"),
-        ("Il vint (1) [a].\n\n(2) Autre.", "Il vint (1) [a].\n(2) Autre."),
-        ("Deux raisons : (1) le froid.\n\n(1) Le froid.", "Deux raisons : (1) le froid.\n(1) Le froid."),
+        ("Il vint (1) [a].\n\n(2) Autre.", None),
+        ("Deux raisons : (1) le froid.\n\n(1) Le froid.", None),
         (
             "## Chapitre 2\n\nIl lut **Le Temps**, *Les\nDébats*, =La Loi=.\n\n> « Oui. »",
             "Chapitre 2\nIl lut Le Temps, Les Débats, La Loi.\n« Oui. »",
         ),
-        ("***\n\nM. de ***, *** et M. de B*** ; *oui", "***\nM. de ***, *** et M. de B*** ; *oui"),
+        ("***\n\nM. de ***, *** et M. de B*** ; *oui", None),
     ],
 )
 def test_markup_of_plain_texts_goes_and_other_marks_stay(raw, expected):
-    assert "\n".join(clean_pages(raw).paragraphs) == expected
+    assert clean_pages(raw).paragraphs == (expected.split("\n") if expected else raw.split("\n\n"))
 
 
 def test_empty_and_tiny_texts():
@@ -583,12 +504,6 @@ def test_empty_and_tiny_texts():
 def test_typographic_convention(raw, expected):
     assert to_convention(raw) == expected
     assert to_convention(expected) == expected
-
-
-def test_convention_applied_twice_is_applied_once():
-    for tale in tales():
-        once = to_convention(tale)
-        assert to_convention(once) == once
 
 
 def test_score_counts_what_is_wrong():
