@@ -17,6 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ import torch
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 from tiny_curriculum import tiny_llama
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import normalizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.corpus import set_lines
 from eval import llamacpp
 from prep import base, gallica
 from prep import collect as script
-from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, need_room, persist
+from prep.collect import BASE_REPO, BASE_REVISION, DATASETS, FICTION_REPO, LIBRARY_REPO, choose, persist
 from prep.common import BadInput, sha256
 from prep.typography import to_convention
 
@@ -44,6 +45,7 @@ LIBRARY, COMMIT = ("--dataset", LIBRARY_REPO), DATASETS[LIBRARY_REPO]
 SCRIPT = Path(__file__).parents[1] / "prep" / "collect.py"
 PDF = b"%PDF-1.4\n" + bytes(range(256)) * 100
 CHUNK = 10 * 1024 * 1024  # the hub's client writes to disk in pieces of this size
+END = "<|endoftext|>"  # in the vocabulary of `checkpoint`, without a role
 
 
 @pytest.fixture
@@ -55,12 +57,10 @@ def start(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     mine |= {"HF_ENDPOINT": hub.url, "ZENODO_ENDPOINT": f"{hub.url}/www", "HF_HOME": str(tmp_path / "cache")}
 
     def begin(*words: Any, script: Path = SCRIPT, limit: int = 0, **more: str) -> subprocess.Popen[str]:
-        def limited() -> None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+        full_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)) if limit else None
         command = [sys.executable, str(script), *map(str, words)]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=tmp_path, env=mine | more, preexec_fn=limited if limit else None, **pipes)
+        return subprocess.Popen(command, cwd=tmp_path, env=mine | more, preexec_fn=full_disk, **pipes)
 
     return begin
 
@@ -80,16 +80,14 @@ def collect(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
 
 @pytest.fixture
 def refused(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., None]:
-    """Runs the script, which ends with one sentence that has these words, and no traceback."""
+    """Runs the script, which ends with one sentence that matches this pattern, and no traceback."""
 
-    def call(says: str | tuple[str, ...], *words: Any, **more: Any) -> None:
+    def call(says: str, *words: Any, **more: Any) -> None:
         process = start(*words, **more)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 1 and "Traceback" not in err, err
         last = err.strip().splitlines()[-1]
-        assert last.startswith("collect.py: ")
-        for word in (says,) if isinstance(says, str) else says:
-            assert word in last
+        assert re.match(f"collect.py: .*{says}", last), last
 
     return call
 
@@ -106,19 +104,17 @@ def collect_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
     return call
 
 
-def parquet_bytes(folder: Path, size: int, seed: int, column: str = "complete_text") -> bytes:
+def parquet_bytes(size: int, seed: int, column: str = "complete_text") -> bytes:
     """A parquet of about `size` bytes that does not compress."""
-    text = random.Random(seed).randbytes(size // 2).hex()
-    pq.write_table(pa.table({"file_id": [str(seed)], column: [text]}), folder / "made.parquet", compression="none")
-    data = (folder / "made.parquet").read_bytes()
-    (folder / "made.parquet").unlink()
-    return data
+    text, file = random.Random(seed).randbytes(size // 2).hex(), io.BytesIO()
+    pq.write_table(pa.table({"file_id": [str(seed)], column: [text]}), file, compression="none")
+    return file.getvalue()
 
 
 @pytest.fixture
-def books(hub: Hub, tmp_path: Path) -> dict[str, bytes]:
-    """Five small files of books on the hub, and one that is none."""
-    files = {f"gallica_mono_{n}.parquet": parquet_bytes(tmp_path, 2000, n) for n in range(1, 6)}
+def books(hub: Hub) -> dict[str, bytes]:
+    """Five small files of books on the hub, which lists them in no order, and one that is none."""
+    files = {f"gallica_mono_{n}.parquet": parquet_bytes(2000, n) for n in (4, 1, 5, 3, 2)}
     hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {"README.md": b"# Livres", **files})
     return files
 
@@ -130,6 +126,12 @@ def out(tmp_path: Path) -> Path:
 
 def held(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.name != "source.json"}
+
+
+def listed(folder: Path) -> list[dict[str, Any]]:
+    """What source.json must say of the files in its folder."""
+    files = sorted(held(folder).items())
+    return [{"name": n, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for n, data in files]
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -144,10 +146,10 @@ def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, co
     collect(*words, 2)
     first = record(out)
     assert (first["repo"], first["revision"], first["path"]) == (LIBRARY_REPO, COMMIT, None)
-    assert held(out) == {name: books[name] for name in choose(list(books), 2, 1)}
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in books.items()}
-    expected = [{"name": n, "bytes": len(b), "sha256": digests[n]} for n, b in sorted(held(out).items())]
-    assert first["files"] == expected
+    names = sorted(books)
+    assert held(out) == {name: books[name] for name in choose(names, 2, 1)}
+    assert choose(names, 2, 1) != choose(names, 2, 2), "the seed chooses"
+    assert first["files"] == listed(out)
     assert not list(out.parent.glob(".*.download")), "nothing is left of the download"
     hub.seen.clear()
     assert "already there" in collect(*words, 2)
@@ -166,79 +168,63 @@ def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, co
     hub.seen.clear()
     assert f"{cut} is missing or was changed" in collect(*words, 4)
     assert held(out) == files and {name for name in files if hub.ranges(name)} == {cut, gone}
+    (out / "source.json").write_text('{"wanted": {}}')
+    refused("source.json is damaged.*collect it again", *words, 4)
 
 
-def test_the_choice_depends_on_the_seed_and_grows():
-    names = [f"gallica_mono_{n}.parquet" for n in range(100)]
-    assert set(choose(names, 5, 1)) < set(choose(list(reversed(names)), 9, 1))
-    assert choose(names, 5, 1) != choose(names, 5, 2)
-    for count in (0, 101):
-        with pytest.raises(BadInput, match="100 files of books"):
-            choose(names, count, 1)
+def test_a_full_disk_is_one_sentence_and_a_broken_download_is_resumed(hub, collect, refused, out):
+    data = parquet_bytes(int(2.5 * CHUNK), 1)
+    hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {"a.parquet": data})
+    words, half = ("gallica", *LIBRARY, "--files", 1), CHUNK // 2
+    refused("File too large", *words, limit=half)
+    assert not out.exists()
+    hub.stop["a.parquet"] = (2 * CHUNK + 999, False)
+    collect(*words)
+    assert hub.ranges("a.parquet") == [None, f"bytes={half}-", f"bytes={half + CHUNK}-"]
+    assert held(out) == {"a.parquet": data}
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_killed_download_is_resumed_but_not_with_another_file(changed, hub, start, collect, tmp_path):
+    first, second = (b"%PDF-1.4\n" + random.Random(seed).randbytes(int(2.5 * CHUNK)) for seed in (1, 2))
+    hub.www["roman.pdf"], hub.stop["roman.pdf"] = first, (2 * CHUNK + 999, True)
+    words, out = ("book", "--source", f"{hub.url}/www/roman.pdf"), tmp_path / "data/raw/book"
+    killed = start(*words)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size >= 2 * CHUNK for path in tmp_path.glob("data/raw/.book.download/*")):
+        assert time.monotonic() < deadline and killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    assert not out.exists()
+    hub.www["roman.pdf"] = second if changed else first
+    collect(*words)
+    assert hub.ranges("roman.pdf") == [None, None if changed else f"bytes={2 * CHUNK}-"]
+    assert held(out) == {"book.pdf": hub.www["roman.pdf"]}
 
 
 @pytest.mark.parametrize(
-    ("source", "accident"), [("gallica", "broken"), ("gallica", "changed"), ("book", "killed"), ("book", "changed")]
+    ("words", "name", "says"),
+    [
+        ("gallica --dataset PleIAs/French-PD-Books --files 5", "gallica_mono_3.parquet", "another hash than the hub's"),
+        ("gallica", "b.zip", "its md5 is"),
+        ("book --source {url}/www/roman.pdf", "roman.pdf", "has size"),
+    ],
 )
-def test_a_download_is_resumed_but_not_with_another_file(source, accident, hub, start, collect, tmp_path):
-    name = "gallica_mono_1.parquet" if source == "gallica" else "roman.pdf"
-
-    def offer(seed: int) -> bytes:
-        if source == "gallica":
-            data = parquet_bytes(tmp_path, int(2.5 * CHUNK), seed)
-            hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {name: data})
-        else:
-            hub.www[name] = data = b"%PDF-1.4\n" + random.Random(seed).randbytes(int(2.5 * CHUNK))
-        return data
-
-    words = (
-        ["gallica", *LIBRARY, "--files", 1] if source == "gallica" else ["book", "--source", f"{hub.url}/www/{name}"]
-    )
-    data = offer(1)
-    hub.stop[name] = (2 * CHUNK + 999, accident != "broken")
-    if accident != "broken":
-        started = start(*words)
-        deadline = time.monotonic() + 60
-        while not any(
-            p.is_file() and p.stat().st_size >= 2 * CHUNK for p in tmp_path.glob(f"data/raw/.{source}.download/**/*")
-        ):
-            assert time.monotonic() < deadline and started.poll() is None
-            time.sleep(0.05)
-        started.kill()
-        started.communicate()
-        assert not (tmp_path / "data/raw" / source).exists()
-        if accident == "changed":
-            data = offer(2)
-    collect(*words)
-    assert hub.ranges(name) == [None, None if accident == "changed" else f"bytes={2 * CHUNK}-"]
-    assert list(held(tmp_path / "data/raw" / source).values()) == [data]
-
-
-# Of the book nobody states a hash: there only the length tells.
-@pytest.mark.parametrize(("source", "how"), [("gallica", "spoilt"), ("book", "short"), ("fiction", "spoilt")])
-def test_what_arrives_damaged_is_not_kept(source, how, hub, books, collect, refused, tmp_path):
-    name = {"gallica": "gallica_mono_3.parquet", "book": "roman.pdf", "fiction": "b.zip"}[source]
+def test_what_arrives_damaged_is_not_kept(words, name, says, hub, books, collect, refused, tmp_path):
     hub.www |= {"roman.pdf": PDF, "a.zip": b"PK first" * 99, "b.zip": b"PK second" * 99}
-    hub.offer("4751204", "a.zip", "b.zip", "roman.pdf")
+    hub.offer("4751204", "a.zip", "b.zip")
     data = (books | hub.www)[name]
-    hub.served[name] = data[:-100] if how == "short" else data[:-1] + bytes([data[-1] ^ 1])
-    commands: dict[str, list[Any]] = {
-        "gallica": ["gallica", *LIBRARY, "--files", 5],
-        "book": ["book", "--source", f"{hub.url}/www/roman.pdf"],
-        "fiction": ["gallica"],
-    }
-    words = commands[source]
-    out = tmp_path / "data/raw" / words[0]
-    refused((f"has size {len(data) - 100}" if how == "short" else name, "run"), *words)
+    # Of the book nobody states a hash: only its length tells.
+    hub.served[name] = data[:-100] if name == "roman.pdf" else data[:-1] + b"?"
+    command = words.format(url=hub.url).split()
+    out = tmp_path / "data/raw" / command[0]
+    refused(f"{name}.*{says}.* run", *command)
     assert not out.exists() and not list(tmp_path.rglob(name))
     hub.served.clear()
-    collect(*words)
+    collect(*command)
     assert data in held(out).values()
-    if source == "fiction":
-        assert (record(out)["repo"], record(out)["revision"]) == (FICTION_REPO, "4751204")
-        assert sorted(held(out)) == ["a.zip", "b.zip"]
-    if source == "gallica":
-        assert len(hub.ranges("mono_1.parquet")) == 1, "what was whole is not fetched again"
+    assert all(len(hub.ranges(other)) < 2 for other in held(out) if other != name), "what was whole is kept"
 
 
 def year_table(books: list[dict[str, Any]]) -> str:
@@ -268,23 +254,22 @@ def test_from_an_empty_folder_the_curated_collection_gives_exactly_the_windows_a
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(f"{year}.tsv", year_table(books))
         hub.www[f"{year}.zip"] = buffer.getvalue()
+    tables = dict(hub.www)
+    hub.www["notice.pdf"] = PDF
     hub.offer("4751204", *hub.www)
     collect("gallica")
-    for share in ("1/2", "2/2"):
-        manifest = small_library.prepare(out, llama, tmp_path / "2a.jsonl", windows=20, split=share)
-        assert manifest["train"]["windows"] == 20
-        assert manifest["source"]["repo"] == FICTION_REPO and manifest["documents"]["read"] == 15
-        assert "not prose fiction" not in [step["step"] for step in manifest["documents"]["funnel"]]
-        texts = [row["text"] for row in small_library.rows(tmp_path / "2a.jsonl")]
-        assert not [
-            text
-            for text in texts
-            if re.search(r"[a-zà-ÿ]- [a-zà-ÿ]", text) or re.search(r"^[A-ZÀ-Þ ]+ \d+ ", text, re.M)
-        ]
-        spaced = [re.sub(r"\s+", " ", to_convention(book["complete_text"])) for book in library]
-        paragraphs = [part for text in texts for part in text.split("\n\n")[1:-1]]
-        found = sum(any(part in whole for whole in spaced) for part in paragraphs)
-        assert found > 0.95 * len(paragraphs) > 50
+    assert held(out) == tables
+    manifest = small_library.prepare(out, llama, tmp_path / "2a.jsonl", windows=20)
+    assert manifest["train"]["windows"] == 20 and manifest["documents"]["read"] == 15
+    assert (manifest["source"]["repo"], manifest["source"]["revision"]) == (FICTION_REPO, "4751204")
+    assert "not prose fiction" not in [step["step"] for step in manifest["documents"]["funnel"]]
+    texts = [row["text"] for row in small_library.rows(tmp_path / "2a.jsonl")]
+    for unmended in (r"[a-zà-ÿ]- [a-zà-ÿ]", r"(?m)^[A-ZÀ-Þ ]+ \d+ "):
+        assert not [text for text in texts if re.search(unmended, text)], unmended
+    spaced = [re.sub(r"\s+", " ", to_convention(book["complete_text"])) for book in library]
+    paragraphs = [part for text in texts for part in text.split("\n\n")[1:-1]]
+    found = sum(any(part in whole for whole in spaced) for part in paragraphs)
+    assert found > 0.95 * len(paragraphs) > 50
 
 
 def test_dropped_sources_are_needed_again_only_for_another_corpus(
@@ -294,7 +279,9 @@ def test_dropped_sources_are_needed_again_only_for_another_corpus(
     for split in ("1/2", "2/2"):
         small_library.prepare(given, llama, tmp_path / "undisturbed" / f"{split[0]}.jsonl", windows=9, split=split)
     collect_here("gallica", "--source", given)
-    there = held(out)
+    there, told = held(out), record(out)
+    assert told["files"] == listed(given) == listed(out)
+    assert (told["path"], told["repo"], told["revision"]) == (str(given), None, None)
 
     def prepare(split: str = "1/2", *more: str) -> bytes:
         rows = tmp_path / "data" / f"{split[0]}.jsonl"
@@ -343,8 +330,7 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(monkeypatch):
 
     def download() -> None:
         if status := answers.pop(0):
-            response = httpx.Response(status, request=httpx.Request("GET", "http://x"))
-            response.raise_for_status()
+            httpx.Response(status, request=httpx.Request("GET", "http://x")).raise_for_status()
 
     persist(download)
     with pytest.raises(httpx.HTTPStatusError):
@@ -364,16 +350,15 @@ for words in sys.argv[1:]:
         print(repr(str(error)), file=sys.stderr)
 """
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-UNREACHED = dict.fromkeys(
-    ("HF_ENDPOINT", "ZENODO_ENDPOINT"), "http://127.0.0.1:9"
-)  # the port for discarding: nobody answers
+NOBODY = "http://127.0.0.1:9"
+ONE_EACH = ("gallica", "base", f"book --source {NOBODY}/x.pdf")
 
 
 @pytest.mark.parametrize(
     ("environment", "cases"),
     [
-        (OFFLINE, {w: "HF_HUB_OFFLINE" for w in ("gallica", "base", "book --source http://127.0.0.1:9/x.pdf")}),
-        (UNREACHED, {w: "refused" for w in ("gallica", "base", "book --source http://127.0.0.1:9/x.pdf")}),
+        (OFFLINE, dict.fromkeys(ONE_EACH, "HF_HUB_OFFLINE")),
+        ({"HF_ENDPOINT": NOBODY, "ZENODO_ENDPOINT": NOBODY}, dict.fromkeys(ONE_EACH, "refused")),
         (
             {},
             {
@@ -383,7 +368,6 @@ UNREACHED = dict.fromkeys(
                 "base": "no model*.safetensors and no pytorch_model*.bin",
                 "base --repo meta/gated --revision main": "meta/gated is gated: accept its terms on its page, and give",
                 "book --source {url}/www/absent.pdf": "404",
-                "book --source ftp://example.org/roman.pdf": "unsupported protocol 'ftp://'",
                 "book --source file:///etc/passwd": "missing an 'http://'",
                 "book --source {url}/www/roman": "roman is a web page",
                 "base --source empty --out full": "was not written by this command",
@@ -401,7 +385,7 @@ def test_one_line_says_what_is_wrong(environment, cases, hub, books, start, tmp_
     given = {
         "full/config.json": b"{}",
         "empty/.here": b"",
-        "other/a.parquet": parquet_bytes(tmp_path, 1000, 1, column="texte"),
+        "other/a.parquet": parquet_bytes(1000, 1, column="texte"),
         "mine/mine.parquet": b"mine",
     }
     for name, data in given.items():
@@ -417,31 +401,6 @@ def test_one_line_says_what_is_wrong(environment, cases, hub, books, start, tmp_
     assert all((tmp_path / name).read_bytes() == data for name, data in given.items())
 
 
-def test_a_full_disk_is_one_sentence_and_no_file(hub, refused, tmp_path, out):
-    hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {"a.parquet": parquet_bytes(tmp_path, 2 * CHUNK, 7)})
-    refused("File too large", "gallica", *LIBRARY, "--files", 1, limit=CHUNK // 2)
-    assert not out.exists()
-    with pytest.raises(BadInput, match=r"GB free, 1000000\.00 GB are needed"):
-        need_room(tmp_path / "small", 10**15)
-
-
-def test_gallica_from_a_local_folder(collect, refused, tmp_path, out):
-    source = tmp_path / "given"
-    source.mkdir()
-    for number in range(3):
-        (source / f"b{number}.parquet").write_bytes(parquet_bytes(tmp_path, 1000, number))
-    collect("gallica", "--source", "given", **OFFLINE)
-    told = record(out)
-    assert (told["path"], told["repo"], told["revision"]) == ("given", None, None)
-    assert [file["sha256"] for file in told["files"]] == [sha256(source / f"b{n}.parquet") for n in range(3)]
-    assert "already there" in collect("gallica", "--source", "given")
-    (out / "b1.parquet").unlink()
-    assert "b1.parquet is missing" in collect("gallica", "--source", "given")
-    assert record(out)["files"] == told["files"] and (out / "b1.parquet").is_file()
-    (out / "source.json").write_text('{"wanted": {}}')
-    refused(("source.json is damaged", "collect it again"), "gallica", "--source", "given")
-
-
 # --- the book --------------------------------------------------------------------------------------------------------
 
 
@@ -452,7 +411,7 @@ def test_a_book_from_an_address_and_from_a_file(hub, collect, refused, tmp_path)
     collect("book", "--source", url)
     assert held(out) == {name: data}
     assert (record(out)["url"], record(out)["path"]) == (url, None)
-    assert record(out)["files"] == [{"name": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
+    assert record(out)["files"] == listed(out)
     hub.seen.clear()
     assert "already there" in collect("book", "--source", url)
     assert hub.seen == []
@@ -481,21 +440,15 @@ class Evil:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama in bfloat16 with a byte-level tokenizer: BOS before each text, no pad token, a chat template."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>", "<fin>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["Elle ferma la fenêtre et la porte de la ville."] * 9, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{{ messages[0].content }}"
-    fast.save_pretrained(folder)
-    tiny_llama(len(fast), seed=0).bfloat16().save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    begin = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(folder)
+    tiny_llama(len(tokenizer), seed=0).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -519,19 +472,17 @@ def altered(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], A
 
 
 @pytest.mark.slow
-def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, collect_here, refused, tmp_path):
+def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path):
     files = {path.name: path.read_bytes() for path in pickled(checkpoint, tmp_path / "pickled").iterdir()}
-    hub.repos["model", BASE_REPO] = (
-        BASE_REVISION,
-        {**files, "README.md": b"", "modeling_evil.py": b"raise SystemExit"},
-    )
+    files |= {"README.md": b"", "modeling_evil.py": b"raise SystemExit"}
+    hub.repos["model", BASE_REPO] = (BASE_REVISION, files)
     assert "this is a chat model: </s> may end a turn" in collect("base")
     out = tmp_path / "models/base"
     assert not any(path.endswith((".py", "README.md")) for _, path, _ in hub.seen)
     assert {path.name for path in out.parent.iterdir()} == {"base", ".base.lock"}, "nothing is left of the download"
 
     told = record(out)
-    assert {file["name"]: file["sha256"] for file in told["files"]} == {name: sha256(out / name) for name in held(out)}
+    assert told["files"] == listed(out)
     assert "model.safetensors" in held(out) and not any(name.endswith(".bin") for name in held(out))
     assert (told["repo"], told["revision"], told["model"]["dtype"]) == (BASE_REPO, BASE_REVISION, "bfloat16")
     before, after = load_file(checkpoint / "model.safetensors"), load_file(out / "model.safetensors")
@@ -540,40 +491,36 @@ def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, collect_here, ref
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<unk>")
     assert tokenizer.chat_template == "{{ messages[0].content }}" and told["model"]["adds_bos"] is True
+    ids = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<unk>"])
     for settings in (model.config, model.generation_config):
-        assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 0)
+        assert [settings.bos_token_id, settings.eos_token_id, settings.pad_token_id] == ids
 
     hub.seen.clear()
     assert "already there" in collect("base")
-    refused("another collection", "base", "--eos-token", "<fin>")
+    refused("another collection", "base", "--eos-token", END)
     assert hub.seen == []
-    collect_here("base", "--source", checkpoint, "--eos-token", "<fin>", "--out", "models/texts")
-    assert AutoTokenizer.from_pretrained(tmp_path / "models/texts").chat_template is None  # its turns end otherwise
 
 
 @pytest.mark.slow
-def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint, collect_here, tmp_path):
+def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint, collect_here, refused, tmp_path):
     pickled(checkpoint, tmp_path / "given", evil=Evil(tmp_path / "executed"))
     with pytest.raises(BadInput, match=r"pickled weights hold more than tensors.*they were not run"):
         collect_here("base", "--source", "given")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "given/pytorch_model.bin", weights_only=False)  # elsewhere the same file does what it says
     assert (tmp_path / "executed").exists()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(BadInput, match="could not be written"):
-            collect_here("base", "--source", checkpoint)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused("could not be written", "base", "--source", checkpoint, limit=20_000)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".base.lock"]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_asks_for_a_kernel_of_the_hub(checkpoint, tmp_path):
+def test_a_kernel_of_the_hub_and_with_another_eos_the_chat_template_are_not_kept(checkpoint, collect_here, tmp_path):
     asks = dict.fromkeys(("_attn_implementation", "attn_implementation"), "flash_attention_2")
-    base.convert(altered(checkpoint, tmp_path / "given", lambda tensors: None, **asks), tmp_path / "out", {})
-    assert "flash_attention_2" not in (tmp_path / "out/config.json").read_text()
+    altered(checkpoint, tmp_path / "given", lambda tensors: None, **asks)
+    collect_here("base", "--source", "given", "--eos-token", END)
+    assert "flash_attention_2" not in (tmp_path / "models/base/config.json").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models/base")
+    assert tokenizer.chat_template is None and tokenizer.eos_token == END
 
 
 @pytest.mark.slow
@@ -603,9 +550,8 @@ def test_checkpoints_that_are_not_sound(checkpoint, tmp_path):
 def test_a_tokenizer_that_loses_french_or_adds_an_end(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     assert base.check_tokenizer(tokenizer, len(tokenizer)) is True
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
+    own = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=own)
     with pytest.raises(BadInput, match="other special tokens"):
         base.check_tokenizer(tokenizer, len(tokenizer))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -617,7 +563,6 @@ def test_a_tokenizer_that_loses_french_or_adds_an_end(checkpoint):
 @pytest.mark.parametrize(
     ("own", "given", "expected"),
     [
-        ({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, {}, {"pad": "<unk>"}),
         ({"eos": "</s>", "pad": "</s>", "unk": "<unk>"}, {}, {"pad": "<unk>"}),
         ({"eos": "</s>", "pad": "</s>", "unk": "<fin>"}, {"eos": "<fin>"}, {"eos": "<fin>", "pad": "</s>"}),
         ({"eos": "</s>"}, {"pad": "<fin>"}, {"pad": "<fin>"}),
@@ -639,7 +584,7 @@ def test_special_tokens(own, given, expected):
 @pytest.mark.slow
 def test_a_gguf_becomes_the_checkpoint_it_was_made_from(checkpoint, start, tmp_path):
     given = shutil.copytree(checkpoint, tmp_path / "given")
-    AutoTokenizer.from_pretrained(checkpoint, pad_token="<fin>").save_pretrained(given)
+    AutoTokenizer.from_pretrained(checkpoint, pad_token=END).save_pretrained(given)
     llamacpp.convert(given, tmp_path / "tiny.gguf")
     printed, bars = start("base", "--source", "tiny.gguf").communicate()
     assert len(printed.splitlines()) < 10 and not bars
@@ -648,7 +593,7 @@ def test_a_gguf_becomes_the_checkpoint_it_was_made_from(checkpoint, start, tmp_p
     assert record(out)["model"]["dtype"] == "float32"
 
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (checkpoint, out))
-    assert (after.bos_token, after.eos_token, after.pad_token, after.unk_token) == ("<s>", "</s>", "<fin>", "<unk>")
+    assert (after.bos_token, after.eos_token, after.pad_token, after.unk_token) == ("<s>", "</s>", END, "<unk>")
     text = "« Où êtes-vous ? » dit-elle — l'œuvre de 1876..."
     ids = before(text, add_special_tokens=False).input_ids
     assert after(text, add_special_tokens=False).input_ids == ids and after.decode(ids) == text
