@@ -40,10 +40,8 @@ def rows(count: int = 8) -> list[torch.Tensor]:
 def test_no_product_of_that_rank_is_nearer_on_the_inputs() -> None:
     """Against QERA's own form: the SVD of E R^(1/2), with R the inputs' second moments."""
     torch.manual_seed(0)
-    error, inputs = (
-        torch.randn(48, 32),
-        torch.randn(200, 32) @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32),
-    )
+    error = torch.randn(48, 32)
+    inputs = torch.randn(200, 32) @ torch.diag(torch.logspace(0, -2, 32)) @ torch.randn(32, 32)
     b, a, left = low_rank(error, root_of_moments(inputs, damping=0), 8)
     moments = inputs.T @ inputs / len(inputs)
     values, vectors = torch.linalg.eigh(moments.double())
@@ -100,29 +98,27 @@ def test_more_rank_than_the_layer_has(base: Path) -> None:
 
 def test_rows_are_drawn_by_the_seed() -> None:
     data = [{"input_ids": [n] * 10} for n in range(50)]
-    first = calibration_rows(data, 42, 35)
-    assert [row.tolist() for row in first] == [row.tolist() for row in calibration_rows(data, 42, 35)]
-    assert len(first) == 4 and not torch.equal(torch.stack(first), torch.stack(calibration_rows(data, 43, 35)))
-    assert sum(map(len, calibration_rows(data, 42, 10_000))) == 500  # all there are
+
+    def drawn(seed: int, tokens: int = 35) -> list[list[int]]:
+        return [row.tolist() for row in calibration_rows(data, seed, tokens)]
+
+    assert drawn(42) == drawn(42) != drawn(43) and len(drawn(42)) == 4
+    assert len(drawn(42, 10_000)) == 50  # all there are
 
 
-@pytest.mark.parametrize("why", ["continued", "resumed", "not quantised"])
-def test_what_is_left_alone(base: Path, tmp_path: Path, why: str, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "change", [{"lora_model_dir": "outputs/2b"}, {"output_dir": "resumed"}, {"load_in_4bit": False}], ids=str
+)
+def test_what_is_left_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, change: dict
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("resumed/checkpoint-2").mkdir(parents=True)
+    cfg = {"adapter": "qlora", "lora_model_dir": None, "output_dir": "new", "load_in_4bit": True, "load_in_8bit": None}
     model = quantised(base, 4, NF4)
-    if why == "resumed":
-        (tmp_path / "checkpoint-2").mkdir()
-    cfg = {
-        "adapter": "qlora",
-        "lora_model_dir": None,
-        "output_dir": str(tmp_path),
-        "load_in_4bit": why != "not quantised",
-        "load_in_8bit": None,
-    }
-    StartAdapter().post_lora_load(
-        SimpleNamespace(**cfg | ({"lora_model_dir": "outputs/2b"} if why == "continued" else {})), model
-    )
+    StartAdapter().post_lora_load(SimpleNamespace(**cfg | change), model)
     assert all(value.abs().max() == 0 for name, value in model.named_parameters() if "lora_B" in name)
-    assert ("not quantised" in capsys.readouterr().out) == (why == "not quantised")
+    assert ("not quantised" in capsys.readouterr().out) == ("load_in_4bit" in change)
 
 
 @pytest.mark.parametrize("settings", [NF4, {"load_in_8bit": True}], ids=["nf4", "8-bit"])

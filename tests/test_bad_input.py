@@ -5,7 +5,6 @@ A new case is a row: the script and its arguments, what is done to a small curri
 
 import json
 import os
-import random
 import runpy
 import shutil
 import signal
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 --device cpu"
 GALLICA = "prep/gallica.py --tokenizer models/base --sequence-len 64 --windows all --out data/new.jsonl --source"
 CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 --out data/new.jsonl --book"
-GATE = "train.plugins.Gate"
+GATE, START = "train.plugins.Gate", "train.adapter_start.StartAdapter"
 INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
 CONTINUE = "eval/continuation.py --words 5 --device cpu"
 
@@ -43,25 +43,13 @@ def gone(path: str) -> Callable[[], object]:
     return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
 
 
-def cut(path: str, keep: float = 0.5) -> Callable[[], object]:
-    def damage() -> None:
-        whole = Path(path).read_bytes()
-        Path(path).write_bytes(whole[: round(keep * len(whole))])
-
-    return damage
+def cut(path: str) -> Callable[[], object]:
+    return lambda: os.truncate(path, os.path.getsize(path) // 2)
 
 
 def setting(path: str, **changes: object) -> Callable[[], object]:
-    """Other values in a JSON or one-line YAML file."""
-
-    def damage() -> None:
-        text = Path(path).read_text()
-        if path.endswith(".json"):
-            Path(path).write_text(json.dumps(json.loads(text) | changes))
-        else:
-            Path(path).write_text(text + "".join(f"{key}: {json.dumps(value)}\n" for key, value in changes.items()))
-
-    return damage
+    """Other values in a JSON or YAML file, which becomes JSON: that is YAML too."""
+    return lambda: Path(path).write_text(json.dumps(yaml.safe_load(Path(path).read_text()) | changes))
 
 
 def listen(port: int) -> Callable[[], object]:
@@ -74,27 +62,19 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("train/stage.py 9z", nothing, "no recipe 9z.yml; there are: 2a, 2b, 2c"),
     ("train/stage.py 2a --recipes nowhere", nothing, "no recipe"),
     ("train/stage.py 2a --profile moon", nothing, "no profile moon"),
-    ("train/stage.py 2a", write("recipes/2a.yml", b"base_model: \xff\xfe"), "2a.yml is not valid YAML"),
     ("train/stage.py 2a", write("recipes/2a.yml", "base_model: [1, 2"), "2a.yml is not valid YAML"),
     ("train/stage.py 2a", write("recipes/2a.yml", "- a\n- b\n"), "2a.yml is not a recipe"),
     ("train/stage.py 2a", write("recipes/2a.yml", "output_dir: x\n"), "2a.yml has no base_model, datasets"),
-    ("train/stage.py 2a", setting("recipes/2a.yml", datasets="data/2a.jsonl"), "datasets must be a list"),
     ("train/stage.py 2a", setting("recipes/2a.yml", datasets=[{"type": "completion"}]), "datasets must be a list"),
     ("train/stage.py 2a", setting("recipes/2b.yml", output_dir="outputs/2a"), "already that of recipe 2a"),
     ("train/stage.py 2a", setting("recipes/2a.yml", base_model="outputs/2c"), "in a circle"),
     ("train/stage.py 2a", nothing, "must list train.plugins.Gate"),
     ("train/stage.py 2a -- --plugins=[]", setting("recipes/2a.yml", plugins=[GATE]), "must list train.plugins.Gate"),
-    (
-        "train/stage.py 2a --profile cpu",
-        setting("recipes/2a.yml", plugins=["train.adapter_start.StartAdapter", GATE]),
-        "2a must list train.adapter_start.StartAdapter under plugins",
-    ),
+    ("train/stage.py 2a --profile cpu", setting("recipes/2a.yml", plugins=[START, GATE]), f"2a must list {START}"),
     # data and inputs of a stage
     ("train/gate.py", gone("outputs"), "no stage has been trained here"),
     ("train/gate.py 2a", nothing, "outputs/2a holds no checkpoint"),
-    ("train/gate.py 2a", write("outputs/2a/trained.json", "{"), "models/base/source.json is missing"),
     ("train/gate.py 2a", write("outputs/2a/checkpoint-4/trainer_state.json", "{}"), "trainer_state.json is damaged"),
-    ("train/gate.py 2a", gone("outputs/2a/model.safetensors"), "holds no"),
     # the planner
     ("train/memory.py recipes/9z.yml", nothing, "9z.yml"),
     ("train/memory.py --base nowhere", nothing, "nowhere"),
@@ -104,34 +84,22 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py base --source nowhere", nothing, "nowhere"),
     ("prep/collect.py base --out new --source given", write("given/model.safetensors", "x"), "given"),
     ("prep/collect.py base --out new --source given.gguf", write("given.gguf", "GGUF but not one"), "given.gguf"),
-    ("prep/collect.py gallica --files 0", nothing, "at least 1"),
     ("prep/collect.py gallica --source nowhere", nothing, "nowhere"),
-    ("prep/collect.py gallica --source given", lambda: Path("given").mkdir(), "given"),
     ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     ("prep/collect.py book --source nowhere.pdf", nothing, "nowhere.pdf"),
     ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "given.epub"),
     ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "given.png"),
-    ("prep/collect.py book --source given.txt", write("given.txt", ""), "given.txt"),
     # preparing
-    (f"{GALLICA} nowhere", nothing, "nowhere"),
-    (f"{GALLICA} given", lambda: Path("given").mkdir(), "given"),
-    (f"{GALLICA} given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
-    (f"{GALLICA} given", write("given/a.jsonl", '{"text": "Il neig'), "a.jsonl"),
+    (f"{GALLICA} nowhere", nothing, "no file of books in nowhere"),
     (f"{GALLICA} given", write("given/a.jsonl", '{"id": "a", "text": "\\ud83d"}\n'), "a.jsonl, line 1 is not"),
-    (f"{GALLICA} given --tokenizer nowhere", write("given/a.txt", "Il neigeait."), "nowhere"),
     (f"{GALLICA} given --windows 0", nothing, "at least 1"),
-    (f"{GALLICA} given --windows many", nothing, "not a whole number"),
-    (f"{GALLICA} given --holdout 0.9", nothing, "between 0 and 0.5"),
     (f"{GALLICA} given --split 3/2", nothing, "invalid split"),
-    (f"{GALLICA} given --out 2a.json", write("given/a.txt", "Il neigeait."), "must end in .jsonl"),
     (f"{GALLICA} given --sequence-len 8", write("given/a.txt", "Il neigeait."), "too short"),
     (f"{GALLICA} given --against nowhere.txt", write("given/a.txt", "Il neigeait."), "nowhere.txt is no UTF-8 text"),
     (f"{CASTLE} nowhere.txt", nothing, "no such book"),
     (f"{CASTLE} given.txt", write("given.txt", " \r\n\n"), "given.txt is empty"),
     (f"{CASTLE} given.txt", write("given.txt", "Il neigeait."), "too few"),
-    (f"{CASTLE} given.txt", write("given.txt", random.Random(1).randbytes(5000)), "convert it to UTF-8"),
     (f"{CASTLE} given.pdf", write("given.pdf", b"%PDF-1.7\n%cut off here"), "cannot be read as a PDF"),
-    (f"{CASTLE} given.docx", write("given.docx", b"PK\x03\x04 but no more"), "given.docx"),
     (
         f"{CASTLE} data/2c.txt",
         write("data/source.json", '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'),
@@ -149,24 +117,18 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (INSTRUCTIONS, write("given.jsonl", '{"title": "", "text": ""}\n'), "1 empty article"),
     # evaluating
     (f"{EVALUATE} --run ../x", nothing, "'../x' is a path; give a name"),
-    (f"{EVALUATE} --recipes nowhere", nothing, "no recipe"),
     (f"{EVALUATE} --stages 9z", nothing, "no stage 9z"),
     (f"{EVALUATE} --device cuda", nothing, "finds no CUDA device"),
     (f"{EVALUATE} --prompts nowhere.yml", nothing, "nowhere.yml"),
     (f"{EVALUATE} --prompts given.yml", write("given.yml", "text: Il neigeait."), "given.yml"),
     (f"{EVALUATE} --prompts given.yml", write("given.yml", b"\xff\xfe"), "given.yml"),
     (f"{EVALUATE} --tasks moon", nothing, "no task moon: neither ours"),
-    (
-        f"{EVALUATE} --tasks given.yaml",
-        write("given.yaml", "task: given\ndataset_path: nowhere"),
-        "given.yaml cannot be",
-    ),
+    (f"{EVALUATE} --tasks given.yaml", write("given.yaml", "task: x\ndataset_path: y"), "given.yaml cannot be loaded"),
     (f"{EVALUATE} --stages 2c", gone("outputs/2b"), "stage 2b is missing"),
     (EVALUATE, gone("data/2b.heldout.jsonl"), "2b.heldout.jsonl"),
     (EVALUATE, write("data/2b.heldout.jsonl", '{"text": "Il neig'), "2b.heldout.jsonl"),
     (f"{EVALUATE} --stages 2c", cut("outputs/2c/adapter_model.safetensors"), "outputs/2c"),
     (f"{EVALUATE} --stages 2a", cut("outputs/2a/model.safetensors"), "outputs/2a"),
-    (f"{EVALUATE} --stages 2a", write("outputs/2a/config.json", "{"), "outputs/2a"),
     (
         f"{EVALUATE} --stages 2b",
         setting("outputs/2b/adapter_config.json", base_model_name_or_path="elsewhere"),
@@ -174,12 +136,10 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ),
     (EVALUATE, write("outputs/2b/trained.json", "[]"), "trained.json is damaged"),
     (EVALUATE, write("models/base/tokenizer.json", "{"), "tokenizer of models/base"),
-    ("eval/report.py nowhere.json", nothing, "nowhere.json"),
     ("eval/report.py given.json", write("given.json", "{"), "given.json"),
     ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),
     ("eval/compare.py full other", nothing, "full"),
     # continuing and exporting
-    (f"{CONTINUE} --stage 9z", nothing, "9z"),
     (CONTINUE, gone("data/2c.txt"), "make prep-c"),
     (f"{CONTINUE} --from nowhere.txt", nothing, "nowhere.txt is missing"),
     (f"{CONTINUE} --from '{'été' * 60}.txt", nothing, "is missing"),
@@ -187,11 +147,8 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CONTINUE} --from latin.txt", write("latin.txt", b"\xe9t\xe9"), "latin.txt is not UTF-8"),
     (f"{CONTINUE} --window 100 --chunk-tokens 90", nothing, "does not do"),
     (f"{CONTINUE} --window 9000", nothing, "8192 positions"),
-    (f"{CONTINUE} --window 160 --chunk-tokens 24 --keep 500", nothing, "lower --keep"),
-    (CONTINUE, write("data/2c.txt", b"\xff\xfe\xff"), "2c.txt"),
     (f"{CONTINUE} --stage nowhere.gguf", nothing, "nowhere.gguf is missing"),
     (f"{CONTINUE} --stage given.gguf", write("given.gguf", "GGUF but no more"), "the tokenizer of given.gguf"),
-    ("eval/export.py 9z", nothing, "no recipe 9z.yml"),
     ("eval/export.py 2c", nothing, "holds no checkpoint"),
     ("eval/push.py 2c nobody", nothing, "'nobody' is no repository"),
     ("eval/push.py 2c you/name", nothing, "outputs/export/2c is no finished export"),
@@ -201,33 +158,31 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
 ]
 
 
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[[str, str], None]:
+    """Runs a script to its refusal."""
+
+    def run(command: str, message: str) -> None:
+        script, *arguments = command.split()
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        said = capsys.readouterr().err.strip().splitlines()
+        last = stop.value.code if isinstance(stop.value.code, str) else said[-1]
+        assert stop.value.code != 0 and message in last and "\n" not in last.strip(), last
+        assert "Traceback" not in "\n".join(said)
+
+    return run
+
+
 @pytest.mark.parametrize(("command", "damage", "message"), CASES, ids=[f"{n} {c[0]}" for n, c in enumerate(CASES)])
-def test_bad_input(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    command: str,
-    damage: Callable,
-    message: str,
-) -> None:
+def test_bad_input(place: Path, refused: Callable, command: str, damage: Callable, message: str) -> None:
     before = {path for path in place.rglob("*") if path.is_file()}
     damage()
-    refused(command, message, monkeypatch, capsys)
+    refused(command, message)
     left = {path for path in place.rglob("*") if path.is_file()} - before
     assert not [path for path in left if path.parent.name in ("outputs", "data") and path.suffix in (".jsonl", ".txt")]
-
-
-def refused(command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Run a script to its refusal."""
-    script, *arguments = command.split()
-    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
-    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    said = capsys.readouterr().err.strip().splitlines()
-    last = stop.value.code if isinstance(stop.value.code, str) else said[-1]
-    assert stop.value.code != 0 and message in last and "\n" not in last.strip(), last
-    assert "Traceback" not in "\n".join(said)
 
 
 @pytest.mark.parametrize(
@@ -239,15 +194,10 @@ def refused(command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys:
     ],
 )
 def test_the_same_command_twice_at_once(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    locked: Callable[..., Any],
-    command: str,
-    target: str,
+    place: Path, refused: Callable, locked: Callable[..., Any], command: str, target: str
 ) -> None:
     with locked(target) as other:
-        refused(command, f"process {other} is writing {target}", monkeypatch, capsys)
+        refused(command, f"process {other} is writing {target}")
 
 
 INTERRUPT = """

@@ -24,9 +24,7 @@ from transformers import (
 )
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-ENVIRONMENT["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-)  # smoke_plugins
+ENVIRONMENT["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # smoke_plugins
 RECIPES = {
     "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
     "2b": "base_model: outputs/2a\nadapter: qlora\noutput_dir: outputs/2b\ndatasets: [{path: data/2b.jsonl}]\n",
@@ -91,12 +89,10 @@ def save_chat_base(folder: Path) -> Path:
     return folder
 
 
-def save_adapter(
-    base: Path, folder: Path, trained_on: str, seed: int | None, targets: tuple[str, ...] = ("q_proj", "down_proj")
-) -> None:
-    """An adapter of random tensors; of zero effect when `seed` is None, as a new one is."""
-    torch.manual_seed(seed or 0)
-    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), init_lora_weights=seed is None)
+def save_adapter(base: Path, folder: Path, trained_on: str, seed: int) -> None:
+    """An adapter of random tensors, both of each product: a new one would have no effect."""
+    torch.manual_seed(seed)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
     adapted.peft_config["default"].base_model_name_or_path = trained_on
     adapted.save_pretrained(str(folder))
