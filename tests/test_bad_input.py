@@ -24,6 +24,7 @@ GALLICA = "prep/gallica.py --tokenizer models/base --sequence-len 64 --windows a
 CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 --out data/new.jsonl --book"
 GATE, START = "train.plugins.Gate", "train.adapter_start.StartAdapter"
 INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
+OTHER_BOOK = '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'
 CONTINUE = "eval/continuation.py --words 5 --device cpu"
 
 
@@ -100,11 +101,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} given.txt", write("given.txt", " \r\n\n"), "given.txt is empty"),
     (f"{CASTLE} given.txt", write("given.txt", "Il neigeait."), "too few"),
     (f"{CASTLE} given.pdf", write("given.pdf", b"%PDF-1.7\n%cut off here"), "cannot be read as a PDF"),
-    (
-        f"{CASTLE} data/2c.txt",
-        write("data/source.json", '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'),
-        "not the file",
-    ),
+    (f"{CASTLE} data/2c.txt", write("data/source.json", OTHER_BOOK), "not the file"),
     (f"{CASTLE} data/2c.txt", write("data/source.json", '{"files": 1}'), "source.json is damaged"),
     (f"{CASTLE} data/2c.txt --stride 50", nothing, "must divide"),
     (f"{CASTLE} data/2c.txt --holdout 0.9", nothing, "0.9 is not a share between 0 and 0.5"),
@@ -138,7 +135,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (EVALUATE, write("models/base/tokenizer.json", "{"), "tokenizer of models/base"),
     ("eval/report.py given.json", write("given.json", "{"), "given.json"),
     ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),
-    ("eval/compare.py full other", nothing, "full"),
+    ("eval/compare.py full other", nothing, "full.json is missing"),
     # continuing and exporting
     (CONTINUE, gone("data/2c.txt"), "make prep-c"),
     (f"{CONTINUE} --from nowhere.txt", nothing, "nowhere.txt is missing"),

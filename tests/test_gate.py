@@ -163,21 +163,12 @@ def test_a_trained_chain_passes(trained: None) -> None:
 
 
 def test_movement_is_measured_per_tensor() -> None:
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        moved = tensor.clone()
-        if moved.shape == (8, 8):
-            moved[:6] *= 2  # three quarters of the elements
-        if moved.shape == (50, 8):
-            moved[0] += 1.0
-        return moved
-
-    train_2a(change)
+    doubled = {(8, 8): 6, (50, 8): 1, (8,): 0}  # the first rows of a tensor, by its shape
+    train_2a(lambda tensor: torch.cat([2 * tensor[: doubled[tensor.shape]], tensor[doubled[tensor.shape] :]]))
     movement = judge("2a")["movement"]
-    weight = base_tensors()["model.layers.0.self_attn.q_proj.weight"]
-    relative = pytest.approx((weight[:6].norm() / weight.norm()).item(), rel=1e-3)
-    assert movement["model.layers.0.self_attn.q_proj.weight"] == {
-        "kind": "matrix", "changed": 0.75, "relative": relative,
-    }  # fmt: skip
+    name = "model.layers.0.self_attn.q_proj.weight"
+    relative = (base_tensors()[name][:6].norm() / base_tensors()[name].norm()).item()
+    assert movement[name] == {"kind": "matrix", "changed": 0.75, "relative": pytest.approx(relative, rel=1e-3)}
     assert movement["model.embed_tokens.weight"]["changed"] == pytest.approx(1 / 50)
     assert movement["model.norm.weight"] == {"kind": "vector", "changed": 0.0, "relative": 0.0}
 
@@ -403,19 +394,15 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
 
 
 def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plugin: None) -> None:
-    trainer = SimpleNamespace(
-        model=torch.nn.Linear(10, 10),
-        train_dataset=[{}] * 4,
-        args=SimpleNamespace(world_size=4),
-        get_eval_dataloader=None,
-    )
+    args, model = SimpleNamespace(world_size=4), torch.nn.Linear(10, 10)
+    trainer = SimpleNamespace(model=model, train_dataset=[{}] * 4, args=args, get_eval_dataloader=None)
     gate_plugin, cfg = registered("2a")
     gate_plugin.load_datasets(cfg)
     assert gate_plugin.add_callbacks_post_trainer(cfg, trainer)
-    trainer.args.world_size = 5
+    args.world_size = 5
     with pytest.raises(SystemExit, match="4 windows cannot be shared by 5 processes: take fewer"):
         gate_plugin.add_callbacks_post_trainer(cfg, trainer)
-    trainer.args.world_size = 4
+    args.world_size = 4
     trainer.model = torch.nn.Linear(10**8, 10**7, bias=False, device="meta", dtype=torch.bfloat16)
     with pytest.raises(SystemExit, match=r"GB free, 14000000\.00 GB are needed"):  # 3 x (2 bytes + 2 moments) + 2
         gate_plugin.add_callbacks_post_trainer(cfg, trainer)

@@ -48,9 +48,6 @@ def tiny_llama(vocabulary: int, seed: int, hidden: int = 32) -> LlamaForCausalLM
         num_key_value_heads=1,
         max_position_embeddings=8192,
         initializer_range=0.3,  # far from uniform, so that a wrong token or context shows
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     return LlamaForCausalLM(config)
 
@@ -74,8 +71,7 @@ def save_base(folder: Path, hidden: int = 32, layers: int = 2, seed: int = 0, ki
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         kind, vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=0,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
