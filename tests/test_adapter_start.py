@@ -81,7 +81,7 @@ def test_the_corrected_model_is_nearer_to_the_unquantised_and_merges_exactly(
     after = (trained - target).square().mean()
     assert f"{corrected} quantised layers corrected on {sum(map(len, rows()))} tokens" in said
     assert after * nearer < before, f"{before} -> {after}"
-    full = merge(model, AutoModelForCausalLM.from_pretrained(base))
+    full = merge(model, AutoModelForCausalLM.from_pretrained(base))  # into the quantised weights, not these
     wrong = model.merge_and_unload()  # PEFT quantises again
     assert (full(ids).logits - trained).abs().max() < 0.05 * (wrong(ids).logits - trained).abs().max()
 

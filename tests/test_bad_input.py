@@ -88,8 +88,8 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py gallica --source nowhere", nothing, "nowhere"),
     ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     ("prep/collect.py book --source nowhere.pdf", nothing, "nowhere.pdf"),
-    ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "given.epub"),
-    ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "given.png"),
+    ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "a damaged zip"),
+    ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "is a picture"),
     # preparing
     (f"{GALLICA} nowhere", nothing, "no file of books in nowhere"),
     (f"{GALLICA} given", write("given/a.jsonl", '{"id": "a", "text": "\\ud83d"}\n'), "a.jsonl, line 1 is not"),
