@@ -5,6 +5,7 @@ A new case is a row: the script and its arguments, what is done to a small curri
 
 import json
 import os
+import random
 import runpy
 import shutil
 import signal
@@ -63,9 +64,11 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("train/stage.py 9z", nothing, "no recipe 9z.yml; there are: 2a, 2b, 2c"),
     ("train/stage.py 2a --recipes nowhere", nothing, "no recipe"),
     ("train/stage.py 2a --profile moon", nothing, "no profile moon"),
+    ("train/stage.py 2a", write("recipes/2a.yml", b"base_model: \xff\xfe"), "2a.yml is not valid YAML"),
     ("train/stage.py 2a", write("recipes/2a.yml", "base_model: [1, 2"), "2a.yml is not valid YAML"),
     ("train/stage.py 2a", write("recipes/2a.yml", "- a\n- b\n"), "2a.yml is not a recipe"),
     ("train/stage.py 2a", write("recipes/2a.yml", "output_dir: x\n"), "2a.yml has no base_model, datasets"),
+    ("train/stage.py 2a", setting("recipes/2a.yml", datasets="data/2a.jsonl"), "datasets must be a list"),
     ("train/stage.py 2a", setting("recipes/2a.yml", datasets=[{"type": "completion"}]), "datasets must be a list"),
     ("train/stage.py 2a", setting("recipes/2b.yml", output_dir="outputs/2a"), "already that of recipe 2a"),
     ("train/stage.py 2a", setting("recipes/2a.yml", base_model="outputs/2c"), "in a circle"),
@@ -75,7 +78,9 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     # data and inputs of a stage
     ("train/gate.py", gone("outputs"), "no stage has been trained here"),
     ("train/gate.py 2a", nothing, "outputs/2a holds no checkpoint"),
+    ("train/gate.py 2a", write("outputs/2a/trained.json", "{"), "models/base/source.json is missing"),
     ("train/gate.py 2a", write("outputs/2a/checkpoint-4/trainer_state.json", "{}"), "trainer_state.json is damaged"),
+    ("train/gate.py 2a", gone("outputs/2a/model.safetensors"), "holds no"),
     # the planner
     ("train/memory.py recipes/9z.yml", nothing, "9z.yml"),
     ("train/memory.py --base nowhere", nothing, "nowhere"),
@@ -85,22 +90,34 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py base --source nowhere", nothing, "nowhere"),
     ("prep/collect.py base --out new --source given", write("given/model.safetensors", "x"), "given"),
     ("prep/collect.py base --out new --source given.gguf", write("given.gguf", "GGUF but not one"), "given.gguf"),
+    ("prep/collect.py gallica --files 0", nothing, "at least 1"),
     ("prep/collect.py gallica --source nowhere", nothing, "nowhere"),
+    ("prep/collect.py gallica --source given", lambda: Path("given").mkdir(), "given"),
     ("prep/collect.py gallica --source given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     ("prep/collect.py book --source nowhere.pdf", nothing, "nowhere.pdf"),
     ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "a damaged zip"),
     ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "is a picture"),
+    ("prep/collect.py book --source given.txt", write("given.txt", ""), "given.txt"),
     # preparing
     (f"{GALLICA} nowhere", nothing, "no file of books in nowhere"),
+    (f"{GALLICA} given", lambda: Path("given").mkdir(), "given"),
+    (f"{GALLICA} given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
+    (f"{GALLICA} given", write("given/a.jsonl", '{"text": "Il neig'), "a.jsonl"),
     (f"{GALLICA} given", write("given/a.jsonl", '{"id": "a", "text": "\\ud83d"}\n'), "a.jsonl, line 1 is not"),
+    (f"{GALLICA} given --tokenizer nowhere", write("given/a.txt", "Il neigeait."), "nowhere"),
     (f"{GALLICA} given --windows 0", nothing, "at least 1"),
+    (f"{GALLICA} given --windows many", nothing, "not a whole number"),
+    (f"{GALLICA} given --holdout 0.9", nothing, "between 0 and 0.5"),
     (f"{GALLICA} given --split 3/2", nothing, "invalid split"),
+    (f"{GALLICA} given --out 2a.json", write("given/a.txt", "Il neigeait."), "must end in .jsonl"),
     (f"{GALLICA} given --sequence-len 8", write("given/a.txt", "Il neigeait."), "too short"),
     (f"{GALLICA} given --against nowhere.txt", write("given/a.txt", "Il neigeait."), "nowhere.txt is no UTF-8 text"),
     (f"{CASTLE} nowhere.txt", nothing, "no such book"),
     (f"{CASTLE} given.txt", write("given.txt", " \r\n\n"), "given.txt is empty"),
     (f"{CASTLE} given.txt", write("given.txt", "Il neigeait."), "too few"),
+    (f"{CASTLE} given.txt", write("given.txt", random.Random(1).randbytes(5000)), "convert it to UTF-8"),
     (f"{CASTLE} given.pdf", write("given.pdf", b"%PDF-1.7\n%cut off here"), "cannot be read as a PDF"),
+    (f"{CASTLE} given.docx", write("given.docx", b"PK\x03\x04 but no more"), "given.docx"),
     (f"{CASTLE} data/2c.txt", write("data/source.json", OTHER_BOOK), "not the file"),
     (f"{CASTLE} data/2c.txt", write("data/source.json", '{"files": 1}'), "source.json is damaged"),
     (f"{CASTLE} data/2c.txt --stride 50", nothing, "must divide"),
@@ -114,6 +131,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (INSTRUCTIONS, write("given.jsonl", '{"title": "", "text": ""}\n'), "1 empty article"),
     # evaluating
     (f"{EVALUATE} --run ../x", nothing, "'../x' is a path; give a name"),
+    (f"{EVALUATE} --recipes nowhere", nothing, "no recipe"),
     (f"{EVALUATE} --stages 9z", nothing, "no stage 9z"),
     (f"{EVALUATE} --device cuda", nothing, "finds no CUDA device"),
     (f"{EVALUATE} --prompts nowhere.yml", nothing, "nowhere.yml"),
@@ -126,6 +144,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (EVALUATE, write("data/2b.heldout.jsonl", '{"text": "Il neig'), "2b.heldout.jsonl"),
     (f"{EVALUATE} --stages 2c", cut("outputs/2c/adapter_model.safetensors"), "outputs/2c"),
     (f"{EVALUATE} --stages 2a", cut("outputs/2a/model.safetensors"), "outputs/2a"),
+    (f"{EVALUATE} --stages 2a", write("outputs/2a/config.json", "{"), "outputs/2a"),
     (
         f"{EVALUATE} --stages 2b",
         setting("outputs/2b/adapter_config.json", base_model_name_or_path="elsewhere"),
@@ -133,10 +152,12 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ),
     (EVALUATE, write("outputs/2b/trained.json", "[]"), "trained.json is damaged"),
     (EVALUATE, write("models/base/tokenizer.json", "{"), "tokenizer of models/base"),
+    ("eval/report.py nowhere.json", nothing, "nowhere.json"),
     ("eval/report.py given.json", write("given.json", "{"), "given.json"),
     ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),
     ("eval/compare.py full other", nothing, "full.json is missing"),
     # continuing and exporting
+    (f"{CONTINUE} --stage 9z", nothing, "9z"),
     (CONTINUE, gone("data/2c.txt"), "make prep-c"),
     (f"{CONTINUE} --from nowhere.txt", nothing, "nowhere.txt is missing"),
     (f"{CONTINUE} --from '{'été' * 60}.txt", nothing, "is missing"),
@@ -144,8 +165,11 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CONTINUE} --from latin.txt", write("latin.txt", b"\xe9t\xe9"), "latin.txt is not UTF-8"),
     (f"{CONTINUE} --window 100 --chunk-tokens 90", nothing, "does not do"),
     (f"{CONTINUE} --window 9000", nothing, "8192 positions"),
+    (f"{CONTINUE} --window 160 --chunk-tokens 24 --keep 500", nothing, "lower --keep"),
+    (CONTINUE, write("data/2c.txt", b"\xff\xfe\xff"), "2c.txt"),
     (f"{CONTINUE} --stage nowhere.gguf", nothing, "nowhere.gguf is missing"),
     (f"{CONTINUE} --stage given.gguf", write("given.gguf", "GGUF but no more"), "the tokenizer of given.gguf"),
+    ("eval/export.py 9z", nothing, "no recipe 9z.yml"),
     ("eval/export.py 2c", nothing, "holds no checkpoint"),
     ("eval/push.py 2c nobody", nothing, "'nobody' is no repository"),
     ("eval/push.py 2c you/name", nothing, "outputs/export/2c is no finished export"),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,8 @@ from small_tokenizers import tales
 from bench.score_cleaning import f1, paragraphs_of, score
 from prep.castle import drop_note_calls, main
 from prep.common import BadInput, sha256
+from prep.formats import read_book
+from prep.page_layout import clean_pages
 from prep.rows import Cutter
 
 
@@ -151,10 +154,12 @@ def test_a_book_of_one_paragraph_holds_out_sentences(novel, llama, tmp_path):
 @pytest.mark.parametrize(
     "foreign",
     [
+        "It is a truth universally acknowledged, that a single man must be in want of a wife. ",
+        "Als Gregor Samsa eines Morgens aus unruhigen Träumen erwachte, fand er sich in seinem Bett. ",
         "En un lugar de la Mancha, de cuyo nombre no quiero acordarme, vivía un hidalgo. ",
         "我冒了嚴寒，回到相隔二千餘里，別了二十餘年的故鄉去。",
     ],
-    ids=["Spanish", "Chinese"],
+    ids=["English", "German", "Spanish", "Chinese"],
 )
 def test_another_language_is_refused_and_passages_in_it_are_not(foreign, llama, tmp_path):
     (tmp_path / "roman.txt").write_text(foreign * 60, encoding="utf-8")
@@ -263,6 +268,22 @@ def test_notes_at_the_end_go_with_their_calls():
     many = [f"{n}. Voir la carte." for n in range(1, 9)]
     assert drop_note_calls([*text, *many]) == ([*plain, *many], 3)
     assert drop_note_calls(["Le bac partit.", *notes]) == (["Le bac partit.", *notes], 0)
+
+
+def test_a_pdf_gives_the_text_it_was_made_from(tmp_path):
+    paragraphs = [p for tale in tales()[:3] for p in paragraphs_of(tale)]
+    lines = [line for p in paragraphs for line in textwrap.wrap(p, 64, break_on_hyphens=False)]
+    sheets = [lines[n : n + 32] for n in range(0, len(lines), 32)]
+    canvas = Canvas(str(tmp_path / "roman.pdf"), pagesize=A5)
+    for number, sheet in enumerate(sheets, 5):
+        for n, line in enumerate([*sheet, f"– {number} –"]):
+            canvas.drawString(40, 560 - 14 * n, line)
+        canvas.showPage()
+    canvas.save()
+    found = clean_pages(read_book(tmp_path / "roman.pdf").text)
+    result = score(found.paragraphs, paragraphs)
+    assert found.counts["page_numbers"] == len(sheets)
+    assert result["errors"] == 0 and f1(result) > 0.95
 
 
 # --- the real book ---------------------------------------------------------------------------------------------------

@@ -368,6 +368,7 @@ ONE_EACH = ("gallica", "base", f"book --source {NOBODY}/x.pdf")
                 "base": "no model*.safetensors and no pytorch_model*.bin",
                 "base --repo meta/gated --revision main": "meta/gated is gated: accept its terms on its page, and give",
                 "book --source {url}/www/absent.pdf": "404",
+                "book --source ftp://example.org/roman.pdf": "unsupported protocol 'ftp://'",
                 "book --source file:///etc/passwd": "missing an 'http://'",
                 "book --source {url}/www/roman": "roman is a web page",
                 "base --source empty --out full": "was not written by this command",
@@ -563,6 +564,7 @@ def test_a_tokenizer_that_loses_french_or_adds_an_end(checkpoint):
 @pytest.mark.parametrize(
     ("own", "given", "expected"),
     [
+        ({"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, {}, {"pad": "<unk>"}),
         ({"eos": "</s>", "pad": "</s>", "unk": "<unk>"}, {}, {"pad": "<unk>"}),
         ({"eos": "</s>", "pad": "</s>", "unk": "<fin>"}, {"eos": "<fin>"}, {"eos": "<fin>", "pad": "</s>"}),
         ({"eos": "</s>"}, {"pad": "<fin>"}, {"pad": "<fin>"}),

@@ -70,9 +70,20 @@ ASCII = TALE.encode("ascii", "replace")
         (TALE.replace("é", "&eacute").encode(), "codes such as"),
         (unicodedata.normalize("NFD", TALE).encode("ascii", "ignore"), "without accents"),
         (TALE.encode("utf-32-le"), "neither a PDF nor a text"),
+        (TALE.encode("cp037", "ignore"), "(encoding|UTF-8)"),
         ("К. открыл дверь, и никто не ответил ему.".encode("cp1251"), "in no other encoding is it French"),
     ],
-    ids=["U+FFFD", "question marks", "a mail", "TeX", "HTML", "without accents", "UTF-32 without a mark", "Cyrillic"],
+    ids=[
+        "U+FFFD",
+        "question marks",
+        "a mail",
+        "TeX",
+        "HTML",
+        "without accents",
+        "UTF-32 without a mark",
+        "EBCDIC",
+        "Cyrillic",
+    ],
 )
 def test_what_has_lost_its_letters_or_cannot_be_read_for_certain_is_refused(data, message):
     with pytest.raises(BadInput, match=f"conte.txt .*{message}"):

@@ -67,7 +67,9 @@ def test_a_uniform_model_scores_ln_vocabulary_a_token(place, save):
         assert document["bytes"] == len(text.encode()) == sum(block["bytes"] for block in document["blocks"])
         assert document["nll"] == pytest.approx(count * math.log(len(tokenizer)), rel=1e-6)
         assert document["nll"] == pytest.approx(sum(block["nll"] for block in document["blocks"]), rel=1e-6)
+    size = sum(len(text.encode()) for text in texts)
     assert result["token_perplexity"] == pytest.approx(len(tokenizer), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(sum(tokens) * math.log2(len(tokenizer)) / size, rel=1e-6)
 
 
 def test_scores_are_those_of_lm_eval_alone(place):
@@ -637,6 +639,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (no_bos, [], "no BOS token"),
         (long_prompt, ["--prompts", "prompts.yml"], "more than the 2048"),
         (prompts("- K. ouvrit la porte."), ["--prompts", "prompts.yml"], "this one has not: K. ouvrit la porte."),
+        (prompts("- {name: s, tail_of: data/2c.txt}"), ["--prompts", "prompts.yml"], "tail_of and words"),
         (prompts("- {name: a, question: 'Combien ?', answer: 9}"), ["--prompts", "prompts.yml"], "numbers in quotes"),
         (prompts("- {name: a, question: 'Combien ?'}"), ["--prompts", "prompts.yml"], "has no chat template"),
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),

@@ -209,6 +209,8 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
     [
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" * 99, "old Word file"),
         (b"Roman".ljust(60, b"\0") + b"BOOKMOBI" + bytes(99), "a Kindle book"),
+        (b"ID3\x03" + bytes(99), "sound or film"),
+        (b"MZ\x90\0" + bytes(99), "a program"),
         (b"\x1f\x8b\x08\0" + bytes(99), "an archive"),
         (b'{"titre": "Roman", "pages": [1, 2]}', "JSON data"),
         (b'{"text": "a"}\n{"text": "b"}\n', "JSON data"),

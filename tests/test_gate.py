@@ -208,6 +208,7 @@ def cut_weights() -> None:
 NOT_TRAINED = [
     # 2a's full weights
     ("2a", partial(train_2a, lambda w: w if w.shape == (8, 8) else nudge(w)), r"hardly trained model\.layers.* 0\.00%"),
+    ("2a", partial(train_2a, torch.clone), r"hardly trained .*0\.00%"),
     # A cast changes nearly every element; compared in bf16 none has changed.
     ("2a", partial(train_2a, lambda w: w.bfloat16()), "hardly trained"),
     # 1e-5 on weights of 0.02 is lost in bf16 for all but the smallest of them.
@@ -217,16 +218,26 @@ NOT_TRAINED = [
     ("2a", partial(rewrite, "2a", lambda old: old | {"model.norm.weight": torch.ones(9)}), "not the same model"),
     # adapters
     ("2b", partial(train_adapter, "2b", 0.0), "trained nothing in .*still that of outputs/2b/start"),
+    ("2b", partial(rewrite, "2b", lambda old: old | {"odd.weight": torch.ones(2)}), "not the same model or adapter"),
+    ("2b", partial(rewrite, "2b", lambda old: {n: w * float("inf") for n, w in old.items()}), "diverged"),
+    ("2b", partial(rewrite, "2b", lambda old: {n: old[n] for n in old if "q_proj.lora_A" not in n}), "lacks 1 tensors"),
+    ("2c", partial(train_adapter, "2c", 0.01), "trained nothing in .*still that of outputs/2b"),
     (
         "2c",
         partial(rewrite, "2c", lambda old: old | {f"{MODULE}.lora_B.weight": torch.full((8, 4), 0.01)}),
         "trained nothing in .*q_proj: .*still that of outputs/2b",
     ),
     ("2c", partial(rewrite, "2c", lambda old: {n.replace("q_", "k_"): old[n] for n in old}), "not the same model"),
+    (
+        "2c",  # of another rank
+        partial(rewrite, "2c", lambda old: {n: w[:2].contiguous() if "lora_A" in n else w for n, w in old.items()}),
+        "not the same model",
+    ),
     ("2c", partial(train_adapter, "2c", 0.02, r=8), r"r is 8, but .*2c\.yml says lora_r: 64"),
     ("2c", partial(train_adapter, "2c", 0.02, use_rslora=False), "use_rslora is False"),
     # full copies of embedding and head beside an adapter: 3a trains them, 3b freezes them
     ("3a", partial(train_adapter, "3a", 0.02, 1e-3, 0.0), r"hardly trained .*embed_tokens: 0\.00%"),
+    ("3a", partial(train_adapter, "3a", 0.02, 0.0, 1e-3), "hardly trained .*lm_head"),
     ("3b", partial(train_adapter, "3b", 0.02, 1e-3, 2e-3), "embed_tokens, which its `unfrozen_parameters` freezes"),
     (
         "3b",
@@ -246,8 +257,10 @@ NOT_TRAINED = [
     ("2a", cut_weights, "is damaged"),
     # files that are not what they were
     ("2a", Path("outputs/2a/started.json").unlink, "started.json is missing; remove outputs/2a"),
+    ("2a", partial(Path("outputs/2a/started.json").write_text, '{"data": {}}'), "started.json is damaged"),
     ("2a", partial(write_rows, "2a", "Il pleuvait."), "data of stage 2a changed since .*started.json was written"),
     ("2a", partial(Path("data/2a.jsonl").write_text, "{}"), "is not the file that .*`make prep-a`"),
+    ("2a", Path("data/2a.jsonl").unlink, "2a.jsonl is missing; `make prep-a`"),
     ("2a", Path("data/2a.heldout.jsonl").unlink, "2a.heldout.jsonl is missing; `make prep-a`"),
     ("2a", partial(Path("data/2a.manifest.json").write_text, "{"), "2a.manifest.json is damaged; `make prep-a`"),
     ("2a", partial(Path("models/base/source.json").write_text, "{"), "source.json is damaged; `make data`"),
@@ -266,15 +279,22 @@ def test_what_did_not_train_gets_no_verdict(
     assert not CHAIN[name].verdict.exists()
 
 
+def moved(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor + 3e-3 for name, tensor in old.items()}
+
+
 def train_2a_again() -> None:
     train_2a(lambda tensor: tensor + 2e-3)
     judge("2a")
 
 
 NO_LONGER = [
-    (partial(CHAIN["2a"].verdict.write_text, '{"stage": "2a"}'), r"2a/trained\.json is damaged"),
-    (partial(write_rows, "2a", "Il pleuvait."), "data of stage 2a changed"),
-    (partial(rewrite, "2a", lambda old: {n: w + 3e-3 for n, w in old.items()}), "files of stage 2a changed"),
+    *(
+        (partial(CHAIN["2a"].verdict.write_text, said), r"2a/trained\.json is damaged")
+        for said in ("{", '{"stage": "2a"}')
+    ),
+    *((partial(write_rows, name, "Il pleuvait."), f"data of stage {name} changed") for name in ("2a", "2b", "2c")),
+    *((partial(rewrite, name, moved), f"files of stage {name} changed") for name in ("2a", "2b", "2c")),
     (train_2a_again, "inputs of stage 2b changed"),
     (partial(Path("data/2c.txt").write_text, "Un autre livre."), r"2c\.txt is not the file that .*; `make prep-c`"),
 ]
@@ -298,6 +318,17 @@ def test_the_tokenizer_of_the_rows_must_be_the_models(trained: None) -> None:
     Path("models/base/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
     with pytest.raises(BadInput, match=r"another tokenizer .*`make prep-c`"):
         gate.check_ready(CHAIN["2c"], STAGES)
+
+
+def test_a_continued_adapter_of_another_vocabulary(trained: None) -> None:
+    gate.check_ready(CHAIN["3b"], STAGES)
+    base = Path("models/instruct")  # collected again, larger
+    larger = base_tensors() | {"model.embed_tokens.weight": torch.zeros(60, 8)}
+    write_weights(base, larger)
+    (base / "config.json").write_text('{"vocab_size": 60}')
+    (base / "source.json").write_text(json.dumps({"files": gate.described(base)}))
+    with pytest.raises(BadInput, match=r"inputs of stage 3a changed since .*remove outputs/3a and train 3a again"):
+        gate.check_ready(CHAIN["3b"], STAGES)
 
 
 def test_tied_copies_need_the_key_that_keeps_them_one(monkeypatch: pytest.MonkeyPatch) -> None:

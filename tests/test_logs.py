@@ -62,6 +62,7 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path, log_step: C
     ("times", "planned", "left"),
     [
         ({1: 10.0}, 100, None),
+        ({1: 10.0, 2: 20.0}, 1, 0),
         ({10: 100.0, 20: 200.0}, 100, 800),  # logged at every tenth step
         ({step: 10.0 * step + 300 * (step > 15) for step in range(1, 31)}, 100, 700),  # a validation between two steps
     ],

@@ -49,12 +49,16 @@ def misread(title: str, number: int) -> str:
 
 EDGES: dict[str, Callable[[int], list[str]]] = {
     "en dashes": lambda n: [f"– {n} –"],
+    "hyphens": lambda n: [f"- {n} -"],
+    "em dashes": lambda n: [f"— {n} —"],
     "brackets": lambda n: [f"[{n}]"],
     "p.": lambda n: [f"p. {n}"],
     "of all": lambda n: [f"{n}/240"],
     "of all in words": lambda n: [f"Page {n} de 240"],
     "Pg": lambda n: [f"[Pg {n}]"],
+    "page of all": lambda n: [f"Page {n} sur 240"],
     "bare": lambda n: [f"{n}"],
+    "point": lambda n: [f"{n}."],
     "roman": lambda n: [roman(n)],
     "header and number": lambda n: [f"{n} {TITLE}."] if n % 2 else [f"{TITLE}. {n}"],
     "header above number": lambda n: [TITLE, f"{n}"],
@@ -116,7 +120,9 @@ def test_what_only_looks_like_a_page_number_or_a_header_stays(novel):
     assert found.counts["page_numbers"] == len(sheets) and "running_headers" not in found.counts
 
 
-NO_TEXT = ("' 4", "*, 4 >", "71", "LL LR RETES <", "« NIVARAC LH VAI", "+", "= É DE ET LL", "mn nm me A", "| LS 2 |")
+NO_TEXT = (
+    *("' 4", "2 &", "*, 4 >", "71", "LL LR RETES <", "« NIVARAC LH VAI", "+", "= É DE ET LL", "mn nm me A", "| LS 2 |"),
+)
 TEXT = ("XIV", "LE RETOUR", "— Eh bien ?", "— Wabimdam !", "1848", "UNE NUIT", "— ...", "Le marquis de ***")
 
 
@@ -226,6 +232,9 @@ def verses(paragraph: str) -> list[str]:
 WITHOUT_PAGES: dict[str, Callable[[list[str]], list[str]]] = {
     "a novel": lambda novel: novel,
     "short lines that recur": short_lines,
+    "chapters in numerals": lambda novel: [
+        line for n, p in enumerate(novel[:60]) for line in [roman(n + 1).upper(), p]
+    ],
     "chapters": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"Chapitre {n}", p)],
     "chapters in figures": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"{n}", p, p)],
     "letters": lambda novel: [line for n, p in enumerate(novel, 1) for line in (f"LETTRE {n}", p, "Ton amie C")],
@@ -427,10 +436,19 @@ def test_a_librarys_first_page_goes(novel, first):
     assert clean_pages("\n\n".join([first, *novel])).paragraphs == novel
 
 
-def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel):
+@pytest.mark.parametrize(
+    "made",
+    [
+        "issu de la bibliothèque numérique Wikisource[1]",
+        "libre de droits, par des bénévoles",
+        "de la bibliothèque numérique romande",
+        "offert par Atramenta",
+    ],
+)
+def test_an_editions_own_last_page_goes_and_a_chapter_of_that_name_stays(novel, made):
     title = "À propos de cette édition électronique"
     first = ["Exporté de Wikisource le 12 mars 2020", "Publication: 1880\nSource: http://www.ebooksgratuits.com"]
-    last = [title, "Ce livre électronique est issu de la bibliothèque numérique Wikisource[1].", "Yann\nZephyrus"]
+    last = [title, f"Ce livre électronique est {made}.", "Yann\nZephyrus"]
     found = clean_pages("\n\n".join([*first, *novel, *last]))
     assert found.paragraphs == novel and found.counts["edition_notes"] == 7
     assert clean_pages("\n\n".join([*novel, title, "Il se tut."])).paragraphs == [*novel, title, "Il se tut."]
@@ -504,6 +522,12 @@ def test_empty_and_tiny_texts():
 def test_typographic_convention(raw, expected):
     assert to_convention(raw) == expected
     assert to_convention(expected) == expected
+
+
+def test_convention_applied_twice_is_applied_once():
+    for tale in tales():
+        once = to_convention(tale)
+        assert to_convention(once) == once
 
 
 def test_score_counts_what_is_wrong():
