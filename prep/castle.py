@@ -16,7 +16,7 @@ last run on the whole book, `2c.heldout.jsonl` is empty: any text in it would be
 cannot load an empty file, so that run has to leave out the recipe's `test_datasets`.
 """
 
-from prep.command import run
+from prep.command import run, without_torch
 
 import argparse
 import hashlib
@@ -218,4 +218,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    without_torch()
     run(main)

@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -44,3 +45,9 @@ def run(main: Callable[[], int | None]) -> None:
         if error.errno is None:
             raise
         sys.exit(f"{name}: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
+
+
+def without_torch() -> None:
+    """For scripts that only tokenise: transformers would import torch, for seconds, and say so where there is none."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"

@@ -16,7 +16,7 @@ the other holds out. Same input and seed give the same bytes, however the books 
 command resumes. Sources, filters and clusters: prep/README.md.
 """
 
-from prep.command import run
+from prep.command import run, without_torch
 
 import argparse
 import json
@@ -268,6 +268,7 @@ def tell(messages: Path) -> None:
 
 
 if __name__ == "__main__":
+    without_torch()
     from prep import gallica
 
     run(gallica.main)  # not this file's own: workers find the steps above in a module, not in __main__

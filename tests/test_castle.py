@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -18,7 +19,7 @@ from small_tokenizers import tales
 
 from bench.score_cleaning import f1, paragraphs_of, score
 from prep.castle import drop_note_calls, main
-from prep.common import BadInput, sha256
+from prep.common import ROOT, BadInput, sha256
 from prep.formats import read_book
 from prep.page_layout import clean_pages
 from prep.rows import Cutter
@@ -121,6 +122,23 @@ def test_same_seed_same_bytes_other_seed_other_order(prepared, tokenizer, tmp_pa
     again = castle(tmp_path, prepared.book, tokenizer, "--seed", "7")
     assert digests(again.folder) == digests(prepared.folder)
     assert set(digests(again.folder)) == {"2c.jsonl", "2c.heldout.jsonl", "2c.manifest.json", "2c.txt"}
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        ROOT / "prep/castle.py",
+        "--book",
+        prepared.book,
+        "--tokenizer",
+        tokenizer,
+    ]
+    imported = subprocess.run(
+        [*command, "--out", "data/2c.jsonl", "--seed", "7"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, check=True
+    ).stderr
+    assert digests(again.folder) == digests(prepared.folder)
+    assert re.search(r"\| +tokenizers$", imported, re.M) and not re.search(
+        r"\| +torch$", imported, re.M
+    )  # torch takes seconds
     other = castle(tmp_path, prepared.folder / "2c.txt", tokenizer, "--seed", "8")  # prepared twice, the same
     assert other.texts != prepared.texts and sorted(other.texts) == sorted(prepared.texts)
 
