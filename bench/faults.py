@@ -101,10 +101,10 @@ def left_in(place: Path) -> list[str]:
 
 
 def figures(path: Path) -> Any:
-    """What a JSON file says, but for times; of any other, and of a damaged one, the sha256."""
+    """What a JSON file says, but for times and changes to the tree (a report is one); of others and damaged ones the sha256."""
 
     def timeless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in pairs if key not in ("date", "seconds", "training")}
+        return {key: value for key, value in pairs if key not in ("date", "seconds", "training", "modified")}
 
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=timeless)
@@ -305,10 +305,10 @@ def main() -> None:
     report["versions"] = versions("torch", "transformers", "axolotl", "datatrove")
     states = undisturbed(work, max(list(COMMANDS).index(name) for name, *_ in chosen.values()))
     waiting = [name for name in chosen if results.get(name, {}).get("outcome", FAULT) == FAULT]
+    machine = {"commit": commit(git_state()), "cpu": cpu_name()}
     for case in progress(waiting, unit="case"):
         name, setup, deeds = chosen[case]
-        result = try_case(name, setup, deeds, states[name], work, random.Random(case))
-        results[case] = result | {"commit": commit(git_state()), "cpu": cpu_name()}
+        results[case] = try_case(name, setup, deeds, states[name], work, random.Random(case)) | machine
         write_json(args.out, report)
         write_text(args.out.with_suffix(".md"), page(report))
 
