@@ -12,7 +12,7 @@ held out, or of an earlier record, are dropped. Writes what prep/castle.py write
 on the disk; a record takes one or two kilobytes of memory, for its MinHash signature.
 """
 
-from prep.command import run, without_torch
+from prep.command import run
 
 import argparse
 import json
@@ -225,5 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    without_torch()
     run(main)
