@@ -172,8 +172,8 @@ def test_a_hyphen_stays_where_the_word_demands_it(stays, cut):
 
 
 def test_hyphens_before_an_elision_and_after_what_is_a_word_only_by_the_cut():
-    """The "la" elsewhere must not make a verb and its pronoun of "tremb-la"."""
-    cut = "Quand la porte s'ouvrit sur les hors-\nd'œuvre, toute la maison tremb-\nla, et l'on se mit à rire."
+    """The "la" elsewhere must not make a verb and its pronoun of "tremb-la", nor the "mer" a "mer-ci"."""
+    cut = "Quand la porte s'ouvrit sur les hors-\nd'œuvre, toute la maison tremb-\nla, et l'on vit la mer : Mer-\nci, dit-il."
     assert clean_pages(cut).paragraphs == [cut.replace("-\nd'", "-d'").replace("-\n", "")]
 
 
@@ -207,13 +207,13 @@ def test_paragraphs_are_found_where_only_short_last_lines_tell(novel, widths):
 
 def test_dialogue_begins_a_paragraph_and_a_dash_in_mid_sentence_does_not():
     text = """\
-Le passeur posa sa rame contre le mur, il regarda le ciel
+Le passeur posa sa rame contre le mur, il cria : Ô le ciel !
 – un ciel bas, couleur d’étain, qui ne promettait rien de bon
 – et il se mit à rire doucement. Personne ne lui répondit.
 – Vous riez ? dit la servante.
 – Alors passez-nous vite."""
     assert clean_pages(text).paragraphs == [
-        "Le passeur posa sa rame contre le mur, il regarda le ciel — un ciel bas, couleur d'étain, qui ne promettait rien "
+        "Le passeur posa sa rame contre le mur, il cria : Ô le ciel ! — un ciel bas, couleur d'étain, qui ne promettait rien "
         "de bon — et il se mit à rire doucement. Personne ne lui répondit.",
         "— Vous riez ? dit la servante.",
         "— Alors passez-nous vite.",
