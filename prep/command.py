@@ -49,5 +49,5 @@ def run(main: Callable[[], int | None]) -> None:
 
 def without_torch() -> None:
     """For scripts that only tokenise: transformers would import torch, for seconds, and say so where there is none."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
