@@ -40,15 +40,14 @@ def read_pdf(data: bytes, name: str) -> tuple[str, None, dict[str, int], list[st
 
     Raises BadInput for a PDF that is damaged, protected, mostly pictures, or without a map from glyphs to letters.
     """
+    unmapped: Counter[int] = Counter()  # letters by page
     try:
-        document = pdfium.PdfDocument(data)
+        with pdfium.PdfDocument(data) as document:
+            pages = [_lines(page, number, unmapped) for number, page in enumerate(document, 1)]
+            letters = [sum(c.text.isalpha() for line in lines for c in line) for lines in pages]
+            pictures = [n for n, page in enumerate(document, 1) if letters[n - 1] < 100 and _is_picture(page)]
     except pdfium.PdfiumError as error:
         raise BadInput(f"{name} cannot be read as a PDF ({error}); fetch it again, without a password") from error
-    with document:
-        unmapped: Counter[int] = Counter()  # letters by page
-        pages = [_lines(page, number, unmapped) for number, page in enumerate(document, 1)]
-        letters = [sum(c.text.isalpha() for line in lines for c in line) for lines in pages]
-        pictures = [n for n, page in enumerate(document, 1) if letters[n - 1] < 100 and _is_picture(page)]
     if unmapped.total() > max(2, sum(letters) / 20_000):
         raise BadInput(
             f"{name} does not say what its letters are: {unmapped.total():,} letters on {len(unmapped)} of "

@@ -410,3 +410,8 @@ def test_a_pdf_that_does_not_say_its_letters_is_refused():
     assert read_bytes(pdf_with_glyphs(text, "*"), "livre").text.split() == text.split()[:-1]  # an ornament
     with pytest.raises(BadInput, match=r"does not say what its letters are: 8 letters on 1 of 1 pages"):
         read_bytes(pdf_with_glyphs(text, "e"), "livre")
+
+
+def test_a_pdf_of_which_a_page_cannot_be_read_is_refused():
+    with pytest.raises(BadInput, match=r"cannot be read as a PDF \(Failed to load page"):
+        read_bytes(pdf_with_glyphs("Un roman", "").replace(b"3 0 obj", b"9 0 obj"), "livre")
