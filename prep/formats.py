@@ -12,6 +12,7 @@ import csv
 import html
 import io
 import json
+import lzma
 import posixpath
 import re
 import zipfile
@@ -454,16 +455,16 @@ def _read_epub(data: bytes, name: str) -> BookText:
 def _opened(data: bytes, name: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(io.BytesIO(data))
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise BadInput(f"{name} is a damaged zip, EPUB or DOCX ({error}): fetch it again") from error
 
 
 def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
     try:
         return archive.read(member)
-    except RuntimeError as error:  # what zipfile raises for a password
-        raise BadInput(f"{name} is protected by a password: unpack it first") from error
-    except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
+    except RuntimeError as error:  # a password; NotImplementedError, which is one: a method of packing
+        raise BadInput(f"{name} has a password, or is packed as Python cannot unpack it: unpack it first") from error
+    except (KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         raise BadInput(f"{name} is damaged: {member} cannot be read from it; fetch it again") from error
 
 

@@ -18,6 +18,7 @@ import csv
 import gzip
 import io
 import itertools
+import lzma
 import re
 import sys
 import tarfile
@@ -42,7 +43,9 @@ FICTION_REPO, LIBRARY_REPO = "biglam/gallica_literary_fictions", "PleIAs/French-
 LIBRARY_TOKENS = 15e6
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
 SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", *BOOK_SUFFIXES)
-_DAMAGED = (pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError)
+_DAMAGED = (  # RuntimeError: zipfile's, of a password or a method of packing
+    pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError
+)  # fmt: skip
 
 
 def is_source(name: str) -> bool:

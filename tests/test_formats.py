@@ -226,6 +226,9 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (epub({"a": tagged(LONG)}, ["a"], **DRM), "copy protection"),
         (epub({"a": "<img src='1.jpg'/>"}, ["a"]), "no text"),
         (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
+        (odt(LONG)[:500] + odt(LONG)[600:], "damaged: mimetype cannot be read"),  # lost on the way
+        (odt(LONG).replace(b"\x14\x03\x14\0", b"\x14\x03\xff\0"), "a damaged zip"),  # a version of the future
+        (odt(LONG).replace(b"\x14\0\0\0\0\0", b"\x14\0\0\0\x09\0"), "or is packed as Python"),  # Deflate64
         (odt(LONG).replace(b"vnd.oasis", b"vnd.oasiS", 1), "mimetype cannot be read"),
         (epub({}, ["a"], **{"OEBPS/content.opf": ""}), "content.opf is damaged: it is no XML"),
         (packed({"a.txt": "Un roman.", "b.html": f"<html>{tagged(LONG)}</html>"}), "several books (a.txt, b.html)"),
