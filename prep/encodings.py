@@ -86,6 +86,7 @@ def _misread(text: str) -> Iterable[str | None]:
 
 def repaired(text: str, name: str) -> str:
     """A text with the letters it had before it was wrongly decoded; BadInput where they are lost."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # RTF and PDF give the halves of a pair
     while len(_TWICE.findall(text)) > len(text) // 10_000:  # UTF-8 taken for Latin-1 or CP1252, once or more
         text = _TWICE.sub(lambda m: bytes(_BYTES[c] for c in m[0]).decode("utf-8", "ignore") or "à", text)
     marks = {ord(c): c.encode("latin-1").decode("cp1252", "replace") for c in set(_C1.findall(text))}

@@ -196,7 +196,7 @@ def _no_prose(text: str) -> str | None:
     if re.match(r"WEBVTT|\d+\r?\n\d\d:\d\d:\d\d[,.]\d{3} -->", start):
         return "subtitles"
     for whole in (text, start.split("\n", 1)[0]) if start[:1] in ("{", "[") else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             json.loads(whole)
             return "JSON data"
     lines = [line for line in text[:20_000].splitlines()[:50] if line.strip()][:-1]
@@ -362,7 +362,10 @@ def _read_rtf(data: bytes, name: str) -> BookText:
     source = data.decode("cp1252", "replace")
     mac = source.startswith("{\\rtf1\\mac")
     source = source.replace("\\ansicpg10000", "")  # a code page that Python has as mac_roman
-    text = rtf_to_text(source, "mac_roman" if mac else "cp1252", errors="replace")
+    try:
+        text = rtf_to_text(source, "mac_roman" if mac else "cp1252", errors="replace")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadInput(f"{name} is damaged: it is no RTF; fetch it again") from error
     return BookText("", [p for line in text.split("\n") if (p := line.strip())], {}, [])
 
 

@@ -156,6 +156,12 @@ def test_paragraphs_that_a_format_knows_come_out_as_they_went_in(tmp_path, name,
     assert clean_book(BookText("", cleaned, {}, [])).paragraphs == cleaned
 
 
+def test_a_character_in_two_halves_is_one():
+    """RTF writes what is beyond U+FFFF as a pair of surrogates; half of one cannot be written to a file."""
+    book = read_bytes(rtf([*LONG, "@"]).replace(b"@", rb"\u-10179?\u-8704?"), "livre")
+    assert book.paragraphs == [*LONG, "\U0001f600"]
+
+
 def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
     chapter = (
         '<nav epub:type="toc"><a href="b%20x.xhtml">I</a></nav><h2>I<br/>La maison</h2>'
@@ -221,11 +227,13 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (b"From: x\nMIME-Version: 1.0\n\n<html>", "a saved web page"),
         (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
         (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
+        (b"[" * 9999, "figures"),
         (f"<html><body>{tagged(['Connexion requise'])}</body></html>".encode(), "a web page"),
         ("<html>" + "".join(f"<p><a href='{n}'>{p}</a></p>" for n, p in enumerate(LONG)), "a web page"),
         (epub({"a": tagged(LONG)}, ["a"], **DRM), "copy protection"),
         (epub({"a": "<img src='1.jpg'/>"}, ["a"]), "no text"),
         (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
+        (rtf(LONG).replace(b"\\u", b"\\u9999", 1), "damaged: it is no RTF"),
         (odt(LONG)[:500] + odt(LONG)[600:], "damaged: mimetype cannot be read"),  # lost on the way
         (odt(LONG).replace(b"\x14\x03\x14\0", b"\x14\x03\xff\0"), "a damaged zip"),  # a version of the future
         (odt(LONG).replace(b"\x14\0\0\0\0\0", b"\x14\0\0\0\x09\0"), "or is packed as Python"),  # Deflate64
