@@ -8,7 +8,7 @@ such numbers nothing shows that a text has pages: then no line of it is dropped.
 
 import itertools
 import re
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
@@ -261,10 +261,9 @@ def _chain(lines: list[str]) -> dict[int, int]:
     return dict(sorted(kept))
 
 
-def _next(lines: list[str], index: int, step: int, skipped: str = "") -> int | None:
-    """The nearest line in direction `step` that is neither blank nor `skipped`."""
-    further = range(index + step, len(lines) if step > 0 else -1, step)
-    return next((i for i in further if lines[i] and lines[i] != skipped), None)
+def _next(lines: list[str], index: int, step: int) -> int | None:
+    """The nearest line in direction `step` that is not blank."""
+    return next((i for i in range(index + step, len(lines) if step > 0 else -1, step) if lines[i]), None)
 
 
 def _within_sentence(lines: list[str], index: int, full: float) -> bool:
@@ -274,10 +273,6 @@ def _within_sentence(lines: list[str], index: int, full: float) -> bool:
         return False
     continued = breaks_off(lines[before]) and len(lines[before]) >= full
     return PAGE_END in (lines[before], lines[after]) or continued or lines[after][0].islower()
-
-
-def _neighbours(lines: list[str], index: int) -> list[int]:
-    return [i for step in (-1, 1) if (i := _next(lines, index, step, PAGE_END)) is not None]
 
 
 def _expected_numbers(lines: list[str], chain: dict[int, int]) -> set[int]:
@@ -336,10 +331,17 @@ def drop_headers_and_footers(
     drop = {*ends, *expected, *marks}
     counts.update(page_numbers=len(expected), page_marks=len(marks))
     edges = {i for i in (0, len(lines) - 1) if lines[i]} | chain.keys()
-    edges.update(beside for i in {*ends, *expected} for beside in _neighbours(lines, i))
+    text = [i for i, line in enumerate(lines) if line and line != PAGE_END]
+
+    def beside(i: int) -> list[int]:
+        """The lines of text before and after this one."""
+        before, after = bisect_left(text, i), bisect(text, i)
+        return [*text[max(0, before - 1) : before], *text[after : after + 1]]
+
+    edges.update(j for i in {*ends, *expected} for j in beside(i))
     certain = Counter(letters_of(lines[i]) for i in edges)
     blank = [i for i, line in enumerate(lines) if not line]  # a page may end here, or a paragraph
-    edges.update(beside for i in blank for beside in _neighbours(lines, i))
+    edges.update(j for i in blank for j in beside(i))
     pages = [i for i in ends if lines[i] == PAGE_END] or sorted(chain)
     headers = _headers(sorted(edges), lines, certain, pages)
     for i in edges:

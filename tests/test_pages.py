@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -491,6 +492,13 @@ def test_markup_of_plain_texts_goes_and_other_marks_stay(raw, expected):
 def test_empty_and_tiny_texts():
     for text, paragraphs in {"": [], " \n\f\n \n": [], "12": ["12"], "– Oui.": ["— Oui."]}.items():
         assert clean_pages(text).paragraphs == paragraphs
+
+
+def test_a_long_run_of_empty_pages_takes_no_time():
+    """Of a damaged text: the search for the edges of pages must not be quadratic."""
+    start = time.process_time()
+    assert clean_pages("Il vint." + "\f" * 20_000 + "Il vit.").paragraphs == ["Il vint. Il vit."]
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(
