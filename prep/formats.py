@@ -140,7 +140,7 @@ _NO_BOOK = [  # how a file begins, what it is, what to do
     (rb"\xffWPC", "a WordPerfect file", "save it as .docx"),
 ]
 _OFFICE = {"xl/": "an Excel workbook", "ppt/": "a PowerPoint file", "Index/": "an Apple iWork file"}
-_HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*<(!doctype html|html|head|body)\b", re.I | re.S)
+_HTML = re.compile(r"\s*(<\?xml[^>]*>\s*)?(?><!--.*?-->\s*)*<(!doctype html|html|head|body)\b", re.I | re.S)
 _XML = re.compile(r"\s*(?:<[?!][^>]*>\s*)*<([\w:.-]+)[\s>/]")
 
 

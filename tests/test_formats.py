@@ -228,6 +228,7 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
         (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
         (b"[" * 9999, "figures"),
+        (b"<!---->" * 99, "figures"),
         (f"<html><body>{tagged(['Connexion requise'])}</body></html>".encode(), "a web page"),
         ("<html>" + "".join(f"<p><a href='{n}'>{p}</a></p>" for n, p in enumerate(LONG)), "a web page"),
         (epub({"a": tagged(LONG)}, ["a"], **DRM), "copy protection"),
