@@ -65,11 +65,6 @@ def test_axolotl_finds_exactly_the_stated_windows(tokenizer, novel, sequence_len
     assert sum(row.windows for row in cut(cutter, novel, windows=5)[0]) == 5
 
 
-def test_a_novel_in_one_row_would_lose_its_end(tokenizer, novel):
-    """The reason for short rows; fails the day Axolotl no longer truncates."""
-    assert len(axolotl_windows([novel], tokenizer, 512)[1]) == 64
-
-
 def test_odd_text_is_counted_as_axolotl_counts_it(tokenizer, novel, monkeypatch):
     """Unspaced rubbish, emoji and Greek in byte tokens, newlines and spaces: counts hold, row by row."""
     monkeypatch.setattr("prep.rows.MAX_WINDOWS", 3)
