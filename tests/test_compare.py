@@ -3,12 +3,12 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tiny_curriculum import call_main
 
 from eval import compare, report, tables
 
@@ -130,18 +130,15 @@ def test_what_does_not_compare_is_said_or_left_out(reports):
     assert "<dt>2b: large</dt>" in page and "<dt>2a: small</dt>" in page and "2b: small" not in page
 
 
-def test_the_page_is_one_file_with_every_run(tmp_path, reports, monkeypatch, capsys):
+def test_the_page_is_one_file_with_every_run(tmp_path, reports, capsys):
     for each in reports:
         (tmp_path / f"{each['run']}.json").write_text(json.dumps(each))
     bits = tables.bits(reports[0]["stages"]["base"], "code")
-    monkeypatch.setattr(sys, "argv", ["compare.py", "small", "large", "--reports", str(tmp_path)])
-    compare.main()
+    call_main(compare, "small", "large", "--reports", tmp_path)
     page = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert compare.html(reports) == page and bits in page and bits in capsys.readouterr().out
 
     (tmp_path / "small.json").rename(tmp_path / "renamed.json")
-    arguments = ["renamed", "large", "--reports", str(tmp_path), "--out", str(tmp_path / "other.html")]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-    compare.main()
+    call_main(compare, "renamed", "large", "--reports", tmp_path, "--out", tmp_path / "other.html")
     other = (tmp_path / "other.html").read_text(encoding="utf-8")
     assert "<b>renamed</b>" in other and "<b>small</b>" not in other  # a run goes by its file

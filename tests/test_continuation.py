@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from small_tokenizers import tales
-from tiny_curriculum import always, tiny_llama
+from tiny_curriculum import always, call_main, tiny_llama
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import continuation, generation, metrics
@@ -45,8 +45,7 @@ def model_for(tokenizer: Any) -> LlamaForCausalLM:
 
 def write(*arguments: str, words: int = 60) -> dict[str, Any]:
     """Run eval/continuation.py as from the command line; returns the newest record."""
-    sys.argv = ["continuation.py", "--words", str(words), *SMALL, *arguments]
-    continuation.main()
+    call_main(continuation, "--words", words, *SMALL, *arguments)
     path = max(OUT.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -5,13 +5,11 @@ import json
 import math
 import re
 import shutil
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lm_eval
 import numpy as np
@@ -21,7 +19,7 @@ import yaml
 from lm_eval.models.huggingface import HFLM
 from peft import LoraConfig, PeftModel, get_peft_model
 from small_tokenizers import save_gpt2_like, save_llama_like, tales
-from tiny_curriculum import RECIPES, always, save_adapter, tiny_llama, write_rows
+from tiny_curriculum import RECIPES, always, call_main, save_adapter, tiny_llama, write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import evaluation, generation, intervals, logs, metrics, models, report, scoring, verdict
@@ -33,9 +31,7 @@ DEMO = Path(report.__file__).parent / "reports/demo.json"
 
 def evaluate(*arguments: str) -> dict[str, Any]:
     """Run eval/evaluation.py as from the command line; returns its report."""
-    command = ["evaluation.py", "--run", "tiny", "--max-new-tokens", "8", "--device", "cpu", *arguments]
-    with mock.patch.object(sys, "argv", command):
-        evaluation.main()
+    call_main(evaluation, "--run", "tiny", "--max-new-tokens", "8", "--device", "cpu", *arguments)
     return json.loads(Path("eval/reports/tiny.json").read_text(encoding="utf-8"))
 
 
@@ -449,8 +445,8 @@ def test_a_report_holds_every_stage_gives_its_pages_and_is_continued(place, caps
         assert f"{stage['scores']['code']['bits_per_byte']:.3f}" in page and f"**{name}**" in page
     alone.mkdir()
     shutil.copy("eval/reports/tiny.json", alone)
-    with contextlib.chdir(alone), mock.patch.object(sys, "argv", ["report.py", "tiny.json"]):
-        report.main()
+    with contextlib.chdir(alone):
+        call_main(report, "tiny.json")
     made = sorted({path.name for path in alone.iterdir()} - {"tiny.json"})  # no plot of losses: there is no log
     assert made == ["tiny.bpb.svg", "tiny.html", "tiny.md", "tiny.memory.svg", "tiny.position.svg"]
     for name in made:

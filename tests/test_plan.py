@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_curriculum import call_main
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, PreTrainedModel
@@ -264,9 +265,8 @@ def test_a_recipe_it_cannot_plan_is_refused(change: dict[str, Any]) -> None:
         plan(TINYLLAMA, RECIPES["2a"] | change)
 
 
-def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["memory.py", str(ROOT / "recipes/2a.yml")])
-    planner.main()
+def test_the_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    call_main(planner, ROOT / "recipes/2a.yml")
     said = re.sub(" +", " ", capsys.readouterr().out)
     peak = plan(TINYLLAMA, RECIPES["2a"]).peak / GIB
     for line in (f"| **planned peak, allocator** | {peak:.2f} |", "| fits in 12 GB | yes |", "| fits in 8 GB | no |"):

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import urllib.parse
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from scipy.special import expit
 from small_tokenizers import tales
-from tiny_curriculum import write_rows
+from tiny_curriculum import call_main, write_rows
 
 from eval import evaluation, reading, report, tables, workbench
 from eval.reading import AUTHOR, ELSEWHERE
@@ -117,11 +116,6 @@ def test_bradley_terry_is_the_closed_form_of_two() -> None:
 # --- the commands, on tiny models -------------------------------------------------------------------------------------
 
 
-def command(module: Any, *arguments: str) -> None:
-    sys.argv = [f"{module.__name__}.py", *arguments]
-    module.main()
-
-
 EVALUATE = ["--run", "tiny", "--samples", "1", "--max-new-tokens", "4", "--limit", "1", "--device", "cpu"]
 EVALUATE += ["--tasks", "novel_heldout", "novel_train"]
 READ = ["--run", "tiny", "--pairs", "10", "--words", "8", "--device", "cpu"]
@@ -133,10 +127,9 @@ def drawn_place(curriculum: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = shutil.copytree(curriculum, tmp_path_factory.mktemp("reading") / "place")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", [])
         write_rows(Path("data/2c.heldout.jsonl"), [tales()[2][:6_000]])
-        command(evaluation, *EVALUATE)
-        command(reading, *READ)
+        call_main(evaluation, *EVALUATE)
+        call_main(reading, *READ)
     return folder
 
 
@@ -144,7 +137,6 @@ def drawn_place(curriculum: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def drawn(drawn_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The pairs of a report on tiny models, in a copy of its folder that is the working directory."""
     monkeypatch.chdir(shutil.copytree(drawn_place, tmp_path / "place"))
-    monkeypatch.setattr(sys, "argv", [])
     return report.load(PAGE)["reading"]
 
 
@@ -163,14 +155,14 @@ def test_answers_of_two_readers_are_merged_by_the_evaluation(drawn: dict[str, An
         for by, text in zip(pair["by"], pair["texts"], strict=True):
             assert (" ".join(text.split()) in heldout) == by.startswith(AUTHOR)
     before = PAGE.read_bytes()
-    command(reading, *READ)
+    call_main(reading, *READ)
     assert json.loads(before)["reading"] == report.load(PAGE)["reading"] == drawn  # the same seed, the same pairs
 
     first = save_answers(drawn, "anne")
     save_answers(drawn, "bert", choice=1)
     once = first.read_text()
     first.write_text(once + once.replace('"choice": 0', '"choice": 1'))  # a second time: not counted
-    command(evaluation, *EVALUATE)
+    call_main(evaluation, *EVALUATE)
     assert "not measured again: base, 2a, 2b, 2c" in capsys.readouterr().err
     evidence = report.load(PAGE)
     figures = evidence["reading"]["figures"]
@@ -197,7 +189,7 @@ def test_bad_input_is_one_line(drawn: dict[str, Any]) -> None:
     ):
         answers.write_text(bad)
         with pytest.raises(BadInput, match=message):
-            command(evaluation, *EVALUATE)
+            call_main(evaluation, *EVALUATE)
         assert json.loads(PAGE.read_text()) == whole
     answers.unlink()
 
@@ -207,7 +199,7 @@ def test_bad_input_is_one_line(drawn: dict[str, Any]) -> None:
     def refused(evidence: dict[str, Any], message: str, *arguments: str) -> None:
         PAGE.write_text(json.dumps(evidence))
         with pytest.raises(BadInput, match=message):
-            command(reading, *READ, *arguments)
+            call_main(reading, *READ, *arguments)
 
     refused(whole, "too short for 10 pairs: 1 passages of 500 words", "--words", "500")
     heldout = whole["tasks"]["novel_heldout"]

@@ -20,7 +20,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from tiny_curriculum import save_adapter, save_base
+from tiny_curriculum import call_main, save_adapter, save_base
 from transformers import AutoTokenizer
 
 from docker import health
@@ -373,9 +373,7 @@ CONTINUE = "--stage 2a --from Klamm --words 40 --candidates 2 --chunk-tokens 24 
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(
-    folder: Path, open_browser: Callable[[], Any], log_step: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_in_a_browser(folder: Path, open_browser: Callable[[], Any], log_step: Callable[..., None]) -> None:
     """Refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the novel as it grows;
     a second browser beside the first, an exported GGUF, and a stage that is removed under both."""
     from selenium.common.exceptions import StaleElementReferenceException
@@ -460,8 +458,7 @@ def test_the_page_in_a_browser(
 
         # The novel is continued elsewhere while the page is open.
         assert "has not been continued" in find(browser, ".continued").text
-        monkeypatch.setattr(sys, "argv", ["continuation.py", "--recipes", str(ROOT / "recipes"), *CONTINUE.split()])
-        continuation.main()
+        call_main(continuation, "--recipes", ROOT / "recipes", *CONTINUE.split())
         novel = next(workbench.CONTINUED.glob("*.txt")).read_text().split()
         until(browser, lambda page: find(page, ".continued").text.split()[-len(novel) :] == novel)
         shown = find(browser, ".continued").text

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -92,6 +93,12 @@ def save_adapter(base: Path, folder: Path, trained_on: str, seed: int) -> None:
     adapted = get_peft_model(LlamaForCausalLM.from_pretrained(base), settings)
     adapted.peft_config["default"].base_model_name_or_path = trained_on
     adapted.save_pretrained(str(folder))
+
+
+def call_main(module: Any, *arguments: object) -> None:
+    """Run the `main` of a script that is imported, as its command would, in the working directory."""
+    with mock.patch.object(sys, "argv", [module.__name__, *map(str, arguments)]):
+        module.main()
 
 
 def call_script(script: Path, *arguments: object, cwd: Path) -> str:
