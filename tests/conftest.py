@@ -44,9 +44,8 @@ def locked() -> Callable[[str | Path], AbstractContextManager[int]]:
 
     @contextmanager
     def held(target: str | Path) -> Iterator[int]:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
-        with subprocess.Popen([sys.executable, "-c", hold, target], **pipes) as other:
+        call = [sys.executable, "-c", hold, target]
+        with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             assert other.stdout and other.stdout.readline()
             yield other.pid
             other.kill()

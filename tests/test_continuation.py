@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,9 +20,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from eval import continuation, generation, metrics
 from eval.continuation import Drawn, Settings
-from prep.common import BadInput
+from prep.common import ROOT, BadInput
 
-ROOT = Path(__file__).parent.parent
 OUT = Path("outputs/continuation")
 SMALL = ["--chunk-tokens", "24", "--candidates", "2", "--window", "160", "--device", "cpu"]
 
@@ -224,7 +222,6 @@ def test_other_candidates_are_drawn_when_all_break_a_rule(tokenizer):
 def test_a_text_is_the_same_killed_and_resumed_or_begun_again(place):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "eval/continuation.py"), "--words", "150", *SMALL],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )

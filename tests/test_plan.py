@@ -13,13 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, PreTrainedModel
 
-from prep.common import BadInput
+from prep.common import ROOT, BadInput
 from train import memory as planner
 from train.memory import GIB, Tensors, build, fits, load_config, on_cards, optimizer_state, plan, remedy
 from train.stage import load_profile
 from train.stages import load_recipe, share_step
 
-ROOT = Path(__file__).parent.parent
 TINYLLAMA = load_config(ROOT / "train/tinyllama.json")
 RECIPES = {path.stem: load_recipe(path) for path in sorted((ROOT / "recipes").glob("*.yml"))}
 FULL: dict[str, Any] = {

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prep.common import BadInput
+from prep.common import ROOT, BadInput
 from train.stage import OVERRIDES, as_arguments, load_profile, main
 from train.stages import Stage, line_of, load_chain, share_step
 
-ROOT = Path(__file__).parent.parent
 CHAIN = load_chain(ROOT / "recipes")
 FIRST = load_chain(ROOT / "recipes", "2")
 

@@ -26,13 +26,11 @@ from transformers import AutoTokenizer
 from docker import health
 from eval import continuation, llamacpp, workbench
 from eval.serve import ask
-from prep.common import BadInput, write_text
+from prep.common import ROOT, BadInput, write_text
 from train.stages import load_chain
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "eval/workbench.ipynb"
 SCREENSHOTS = ROOT / "tests/screenshots"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +166,7 @@ def test_two_pages_keep_at_once(tmp_path: Path) -> None:
     path = tmp_path / "outputs/kept.jsonl"
     code = "from eval.workbench import keep\nfrom pathlib import Path\n"
     code += f"for n in range(200): keep(Path({str(path)!r}), {{'text': 'é' * 3000, 'n': n}})"
-    writers = [subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT) for _ in range(2)]
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert sorted(json.loads(line)["n"] for line in path.read_text().splitlines()) == sorted([*range(200)] * 2)
 
@@ -195,7 +193,7 @@ def test_a_full_disk_loses_nothing_kept_and_says_so(tmp_path: Path) -> None:
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before)} + 20,) * 2)\n"
         f"keep(Path({str(path)!r}), {SAMPLE!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and f"[Errno {errno.ENOSPC}]" in done.stderr
     assert path.read_bytes() == before
     workbench.keep(path, SAMPLE)
@@ -253,7 +251,7 @@ def free_port() -> int:
 def serve(*arguments: str, **more: str) -> subprocess.Popen:
     call = [sys.executable, str(ROOT / "eval/serve.py"), "--allow-root", *arguments]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(call, env=ENVIRONMENT | more, start_new_session=True, **pipes)
+    return subprocess.Popen(call, env=os.environ | more, start_new_session=True, **pipes)
 
 
 @contextmanager
@@ -272,13 +270,13 @@ def served(*arguments: str, **more: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root is refused")
 def test_root_is_refused() -> None:
     call = [sys.executable, str(ROOT / "eval/serve.py"), "--port", str(free_port())]
-    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "--allow-root" in done.stderr
 
 
 def check_health(folder: Path, home: Path) -> subprocess.CompletedProcess:
     call = [sys.executable, str(ROOT / "docker/health.py")]
-    return subprocess.run(call, cwd=folder, env=ENVIRONMENT | {"HOME": str(home)}, capture_output=True, text=True)
+    return subprocess.run(call, cwd=folder, env=os.environ | {"HOME": str(home)}, capture_output=True, text=True)
 
 
 def test_the_server_reads_no_settings_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +360,7 @@ def test_the_notebook_runs_from_top_to_bottom_where_nothing_is_trained(tmp_path:
     last = "assert ready.wait(240)\nwatch()\nread()\nprint(numbers.value, said.value, page.value, [len(c.options) for c in choices], len(chart.value))"
     notebook.cells.append(nbformat.v4.new_code_cell(last))
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
-    client.execute(env=ENVIRONMENT | {"WORKBENCH_DIR": str(tmp_path)})
+    client.execute(env=os.environ | {"WORKBENCH_DIR": str(tmp_path)})
     text = "".join(output.get("text", "") for output in notebook.cells[-1].outputs)
     assert "No stage has been trained here yet" in text and "No model here yet" in text and "[0, 1] 0" in text
 

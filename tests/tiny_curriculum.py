@@ -24,8 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prep.common import ROOT
+
+# Every process that a test starts imports this checkout, and tests/smoke_plugins.py.
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-ENVIRONMENT["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"  # smoke_plugins
 RECIPES = {
     "2a": "base_model: models/base\noutput_dir: outputs/2a\ndatasets: [{path: data/2a.jsonl}]\n",
     "2b": "base_model: outputs/2a\nadapter: qlora\noutput_dir: outputs/2b\ndatasets: [{path: data/2b.jsonl}]\n",
