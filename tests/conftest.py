@@ -1,12 +1,10 @@
 """What several test files start from."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,9 +14,6 @@ import pytest
 from hub_server import Hub
 from small_tokenizers import save_gpt2_like, save_llama_like
 from tiny_curriculum import save_curriculum
-
-from eval.logs import LOGGED
-from train.stages import LOG
 
 
 @pytest.fixture(scope="session")
@@ -73,19 +68,6 @@ def axolotl_validates(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, An
     return validate
 
 
-@pytest.fixture(scope="session")
-def log_step() -> Callable[..., None]:
-    """Writes to a stage's log what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
-
-    def log(folder: Path, step: int, steps: int = 40, at: float | None = None, **values: float | None) -> None:
-        named = {LOGGED[name]: value for name, value in values.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG).open("a") as file:
-            file.write(json.dumps({"time": at or time.time(), "step": step, "max_steps": steps, **named}) + "\n")
-
-    return log
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     """A stand-in of the hub, of Zenodo and of any web server."""
@@ -127,6 +109,11 @@ def open_browser() -> Iterator[Callable[[], Any]]:
     yield start
     for browser in opened:
         browser.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(open_browser: Callable[[], Any]) -> Any:
+    return open_browser()
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,10 @@
 """A training watched while it runs: from the log that the plugin writes."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_curriculum import log_step
 
 from eval import logs, plots
 from train.stages import LOG
@@ -15,7 +15,7 @@ def losses(run: logs.Run) -> list[float]:
     return [point["loss"] for point in run.log if point["loss"] is not None]
 
 
-def test_a_run_is_read_while_it_grows(tmp_path: Path, log_step: Callable[..., None]) -> None:
+def test_a_run_is_read_while_it_grows(tmp_path: Path) -> None:
     run = logs.Run(tmp_path / "outputs/2a")
     assert losses(run) == []
     log_step(run.folder, 1, loss=4.0, tokens=2048)
@@ -42,7 +42,7 @@ def test_a_run_is_read_while_it_grows(tmp_path: Path, log_step: Callable[..., No
     assert losses(other) == [4.0, 3.5, 2.5]
 
 
-def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path, log_step: Callable[..., None]) -> None:
+def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     run = logs.Run(tmp_path / "2a")
     seen: list[float] = []
     for checkpoint, end, loss in ((0, 7, 4.0), (4, 6, 3.0), (5, 9, 2.0)):
@@ -73,7 +73,7 @@ def test_time_left(tmp_path: Path, times: dict[int, float], planned: int, left: 
     assert logs.seconds_left(run, planned) == (None if left is None else pytest.approx(left))
 
 
-def test_table_and_plot_of_several_runs(tmp_path: Path, log_step: Callable[..., None]) -> None:
+def test_table_and_plot_of_several_runs(tmp_path: Path) -> None:
     for name, gib in (("2a", 0.0), ("2<b>", 7.5)):
         for step in (1, 2, 3):
             speed = {"tokens": 2048 * step, "tokens_per_second": 150.0, "learning_rate": 1e-4}

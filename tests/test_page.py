@@ -3,7 +3,6 @@
 import copy
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,6 @@ def test_the_committed_pages_are_those_of_their_json(pages: dict[str, Path]) -> 
     for path in made:
         same = path.read_bytes() == (ROOT / "eval/reports" / path.name).read_bytes()
         assert same, f"{path.name}: run python eval/report.py eval/reports/{path.name.split('.')[0]}.json"
-
-
-@pytest.fixture(scope="module")
-def browser(open_browser: Callable[[], Any]) -> Any:
-    return open_browser()
 
 
 def requests(browser: Any) -> list[str]:

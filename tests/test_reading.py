@@ -237,11 +237,6 @@ def test_the_workbench_runs_no_scripts_but_its_own(tmp_path: Path) -> None:
 # --- the page in a browser --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser(open_browser: Callable[[], Any]) -> Any:
-    return open_browser()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("device", "width", "scheme"), [("desk", 1280, "light"), ("phone", 360, "dark")])
 def test_the_page_by_keyboard_alone(browser: Any, drawn_place: Path, device: str, width: int, scheme: str) -> None:

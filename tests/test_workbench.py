@@ -20,7 +20,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from tiny_curriculum import call_main, save_adapter, save_base
+from tiny_curriculum import call_main, log_step, save_adapter, save_base
 from transformers import AutoTokenizer
 
 from docker import health
@@ -34,7 +34,7 @@ SCREENSHOTS = ROOT / "tests/screenshots"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, log_step: Callable[..., None]) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory as a small training leaves it: base, 2a, 2b on it, their logs; nothing of 2c."""
     cwd = tmp_path_factory.mktemp("trained")
     save_base(cwd / "models/base", hidden=256, layers=8)
@@ -371,7 +371,7 @@ CONTINUE = "--stage 2a --from Klamm --words 40 --candidates 2 --chunk-tokens 24 
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(folder: Path, open_browser: Callable[[], Any], log_step: Callable[..., None]) -> None:
+def test_the_page_in_a_browser(folder: Path, open_browser: Callable[[], Any]) -> None:
     """Refused without the token; with it, a growing curve, two streams, a kept sample on the disk, the novel as it grows;
     a second browser beside the first, an exported GGUF, and a stage that is removed under both."""
     from selenium.common.exceptions import StaleElementReferenceException

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from eval.logs import LOGGED
 from prep.common import ROOT
+from train.stages import LOG
 
 # Every process that a test starts imports this checkout, and tests/smoke_plugins.py.
 os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, ROOT / "tests"]))
@@ -132,6 +135,14 @@ def run_script(*arguments: object, cwd: Path) -> str:
 def write_rows(path: Path, texts: list[str]) -> None:
     rows = [{"text": text, "source": f"work {i}", "part": "heldout 1/1"} for i, text in enumerate(texts)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def log_step(folder: Path, step: int, steps: int = 40, at: float | None = None, **values: float | None) -> None:
+    """Write to a stage's log what the trainer logs at a step, under its names (tests/test_smoke.py checks them)."""
+    named = {LOGGED[name]: value for name, value in values.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a") as file:
+        file.write(json.dumps({"time": at or time.time(), "step": step, "max_steps": steps, **named}) + "\n")
 
 
 def save_curriculum(folder: Path) -> Path:
