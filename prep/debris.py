@@ -18,7 +18,7 @@ SCAN = 0.003  # of the lines, at least, are letters that make no word: below, no
 _SENTENCE = re.compile(r"[a-zà-ÿœ]{4,}.*?[a-zà-ÿœ]{4,}.*?[a-zà-ÿœ]{4,}")  # three words in small letters: no debris
 _SIGNS = re.compile(r"[^\w\s.,;:!?…'’\"«»“”—–()-]|_")  # those that no sentence has
 _BLOTS = re.compile(  # beside words; a lone figure after a sentence is a blot or calls a note
-    r"(?:\s[|_~^<>=+#\\{}°•]+|(?<=[.!?…»])\s+\W{0,3}\d{1,2}\W{0,2})+$|^(?:[|_~^<>=+#\\{}°]+\s)+"
+    r"(?:\s[|_~^<>=+#\\{}°•]+|(?<=[.!?…»])\s++\W{0,3}\d{1,2}\W{0,2})+$|^(?:[|_~^<>=+#\\{}°]+\s)+"
 )
 _BLOT, _DIGIT = frozenset("|_~^<>=+#\\{}°•"), re.compile(r"\d")
 _HEAD, _TAIL = re.compile(r"(?<![^\W\d_])[^\W\d_]{2,}$"), re.compile(r"[a-zà-ÿœ]{2,}")

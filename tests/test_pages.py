@@ -139,6 +139,8 @@ def test_lines_of_a_scan_that_are_no_text_go_and_headings_and_replies_stay(novel
     raw = "\f".join("\n".join(sheet) for sheet in sheets).replace("providentiellement", "providen\ntiellement")
     found = clean_pages(raw)
     assert " ".join(found.paragraphs) == expected and found.counts["debris"] == len(NO_TEXT)
+    row = "Le prix du bac" + ".  12" * 40 + " sous 5 s."  # each figure might be a blot
+    assert to_convention(row) in " ".join(clean_pages(f"{raw}\n{row}").paragraphs)
     assert " ".join(clean_pages("\n".join([*novel[:10], *NO_TEXT])).paragraphs).endswith(to_convention(NO_TEXT[-1]))
 
 
