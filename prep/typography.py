@@ -1,6 +1,6 @@
 """One typographic convention for all French text, whatever the habits of scans, transcriptions and PDFs.
 
-    to_convention("–Oui…dit—il")     "— Oui... dit-il"
+    to_convention("–Oui…dit—il")     "— Oui...dit-il"
 
 Apostrophe ' (U+0027); « x » with plain spaces inside; a plain space before ; : ! ? and none before , and . ; ellipsis ...;
 a line of dialogue begins with "— ", and a dash inside a line is " — "; NFC; œ kept; no entity, ligature, no-break or
