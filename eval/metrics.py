@@ -3,7 +3,6 @@
 Functions over texts in the typography of the prepared ones, without a model.
 """
 
-import functools
 import itertools
 import math
 import re
@@ -14,7 +13,6 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
-from spellchecker import SpellChecker
 
 WORD = re.compile(r"[^\W\d_]+")  # letters only: « l'eau » is two words, as in the lexicon
 # A sequence of words three times in a row, of 60 words at most (two long sentences), that fills eight words or more:
@@ -51,16 +49,12 @@ def loops(text: str) -> bool:
     return bool(LOOP.search("".join(f"{word} " for word in words(text))))
 
 
-@functools.cache
-def french() -> SpellChecker:
-    """The French lexicon of pyspellchecker, 140,000 forms from film subtitles and dictionaries."""
-    return SpellChecker(language="fr", distance=1)
-
-
 def foreign(text: str) -> float | None:
     """Share of words of three letters or more that are not French words; None when there are none."""
+    from prep.filters import lexicon  # here, for datatrove takes half a second to load
+
     tokens = [word.replace("œ", "oe") for word in words(text) if len(word) > 2]
-    return sum(word not in french() and word not in ELIDED for word in tokens) / len(tokens) if tokens else None
+    return sum(word not in lexicon() and word not in ELIDED for word in tokens) / len(tokens) if tokens else None
 
 
 def chunks(text: str, length: int) -> list[str]:
