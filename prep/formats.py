@@ -474,10 +474,9 @@ def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
 def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
     """A parsed member. XHTML's named letters (`&eacute;`) are resolved first, since no DTD is loaded."""
     data = _member(archive, member, name)
-    declared = re.search(rb"encoding *= *.(?!utf-8)", data[:200], re.I)
-    if not declared and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        data = decode(data, f"{name}: {member}").encode()
-    if b"&" in data and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if not data.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, which lxml knows
+        if not re.search(rb"encoding *= *.(?!utf-8)", data[:200], re.I):
+            data = decode(data, f"{name}: {member}").encode()
         data = re.sub(
             rb"&(?!(?:amp|lt|gt|quot|apos);)[a-zA-Z]\w*;",
             lambda m: "".join(f"&#{ord(c)};" for c in html.unescape(m[0].decode())).encode(),
