@@ -8,13 +8,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
 from axolotl_preprocessing import axolotl_windows
 from reportlab.lib.pagesizes import A5
 from reportlab.pdfgen.canvas import Canvas
+from small_library import rows
 from small_tokenizers import tales
 
 from bench.score_cleaning import f1, paragraphs_of, score
@@ -39,12 +39,9 @@ class Made:
 
     def __init__(self, folder: Path):
         self.folder, self.book = folder / "data", folder / "roman.txt"
-        self.train, self.held = (self.rows(f"2c.{part}") for part in ("jsonl", "heldout.jsonl"))
+        self.train, self.held = (rows(self.folder / f"2c.{part}") for part in ("jsonl", "heldout.jsonl"))
         self.manifest = json.loads((self.folder / "2c.manifest.json").read_text(encoding="utf-8"))
         self.paragraphs = (self.folder / "2c.txt").read_text(encoding="utf-8").rstrip("\n").split("\n\n")
-
-    def rows(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
 
     @property
     def texts(self) -> list[str]:
@@ -86,13 +83,13 @@ def test_axolotl_finds_the_windows_of_the_manifest_and_nothing_is_truncated(prep
 
 def test_phases_start_at_the_stride_and_are_whole(prepared, tokenizer):
     """Each phase of each part: its first row starts 0, 512, 1024 or 1536 tokens in, and its rows follow each other."""
-    rows = sorted(prepared.train, key=lambda row: row["part"])
-    assert len({row["part"] for row in rows}) == len(rows)
+    ordered = sorted(prepared.train, key=lambda row: row["part"])
+    assert len({row["part"] for row in ordered}) == len(ordered)
     start, end = prepared.manifest["documents"]["heldout_paragraphs"]
     parts = {"1/2": "\n\n".join(prepared.paragraphs[:start]), "2/2": "\n\n".join(prepared.paragraphs[end:])}
     cutter = Cutter(tokenizer, 2048)
     phases: dict[tuple[str, int], list[str]] = {}
-    for row in rows:
+    for row in ordered:
         _, part, _, phase, _, _ = row["part"].split()
         phases.setdefault((part, int(phase)), []).append(row["text"])
     assert sorted(phases) == [(part, phase) for part in ("1/2", "2/2") for phase in (0, 512, 1024, 1536)]
@@ -223,17 +220,21 @@ CLEANED = [
 ]
 
 
+def draw_pdf(path: Path, pages: list[list[str]]) -> None:
+    canvas = Canvas(str(path), pagesize=A5)
+    for lines in pages:
+        for n, line in enumerate(lines):
+            canvas.drawString(40, 560 - 14 * n, line)
+        canvas.showPage()
+    canvas.save()
+
+
 @pytest.mark.parametrize("suffix", ["txt", "pdf"])
 def test_every_kind_of_noise_goes_and_what_only_looks_like_it_stays(suffix, llama, tmp_path):
     book = tmp_path / f"roman.{suffix}"
     book.write_bytes(PAGES.encode())
     if suffix == "pdf":
-        canvas = Canvas(str(book), pagesize=A5)
-        for page in re.split(r"(?<=\d –)\r\n", PAGES):
-            for n, line in enumerate(page.splitlines()):
-                canvas.drawString(40, 560 - 14 * n, line)
-            canvas.showPage()
-        canvas.save()
+        draw_pdf(book, [page.splitlines() for page in re.split(r"(?<=\d –)\r\n", PAGES)])
     made = castle(tmp_path, book, llama, "--sequence-len", "64", "--stride", "16", "--holdout", "0")
     assert made.paragraphs == CLEANED
     counts = {"page_numbers": 3, "page_breaks_joined": 3, "hyphens_joined": 1, "hyphens_kept": 1, "note_calls": 3}
@@ -281,13 +282,8 @@ def test_notes_at_the_end_go_with_their_calls():
 def test_a_pdf_gives_the_text_it_was_made_from(tmp_path):
     paragraphs = [p for tale in tales()[:3] for p in paragraphs_of(tale)]
     lines = [line for p in paragraphs for line in textwrap.wrap(p, 64, break_on_hyphens=False)]
-    sheets = [lines[n : n + 32] for n in range(0, len(lines), 32)]
-    canvas = Canvas(str(tmp_path / "roman.pdf"), pagesize=A5)
-    for number, sheet in enumerate(sheets, 5):
-        for n, line in enumerate([*sheet, f"– {number} –"]):
-            canvas.drawString(40, 560 - 14 * n, line)
-        canvas.showPage()
-    canvas.save()
+    sheets = [[*lines[n : n + 32], f"– {n // 32 + 5} –"] for n in range(0, len(lines), 32)]
+    draw_pdf(tmp_path / "roman.pdf", sheets)
     found = clean_pages(read_book(tmp_path / "roman.pdf").text)
     result = score(found.paragraphs, paragraphs)
     assert found.counts["page_numbers"] == len(sheets)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
+from small_library import rows
 from tiny_curriculum import call_script as call
 from tiny_curriculum import run_script as python
 from tiny_curriculum import save_chat_base
@@ -39,18 +40,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_chat_base(cwd / "tiny")
     call(ROOT / "prep/collect.py", "base", "--source", "tiny", "--out", "models/instruct", cwd=cwd)
     for name in ("articles", "instructions"):
-        lines = (ROOT / f"demo/corpus/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:90]
-        write(cwd / f"{name}.jsonl", [json.loads(line) for line in lines])
+        write(cwd / f"{name}.jsonl", rows(ROOT / f"demo/corpus/{name}.jsonl")[:90])
     return cwd
 
 
 def prepare(cwd: Path, source: Path | str, out: str, *more: str) -> str:
     words = ["--source", source, "--tokenizer", "models/instruct", "--out", out, *more]
     return call(ROOT / "prep/instructions.py", *words, cwd=cwd)
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_what_is_not_trained_on_is_counted(place: Path) -> None:
@@ -119,7 +115,7 @@ def test_the_three_stages(place: Path) -> None:
 
     # The loss is on the answer and its end alone, in the base's own template.
     tokenizer = AutoTokenizer.from_pretrained(place / "models/instruct")
-    (turns,) = [row["conversations"] for row in rows(place / "data/3b.heldout.jsonl")][:1]
+    turns = rows(place / "data/3b.heldout.jsonl")[0]["conversations"]
     caches = [datasets.load_from_disk(path.parent) for path in (place / "rows/3b").glob("*/state.json")]
     held = min(caches, key=len)
     question, answer = turns[0]["value"], turns[1]["value"]
