@@ -534,12 +534,6 @@ def test_typographic_convention(raw, expected):
     assert to_convention(expected) == expected
 
 
-def test_convention_applied_twice_is_applied_once():
-    for tale in tales():
-        once = to_convention(tale)
-        assert to_convention(once) == once
-
-
 def test_score_counts_what_is_wrong():
     truth = ["Un deux trois.", "Quatre cinq.", "Six sept huit."]
     for found, wrong in (
