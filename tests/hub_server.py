@@ -142,8 +142,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         hub, path = self.server, self.path.split("?")[0]
-        length = self.headers["Content-Length"]
-        body = self.rfile.read(int(length)) if length else self.chunked()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
         if hub.denies:
             return self.send({"error": "no"}, hub.denies)
         if path.endswith("/repos/create"):
@@ -168,14 +167,6 @@ class Handler(BaseHTTPRequestHandler):
                     hub.files[line["value"]["path"]] = b"other" if hub.swaps else hub.blobs[line["value"]["oid"]]
             return self.send({"commitUrl": f"{hub.url}/you/name/commit/{COMMIT}", "commitOid": COMMIT})
         return self.send({"warnings": [], "errors": []})  # validate-yaml
-
-    def chunked(self) -> bytes:
-        parts = []
-        while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
 
 
 def stated(name: str, data: bytes) -> dict[str, Any]:
