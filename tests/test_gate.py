@@ -219,24 +219,16 @@ NOT_TRAINED = [
     ("2b", partial(train_adapter, "2b", 0.0), "trained nothing in .*still that of outputs/2b/start"),
     ("2b", partial(rewrite, "2b", lambda old: old | {"odd.weight": torch.ones(2)}), "not the same model or adapter"),
     ("2b", partial(rewrite, "2b", lambda old: {n: w * float("inf") for n, w in old.items()}), "diverged"),
-    ("2b", partial(rewrite, "2b", lambda old: {n: old[n] for n in old if "q_proj.lora_A" not in n}), "lacks 1 tensors"),
     ("2c", partial(train_adapter, "2c", 0.01), "trained nothing in .*still that of outputs/2b"),
     (
         "2c",
         partial(rewrite, "2c", lambda old: old | {f"{MODULE}.lora_B.weight": torch.full((8, 4), 0.01)}),
         "trained nothing in .*q_proj: .*still that of outputs/2b",
     ),
-    ("2c", partial(rewrite, "2c", lambda old: {n.replace("q_", "k_"): old[n] for n in old}), "not the same model"),
-    (
-        "2c",  # of another rank
-        partial(rewrite, "2c", lambda old: {n: w[:2].contiguous() if "lora_A" in n else w for n, w in old.items()}),
-        "not the same model",
-    ),
     ("2c", partial(train_adapter, "2c", 0.02, r=8), r"r is 8, but .*2c\.yml says lora_r: 64"),
     ("2c", partial(train_adapter, "2c", 0.02, use_rslora=False), "use_rslora is False"),
     # full copies of embedding and head beside an adapter: 3a trains them, 3b freezes them
     ("3a", partial(train_adapter, "3a", 0.02, 1e-3, 0.0), r"hardly trained .*embed_tokens: 0\.00%"),
-    ("3a", partial(train_adapter, "3a", 0.02, 0.0, 1e-3), "hardly trained .*lm_head"),
     ("3b", partial(train_adapter, "3b", 0.02, 1e-3, 2e-3), "embed_tokens, which its `unfrozen_parameters` freezes"),
     (
         "3b",
@@ -278,10 +270,6 @@ def test_what_did_not_train_gets_no_verdict(
     assert not CHAIN[name].verdict.exists()
 
 
-def moved(old: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor + 3e-3 for name, tensor in old.items()}
-
-
 def train_2a_again() -> None:
     train_2a(lambda tensor: tensor + 2e-3)
     judge("2a")
@@ -293,7 +281,10 @@ NO_LONGER = [
         for said in ("{", '{"stage": "2a"}')
     ),
     *((partial(write_rows, name, "Il pleuvait."), f"data of stage {name} changed") for name in ("2a", "2b", "2c")),
-    *((partial(rewrite, name, moved), f"files of stage {name} changed") for name in ("2a", "2b", "2c")),
+    *(
+        (partial(rewrite, name, lambda old: {n: w + 3e-3 for n, w in old.items()}), f"files of stage {name} changed")
+        for name in ("2a", "2b", "2c")
+    ),
     (train_2a_again, "inputs of stage 2b changed"),
     (partial(Path("data/2c.txt").write_text, "Un autre livre."), r"2c\.txt is not the file that .*; `make prep-c`"),
 ]
@@ -419,8 +410,6 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
     assert "gate: 2b: outputs/2a holds no checkpoint; `make stage-a`" in launch("2b")
     assert "does not know: learning_rat, tpye" in launch("2a", learning_rat=1, datasets=[{"path": "x", "tpye": "y"}])
     assert "output_dir cannot be changed" in launch("2a", output_dir="elsewhere")
-    Path("data/2a.jsonl").unlink()
-    assert "2a.jsonl is missing" in launch("2a")
 
 
 def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plugin: None) -> None:
