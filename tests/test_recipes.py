@@ -27,9 +27,6 @@ def test_axolotl_accepts_it_and_ignores_no_key(stage: Stage, axolotl_validates: 
     # What the gate makes of it when the rows were prepared with --holdout 0.
     assert not axolotl_validates(config | {"test_datasets": None, "eval_steps": None})["test_datasets"]
     assert unknown_keys(config) == []
-    wrong = config | {"learning_rat": 1e-4, "datasets": [config["datasets"][0] | {"tpye": "completion"}]}
-    assert unknown_keys(wrong) == ["learning_rat", "tpye"]
-    assert ("liger_rope" in unknown_keys(config | {"plugins": []})) == ("liger_rope" in config)
 
 
 @pytest.mark.parametrize("stage", CHAIN, ids=lambda stage: stage.name)
