@@ -67,27 +67,19 @@ def start(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture
 def collect(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., str]:
-    """Runs the script to a good end, and returns what it printed."""
+    """Runs the script to a good end and returns what it printed; or to one sentence that matches `refused`, no traceback."""
 
-    def call(*words: Any, **more: Any) -> str:
+    def call(*words: Any, refused: str = "", **more: Any) -> str:
         process = start(*words, **more)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
+        if refused:
+            last = err.strip().splitlines()[-1]
+            assert process.returncode == 1 and "Traceback" not in err and re.match(f"collect.py: .*{refused}", last), (
+                err
+            )
+        else:
+            assert process.returncode == 0, err
         return out
-
-    return call
-
-
-@pytest.fixture
-def refused(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., None]:
-    """Runs the script, which ends with one sentence that matches this pattern, and no traceback."""
-
-    def call(says: str, *words: Any, **more: Any) -> None:
-        process = start(*words, **more)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 1 and "Traceback" not in err, err
-        last = err.strip().splitlines()[-1]
-        assert re.match(f"collect.py: .*{says}", last), last
 
     return call
 
@@ -141,7 +133,7 @@ def record(folder: Path) -> dict[str, Any]:
 # --- Gallica ---------------------------------------------------------------------------------------------------------
 
 
-def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, collect, refused, out):
+def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, collect, out):
     words = ("gallica", *LIBRARY, "--revision", "main", "--files")
     collect(*words, 2)
     first = record(out)
@@ -159,7 +151,7 @@ def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, co
     assert len(held(out)) == 4 and all(file in record(out)["files"] for file in first["files"])
     assert not any(path.endswith(tuple(file["name"] for file in first["files"])) for _, path, _ in hub.seen)
     assert all("/main" not in path for _, path, _ in hub.seen), "the second run asks for the commit of the first"
-    refused("another collection", *words, 1)
+    collect(*words, 1, refused="another collection")
 
     files = held(out)
     cut, gone = sorted(files)[:2]
@@ -169,14 +161,14 @@ def test_gallica_files_are_fetched_once_and_more_keep_those_there(hub, books, co
     assert f"{cut} is missing or was changed" in collect(*words, 4)
     assert held(out) == files and {name for name in files if hub.ranges(name)} == {cut, gone}
     (out / "source.json").write_text('{"wanted": {}}')
-    refused("source.json is damaged.*collect it again", *words, 4)
+    collect(*words, 4, refused="source.json is damaged.*collect it again")
 
 
-def test_a_full_disk_is_one_sentence_and_a_broken_download_is_resumed(hub, collect, refused, out):
+def test_a_full_disk_is_one_sentence_and_a_broken_download_is_resumed(hub, collect, out):
     data = parquet_bytes(int(2.5 * CHUNK), 1)
     hub.repos["dataset", LIBRARY_REPO] = (COMMIT, {"a.parquet": data})
     words, half = ("gallica", *LIBRARY, "--files", 1), CHUNK // 2
-    refused("File too large", *words, limit=half)
+    collect(*words, limit=half, refused="File too large")
     assert not out.exists()
     hub.stop["a.parquet"] = (2 * CHUNK + 999, False)
     collect(*words)
@@ -211,7 +203,7 @@ def test_a_killed_download_is_resumed_but_not_with_another_file(changed, hub, st
         ("book --source {url}/www/roman.pdf", "roman.pdf", "has size"),
     ],
 )
-def test_what_arrives_damaged_is_not_kept(words, name, says, hub, books, collect, refused, tmp_path):
+def test_what_arrives_damaged_is_not_kept(words, name, says, hub, books, collect, tmp_path):
     hub.www |= {"roman.pdf": PDF, "a.zip": b"PK first" * 99, "b.zip": b"PK second" * 99}
     hub.offer("4751204", "a.zip", "b.zip")
     data = (books | hub.www)[name]
@@ -219,7 +211,7 @@ def test_what_arrives_damaged_is_not_kept(words, name, says, hub, books, collect
     hub.served[name] = data[:-100] if name == "roman.pdf" else data[:-1] + b"?"
     command = words.format(url=hub.url).split()
     out = tmp_path / "data/raw" / command[0]
-    refused(f"{name}.*{says}.* run", *command)
+    collect(*command, refused=f"{name}.*{says}.* run")
     assert not out.exists() and not list(tmp_path.rglob(name))
     hub.served.clear()
     collect(*command)
@@ -405,7 +397,7 @@ def test_one_line_says_what_is_wrong(environment, cases, hub, books, start, tmp_
 # --- the book --------------------------------------------------------------------------------------------------------
 
 
-def test_a_book_from_an_address_and_from_a_file(hub, collect, refused, tmp_path):
+def test_a_book_from_an_address_and_from_a_file(hub, collect, tmp_path):
     data, name = "Le voyageur arriva tard dans la soirée.\r\n".encode() * 500, "book.txt"
     hub.www["roman"] = data
     url, out = f"{hub.url}/www/roman", tmp_path / "data/raw/book"
@@ -418,10 +410,10 @@ def test_a_book_from_an_address_and_from_a_file(hub, collect, refused, tmp_path)
     assert hub.seen == []
 
     (tmp_path / "mine").write_bytes(data)
-    refused("another collection", "book", "--source", "mine")
+    collect("book", "--source", "mine", refused="another collection")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / name).write_bytes(b"an older one")
-    refused("is another file", "book", "--source", "mine", "--out", "other")
+    collect("book", "--source", "mine", "--out", "other", refused="is another file")
     (tmp_path / "other" / name).write_bytes(data)
     collect("book", "--source", "mine", "--out", "other", **OFFLINE)
     assert held(tmp_path / "other") == {name: data}
@@ -431,13 +423,10 @@ def test_a_book_from_an_address_and_from_a_file(hub, collect, refused, tmp_path)
 
 
 class Evil:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    """Writes a file in the working directory when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return Path.touch, (self.path,)
+        return Path.touch, (Path("executed"),)
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +462,7 @@ def altered(checkpoint: Path, folder: Path, change: Callable[[dict[str, Any]], A
 
 
 @pytest.mark.slow
-def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path):
+def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, tmp_path):
     files = {path.name: path.read_bytes() for path in pickled(checkpoint, tmp_path / "pickled").iterdir()}
     files |= {"README.md": b"", "modeling_evil.py": b"raise SystemExit"}
     hub.repos["model", BASE_REPO] = (BASE_REVISION, files)
@@ -498,19 +487,19 @@ def test_a_pickled_base_from_the_hub(checkpoint, hub, collect, refused, tmp_path
 
     hub.seen.clear()
     assert "already there" in collect("base")
-    refused("another collection", "base", "--eos-token", END)
+    collect("base", "--eos-token", END, refused="another collection")
     assert hub.seen == []
 
 
 @pytest.mark.slow
-def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint, collect_here, refused, tmp_path):
-    pickled(checkpoint, tmp_path / "given", evil=Evil(tmp_path / "executed"))
+def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint, collect, collect_here, tmp_path):
+    pickled(checkpoint, tmp_path / "given", evil=Evil())
     with pytest.raises(BadInput, match=r"pickled weights hold more than tensors.*they were not run"):
         collect_here("base", "--source", "given")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "given/pytorch_model.bin", weights_only=False)  # elsewhere the same file does what it says
     assert (tmp_path / "executed").exists()
-    refused("could not be written", "base", "--source", checkpoint, "--out", "models/other", limit=20_000)
+    collect("base", "--source", checkpoint, "--out", "models/other", limit=20_000, refused="could not be written")
     assert {path.name for path in (tmp_path / "models").iterdir()} == {".base.lock", ".other.lock"}
 
 
