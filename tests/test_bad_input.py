@@ -27,6 +27,8 @@ GATE, START = "train.plugins.Gate", "train.adapter_start.StartAdapter"
 INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
 OTHER_BOOK = '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'
 CONTINUE = "eval/continuation.py --words 5 --device cpu"
+PAIRS = "prep/pairs.py --prompt-words 12 --words 8 --device cpu"
+PAIRS_BEGUN = {"2c.manifest.json": '{"tokenizer": {}}', "2d.part.json": "{"}
 
 
 def nothing() -> None:
@@ -54,11 +56,8 @@ def setting(path: str, **changes: object) -> Callable[[], object]:
     return lambda: Path(path).write_text(json.dumps(yaml.safe_load(Path(path).read_text()) | changes))
 
 
-def listen(port: int) -> Callable[[], object]:
-    return lambda: SERVERS.append(socket.create_server(("127.0.0.1", port)))
-
-
-SERVERS: list[socket.socket] = []  # closed, a port would be free
+SERVER = socket.create_server(("127.0.0.1", 0))
+PORT = SERVER.getsockname()[1]  # is taken
 CASES: list[tuple[str, Callable[[], object], str]] = [
     # recipes
     ("train/stage.py 9z", nothing, "no recipe 9z.yml; there are: 2a, 2b, 2c"),
@@ -129,6 +128,11 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{INSTRUCTIONS} --refusal '('", nothing, "no regular expression"),
     (INSTRUCTIONS, write("given.jsonl", '{"title": "Le sel", "te'), "given.jsonl is no readable file"),
     (INSTRUCTIONS, write("given.jsonl", '{"title": "", "text": ""}\n'), "1 empty article"),
+    (f"{PAIRS} --words 90000", nothing, "no row of data/2c.jsonl has 90012 words: lower"),
+    (PAIRS, gone("outputs/2c/adapter_model.safetensors"), "stage 2c is missing"),
+    (PAIRS, write("data/2c.jsonl", '{"text": "Il'), "data/2c.jsonl, line 1: not whole JSON"),
+    (PAIRS, nothing, "2c.manifest.json is missing; prepare the novel again"),
+    (PAIRS, lambda: [write(f"data/{name}", made)() for name, made in PAIRS_BEGUN.items()], "remove data/2d.part.json"),
     # evaluating
     (f"{EVALUATE} --run ../x", nothing, "'../x' is a path; give a name"),
     (f"{EVALUATE} --recipes nowhere", nothing, "no recipe"),
@@ -175,7 +179,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("eval/push.py 2c you/name", nothing, "outputs/export/2c is no finished export"),
     ("eval/serve.py --dir nowhere", nothing, "nowhere"),
     ("eval/serve.py --port 70000", nothing, "between 1 and 65535"),
-    ("eval/serve.py --port 47111", listen(47111), "choose another port: make notebook PORT=47112"),
+    (f"eval/serve.py --port {PORT}", nothing, f"choose another port: make notebook PORT={PORT + 1}"),
 ]
 
 

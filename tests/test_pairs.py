@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from eval import generation
 from eval.tasks.texts import once
 from prep import pairs
-from prep.common import BadInput, sha256
+from prep.common import sha256
 
 OUT, PART = Path("data/2d.jsonl"), Path("data/2d.part.json")
 
@@ -83,21 +82,3 @@ def test_of_several_draws_the_worst_is_taken(novel: Path, monkeypatch: pytest.Mo
     for pair, samples in zip(draw("--candidates", "3"), drawn, strict=True):
         sides = [pairs.side(sample.text.lstrip().split(" ")[:8]) for sample in samples]
         assert len(sides) == 3 and pair["rejected"] == max(sides, key=pairs.failing)
-
-
-@pytest.mark.parametrize(
-    ("break_it", "arguments", "said"),
-    [
-        (lambda: None, ["--words", "90000"], r"no row of data/2c\.jsonl has 90012 words: lower"),
-        (lambda: None, ["--stage", "2z"], "no stage 2z in the recipes"),
-        (lambda: None, ["--stage", "2c.gguf"], "2c.gguf is missing .* `make export` makes it"),
-        (lambda: Path("outputs/2c/adapter_model.safetensors").unlink(), [], "stage 2c is missing"),
-        (lambda: Path("data/2c.jsonl").write_text('{"text": "Il'), [], r"data/2c\.jsonl, line 1: not whole JSON"),
-        (lambda: Path("data/2c.manifest.json").unlink(), [], r"2c\.manifest\.json is missing; prepare the novel again"),
-        (lambda: PART.write_text("{"), [], r"2d\.part\.json is damaged; remove data/2d\.part\.json"),
-    ],
-)
-def test_bad_input(novel: Path, break_it: Callable[[], None], arguments: list[str], said: str) -> None:
-    break_it()
-    with pytest.raises(BadInput, match=said):
-        draw(*arguments)
