@@ -271,7 +271,8 @@ def _left_out(roots: list[Any]) -> dict[Any, str]:
             elif _name(element) in ("docPartGallery", "pStyle") and re.match(
                 "Table of C|(TOC|TM)\\d", "".join(element.attrib.values())
             ):
-                marked.append((next(element.iterancestors("{*}sdt", "{*}p")), "edition_parts", "contents"))
+                part = next(element.iterancestors("{*}sdt", "{*}p"), element)
+                marked.append((part, "edition_parts", "contents"))
     limit = _LARGEST_PART * sum(map(_size, roots))
     found = {element: kind for element, kind, mark in marked if sizes[mark] <= limit}
     for root in roots:
@@ -430,7 +431,9 @@ def _read_epub(data: bytes, name: str) -> BookText:
             if {method.get("Algorithm") for method in methods} - _FONTS:
                 raise BadInput(f"{name} is an EPUB with copy protection (DRM): give an edition without it")
         container = _xml(archive, "META-INF/container.xml", name)
-        path = next((e.get("full-path") for e in container.iter("{*}rootfile")), "")
+        path = next((e.get("full-path") for e in container.iter("{*}rootfile")), None)
+        if not path:
+            raise BadInput(f"{name} is damaged: META-INF/container.xml names no package; fetch it again")
         package, folder = _xml(archive, path, name), posixpath.dirname(path)
         items = {item.get("id"): item for item in package.iter("{*}item")}
         aside = {
@@ -438,10 +441,13 @@ def _read_epub(data: bytes, name: str) -> BookText:
             for reference in package.iter("{*}reference")
             if reference.get("type") in _ASIDE
         }
-        roots, left_out = [], 0
+        roots, left_out, warnings = [], 0, []
         for entry in package.iter("{*}itemref"):
             item = items.get(entry.get("idref"))
-            if item is None or not re.search("xml|html", item.get("media-type", "")):
+            if item is None:
+                warnings.append(f"{name}: its part {entry.get('idref')} is not in the file")
+                continue
+            if not re.search("xml|html", item.get("media-type", "")):
                 continue
             href = posixpath.normpath(unquote(item.get("href", "")))
             if href in aside or "nav" in item.get("properties", "").split() or entry.get("linear") == "no":
@@ -449,7 +455,7 @@ def _read_epub(data: bytes, name: str) -> BookText:
             else:
                 roots.append(_xml(archive, posixpath.normpath(posixpath.join(folder, href)), name))
     book = _book_of(roots)
-    return book._replace(counts=dict(Counter(edition_parts=left_out) + Counter(book.counts)))
+    return book._replace(counts=dict(Counter(edition_parts=left_out) + Counter(book.counts)), warnings=warnings)
 
 
 # --- zips and XML -----------------------------------------------------------------------------------------------------

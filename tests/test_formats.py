@@ -81,6 +81,7 @@ def docx(paragraphs: list[str]) -> bytes:
     deleted = (
         "<w:p><w:del><w:r><w:delText>effacé</w:delText></w:r></w:del></w:p>"
         '<w:p><w:pPr><w:pStyle w:val="TOC1"/></w:pPr><w:r><w:t>I 3</w:t></w:r></w:p>'
+        '<w:pStyle w:val="TOC1"/>'  # of no paragraph
     )
     space = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     document = f"<w:document {space}><w:body>{runs}{deleted}</w:body></w:document>"
@@ -154,6 +155,11 @@ def test_paragraphs_that_a_format_knows_come_out_as_they_went_in(tmp_path, name,
     cleaned = [to_convention(p) for p in LONG]
     assert clean_book(book).paragraphs == clean_pages(book.whole()).paragraphs == cleaned
     assert clean_book(BookText("", cleaned, {}, [])).paragraphs == cleaned
+
+
+def test_a_part_that_an_epub_has_lost_is_named():
+    book = read_bytes(epub({"a": tagged(LONG)}, ["a", "b"]), "livre")
+    assert book.paragraphs == LONG and book.warnings == ["livre: its part b is not in the file"]
 
 
 def test_a_character_in_two_halves_is_one():
@@ -240,6 +246,7 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (odt(LONG).replace(b"\x14\0\0\0\0\0", b"\x14\0\0\0\x09\0"), "or is packed as Python"),  # Deflate64
         (odt(LONG).replace(b"vnd.oasis", b"vnd.oasiS", 1), "mimetype cannot be read"),
         (epub({}, ["a"], **{"OEBPS/content.opf": ""}), "content.opf is damaged: it is no XML"),
+        (epub({}, ["a"], **{"META-INF/container.xml": "<container/>"}), "container.xml names no package"),
         (packed({"a.txt": "Un roman.", "b.html": f"<html>{tagged(LONG)}</html>"}), "several books (a.txt, b.html)"),
         (packed({"[Content_Types].xml": "<T/>", "xl/workbook.xml": "<w/>"}), "an Excel workbook"),
     ],
