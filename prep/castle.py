@@ -33,7 +33,7 @@ from prep.common import BadInput, source_files
 from prep.filters import not_french
 from prep.formats import BookText, read_book
 from prep.page_layout import Cleaned, clean_pages, clean_paragraphs, without_notes_heading
-from prep.rows import Cutter, Row, Tokens, holdout_share, jsonl_path, write_prepared
+from prep.rows import Cutter, Row, Tokens, holdout_share, jsonl_path, keep_sources, write_prepared
 
 
 def clean_book(book: BookText) -> Cleaned:
@@ -161,6 +161,7 @@ def main() -> None:
     length = args.sequence_len
     if not 0 < args.stride <= length or length % args.stride:
         raise BadInput(f"--stride {args.stride} must divide --sequence-len {length}")
+    keep_sources([args.book], args.out)
     cutter = Cutter(args.tokenizer, length)
 
     book = read_book(args.book)

@@ -40,7 +40,7 @@ from prep.dedup import MINHASH, Choose, Signatures
 from prep.executor import COUNTER, Cluster, forget, take
 from prep.page_layout import clean_pages
 from prep.readers import FICTION_REPO, LIBRARY_REPO, LIBRARY_TOKENS, Books, source_paths
-from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, holdout_share, jsonl_path, manifest_path
+from prep.rows import CutRows, Cutter, Draw, DrawRows, Share, holdout_share, jsonl_path, keep_sources, manifest_path
 
 CORPUS_VERSION = 10  # raised by hand when the code makes other books or rows of the same sources
 PACKAGES = (  # decide them too
@@ -163,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     heldout_windows = args.heldout_windows or max(1, HELDOUT_TOKENS // args.sequence_len)
     draw = Draw(args.split, args.windows, heldout_windows, args.cap_per_work, args.seed)
     files = source_paths(args.source)
+    keep_sources(files, args.out)
     origin = {key: collected(args.source).get(key) for key in ("repo", "revision")}
     warn_if_short(origin["repo"], len(files), args)
     described: dict[str, Any] = {

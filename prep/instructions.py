@@ -31,7 +31,7 @@ from jinja2 import TemplateError
 
 from prep.common import BadInput, positive, progress, reason, source_files
 from prep.dedup import COPY, held_out
-from prep.rows import SPECIAL, Row, holdout_share, jsonl_path, load_tokenizer, read_row, write_prepared
+from prep.rows import SPECIAL, Row, holdout_share, jsonl_path, keep_sources, load_tokenizer, read_row, write_prepared
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # How an answer that declines begins, in English, French and Korean; --refusal adds to them.
@@ -167,6 +167,7 @@ def main() -> None:
     option("--seed", type=int, default=42, help="of the shuffle")
     option("--out", type=jsonl_path, required=True, help="the rows, such as data/3a.jsonl")
     args = parser.parse_args()
+    keep_sources([Path(args.source)], args.out)
     tokenizer = load_tokenizer(args.tokenizer)
     data = load(args.source, args.subset, args.revision)
     if "conversations" in data.column_names and not tokenizer.chat_template:

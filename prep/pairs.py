@@ -21,7 +21,7 @@ from eval import generation, metrics, models
 from eval.reading import TOKENS_A_WORD
 from eval.tasks.texts import once
 from prep.common import BadInput, hashed, lock, positive, progress, read_json, sha256, versions, write_json, write_text
-from prep.rows import jsonl_path, manifest_path
+from prep.rows import jsonl_path, keep_sources, manifest_path
 from train.stages import load_chain
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     option("--candidates", type=positive, default=1, help="draws of which the worst is taken (default: the one draw)")
     args = models.parse(parser)
     warnings.filterwarnings("ignore")
+    keep_sources([args.rows], args.out)
     lock(args.out)
     found = [place for text in once(args.rows) for place in places(text, args.prompt_words, args.words)]
     if not found:

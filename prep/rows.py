@@ -480,6 +480,14 @@ def manifest_path(out: Path) -> Path:
     return out.with_suffix(".manifest.json")
 
 
+def keep_sources(sources: Iterable[Path], out: Path) -> None:
+    """Raise BadInput where a source is one of the files that are written with the rows `out`."""
+    written = {path.resolve() for path in (out, heldout_path(out), manifest_path(out), out.with_suffix(".txt"))}
+    for path in sources:
+        if path.resolve() in written:
+            raise BadInput(f"{path} would be overwritten: give another --out than {out}")
+
+
 def write_prepared(
     out: Path,
     train: Iterable[Row],
