@@ -38,6 +38,11 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except BadInput as error:
         sys.exit(f"{name}: {error}")
+    except UnicodeEncodeError as error:
+        if error.reason != "surrogates not allowed":  # how Python reads bytes of a file's name that are not UTF-8
+            raise
+        near = error.object[max(0, error.start - 30) : error.end + 10]
+        sys.exit(f"{name}: a file's name is not UTF-8 (in {near!r}): rename it")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; nothing half-written was left, run the same command again", file=sys.stderr)
         sys.exit(130)

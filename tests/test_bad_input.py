@@ -26,6 +26,7 @@ CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 -
 GATE, START = "train.plugins.Gate", "train.adapter_start.StartAdapter"
 INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
 OTHER_BOOK = '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'
+LATIN = "caf\udce9.txt"  # as Python reads the Latin-1 name of a file
 CONTINUE = "eval/continuation.py --words 5 --device cpu"
 PAIRS = "prep/pairs.py --prompt-words 12 --words 8 --device cpu"
 PAIRS_BEGUN = {"2c.manifest.json": '{"tokenizer": {}}', "2d.part.json": "{"}
@@ -97,12 +98,14 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("prep/collect.py book --source given.epub", write("given.epub", b"PK\x03\x04 but no more"), "a damaged zip"),
     ("prep/collect.py book --source given.png", write("given.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "is a picture"),
     ("prep/collect.py book --source given.txt", write("given.txt", ""), "given.txt"),
+    (f"prep/collect.py book --source {LATIN}", write(LATIN, "Il neigeait."), "name is not UTF-8"),
     # preparing
     (f"{GALLICA} nowhere", nothing, "no file of books in nowhere"),
     (f"{GALLICA} given", lambda: Path("given").mkdir(), "given"),
     (f"{GALLICA} given", write("given/a.parquet", "PAR1 but no more"), "a.parquet"),
     (f"{GALLICA} given", write("given/a.jsonl", '{"text": "Il neig'), "a.jsonl"),
     (f"{GALLICA} given", write("given/a.jsonl", '{"id": "a", "text": "\\ud83d"}\n'), "a.jsonl, line 1 is not"),
+    (f"{GALLICA} given", write(f"given/{LATIN}", "Il neigeait."), "name is not UTF-8"),
     (f"{GALLICA} given --tokenizer nowhere", write("given/a.txt", "Il neigeait."), "nowhere"),
     (f"{GALLICA} given --windows 0", nothing, "at least 1"),
     (f"{GALLICA} given --windows many", nothing, "not a whole number"),
@@ -116,6 +119,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{CASTLE} given.txt", write("given.txt", " \r\n\n"), "given.txt is empty"),
     (f"{CASTLE} given.txt", write("given.txt", "Il neigeait."), "too few"),
     (f"{CASTLE} given.txt", write("given.txt", random.Random(1).randbytes(5000)), "convert it to UTF-8"),
+    (f"{CASTLE} {LATIN}", write(LATIN, "Il neigeait. " * 99), "name is not UTF-8"),
     (f"{CASTLE} given.pdf", write("given.pdf", b"%PDF-1.7\n%cut off here"), "cannot be read as a PDF"),
     (f"{CASTLE} given.docx", write("given.docx", b"PK\x03\x04 but no more"), "given.docx"),
     (f"{CASTLE} data/2c.txt", write("data/source.json", OTHER_BOOK), "not the file"),
