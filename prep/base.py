@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import gguf
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -96,7 +95,9 @@ def load(source: Path) -> tuple[Any, Any, Tokens]:
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise BadInput(f"{source}: pickled weights hold more than tensors or are damaged; they were not run") from error
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # Transformers and its parsers raise whatever they meet
         raise BadInput(f"{source} does not load as a language model: {reason(error)}") from error
     model, found = loaded
     # Transformers fills what a checkpoint lacks with random numbers, and only warns.

@@ -529,6 +529,7 @@ def test_checkpoints_that_are_not_sound(checkpoint, tmp_path):
             (lambda tensors: tensors.pop(up), {}, f"lacks 1 of the model's tensors, among them {up}"),
             (lambda tensors: tensors.update({up: tensors[up][:8].clone()}), {}, "does not load|lacks 1"),
             (shrink, {"vocab_size": vocabulary}, "tokenizer does not match the model"),
+            (shrink, {"vocab_size": "many"}, "does not load as a language model"),
             (shrink, {"quantization_config": {"load_in_4bit": True}}, "is quantised: give the 16-bit checkpoint"),
         ]
     ):
