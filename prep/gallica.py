@@ -19,6 +19,7 @@ command resumes. Sources, filters and clusters: prep/README.md.
 from prep.command import run, without_torch
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -159,6 +160,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    if args.executor == "ray" and not importlib.util.find_spec("ray"):
+        raise BadInput("--executor ray: ray is not installed here; pip install ray")
     cutter = Cutter(args.tokenizer, args.sequence_len)
     heldout_windows = args.heldout_windows or max(1, HELDOUT_TOKENS // args.sequence_len)
     draw = Draw(args.split, args.windows, heldout_windows, args.cap_per_work, args.seed)

@@ -107,6 +107,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{GALLICA} given", write("given/a.jsonl", '{"id": "a", "text": "\\ud83d"}\n'), "a.jsonl, line 1 is not"),
     (f"{GALLICA} given", write(f"given/{LATIN}", "Il neigeait."), "name is not UTF-8"),
     (f"{GALLICA} given --tokenizer nowhere", write("given/a.txt", "Il neigeait."), "nowhere"),
+    (f"{GALLICA} given --executor ray", write("given/a.txt", "Il neigeait."), "ray is not installed"),
     (f"{GALLICA} given --windows 0", nothing, "at least 1"),
     (f"{GALLICA} given --windows many", nothing, "not a whole number"),
     (f"{GALLICA} given --holdout 0.9", nothing, "between 0 and 0.5"),
