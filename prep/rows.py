@@ -401,10 +401,13 @@ class DrawRows(PipelineStep):
         there, held = sum(train.available), sum(heldout.available)
         windows = there if asked.windows == math.inf else int(asked.windows)
         if there < max(1, windows):
+            remedy = f"The books were too short, or rejected: {self.corpus / 'corpus.json'} counts them by reason"
+            if there:
+                files = math.ceil(self.tasks * windows / there)
+                remedy = f"Ask for fewer (--windows all: what there is), or collect about {files} files instead of {self.tasks}"
             raise BadInput(
                 f"{self.manifest['source']['path']} gives {there:,} windows of {length} tokens to share "
-                f"{asked.share.number}/{asked.share.of}; at least {max(1, windows):,} are wanted. Ask for fewer (--windows all: "
-                f"what there is), or collect about {math.ceil(self.tasks * windows / max(1, there))} files instead of {self.tasks}"
+                f"{asked.share.number}/{asked.share.of}; at least {max(1, windows):,} are wanted. {remedy}"
             )
         if self.manifest["arguments"]["holdout"] and not held:
             raise BadInput(f"no held-out book fills a window of {length} tokens: raise --holdout")
