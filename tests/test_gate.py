@@ -410,6 +410,8 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
     assert "gate: 2b: outputs/2a holds no checkpoint; `make stage-a`" in launch("2b")
     assert "does not know: learning_rat, tpye" in launch("2a", learning_rat=1, datasets=[{"path": "x", "tpye": "y"}])
     assert "output_dir cannot be changed" in launch("2a", output_dir="elsewhere")
+    assert "load_in_4bit cannot be changed" in launch("2b", load_in_4bit=False)  # it would be evaluated on NF4
+    assert "lora_r cannot be changed" in launch("2b", lora_r=32)
 
 
 def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plugin: None) -> None:

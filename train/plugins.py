@@ -32,7 +32,7 @@ from transformers import TrainerCallback, set_seed
 
 from prep.common import SEAL, BadInput, end_with_parent, lock, need_room, seal
 from train.dequantise import is_quantised
-from train.gate import check_ready, checkpoints, describe, judge, manifest_of, recall
+from train.gate import ADAPTER_SETTINGS, COPIES, check_ready, checkpoints, describe, judge, manifest_of, recall
 from train.resume import at_the_end, drop_torn_rows, prepare_output, seal_rows, take_weights
 from train.stages import LOG, line_of, load_chain, share_step
 
@@ -42,6 +42,11 @@ TOKENISING = 18.5
 NOT_THE_RUN = re.compile(
     r"axolotl_config_path|dataset_prepared_path|dataset_num_proc|dataloader_num_workers|save_total_limit|logging_steps"
     r"|(use_)?(wandb|mlflow|comet|tensorboard|trackio)"
+)
+# What the gate, later stages and the evaluation, which quantises an adapter's base, read in the recipe.
+READ_LATER = (
+    *("base_model", "lora_model_dir", "output_dir", "datasets", "adapter", *ADAPTER_SETTINGS),
+    *(COPIES, "unfrozen_parameters", "load_in_4bit", "load_in_8bit", "bnb_config_kwargs"),
 )
 
 
@@ -130,9 +135,9 @@ class Gate(BasePlugin):
             raise BadInput(
                 f"{self.recipe} or the command line has keys that Axolotl does not know: {', '.join(unknown)}"
             )
-        for key in ("base_model", "lora_model_dir", "output_dir", "datasets"):
+        for key in READ_LATER:
             if self.settings.get(key) != stage.config.get(key):
-                raise BadInput(f"{key} cannot be changed on the command line: other stages read it from {stage.recipe}")
+                raise BadInput(f"{key} cannot be changed on the command line: it is read again from {stage.recipe}")
         ready = check_ready(stage, self.chain)
         if stage.verdict.exists():
             print(f"{describe(recall(stage, self.chain))}. Remove {stage.output_dir} to train it again.")
