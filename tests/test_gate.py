@@ -180,6 +180,15 @@ def test_copies_of_embedding_and_head_that_moved_and_then_did_not_pass(trained: 
     assert judge("3b")["movement"][COPIES[1].removesuffix(".weight")]["changed"] == 0.0
 
 
+def test_full_weights_may_be_frozen_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHAIN["2a"].config, "unfrozen_parameters", ["^model.layers.0.self_attn.q_proj.weight$"])
+    train_2a(lambda tensor: nudge(tensor) if tensor.shape == (8, 8) else tensor)
+    judge("2a")
+    train_2a(nudge)
+    with pytest.raises(BadInput, match=r"changed model\.embed_tokens\.weight, which its `unfrozen_parameters` freezes"):
+        judge("2a")
+
+
 def test_a_stage_may_end_with_its_best_checkpoint(trained: None) -> None:
     train_adapter("3b", 0.02, 1e-3, 1e-3)
     output = CHAIN["3b"].output_dir

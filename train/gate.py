@@ -131,11 +131,14 @@ def movement_of_adapter(before: Path, after: Path, copies: Sequence[str] = ()) -
     return moved
 
 
-def is_frozen(module: str, config: dict[str, Any]) -> bool:
-    """Does the recipe freeze the full copy of a module? As axolotl/utils/freeze.py reads `unfrozen_parameters`."""
-    patterns = config.get("unfrozen_parameters") or []
-    trained = (re.sub(r"\.(?!\+)", r"\\.", pattern) for pattern in patterns)
-    return bool(patterns) and not any(re.match(each, f"{module}.modules_to_save.default.weight") for each in trained)
+def is_frozen(parameter: str, config: dict[str, Any]) -> bool:
+    """Does the recipe's `unfrozen_parameters` freeze a parameter, under its name in the model that is trained?"""
+    patterns = config.get("unfrozen_parameters")
+    if not patterns:
+        return False
+    from axolotl.utils.freeze import LayerNamePattern  # here, for it takes seconds
+
+    return not any(LayerNamePattern(pattern).match(parameter) for pattern in patterns)
 
 
 # --- what a stage needs before it starts -----------------------------------------------------------------------------
@@ -307,7 +310,8 @@ def check_movement(stage: Stage) -> dict[str, dict[str, Any]]:
     for module, sides in moved.items():
         if "kind" in sides:
             least = FULL_WEIGHTS[sides["kind"]]
-            if is_frozen(module, stage.config):
+            parameter = f"{module}.modules_to_save.default.weight" if stage.adapter else module
+            if is_frozen(parameter, stage.config):
                 if sides["changed"]:
                     raise BadInput(f"stage {stage.name} changed {module}, which its `unfrozen_parameters` freezes")
             elif sides["changed"] < least["changed"] or sides["relative"] < least["relative"]:

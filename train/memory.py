@@ -138,7 +138,7 @@ def trains(recipe: dict[str, Any], module: str) -> bool:
     """Is the embedding (`model.embed_tokens`) or the head (`lm_head`) trained, itself or a full copy of it?"""
     if not recipe.get("adapter"):
         return True
-    name = f"base_model.model.{module}"
+    name = f"base_model.model.{module}.modules_to_save.default.weight"
     return module.rsplit(".", 1)[-1] in (recipe.get(COPIES) or []) and not is_frozen(name, recipe)
 
 
@@ -168,7 +168,7 @@ def tensors(model: PreTrainedModel, recipe: dict[str, Any]) -> list[Tensors]:
     for name, parameter in model.named_parameters():
         kind = next(kind for mark, kind in marks.items() if mark in name)
         if ".modules_to_save." in name:
-            kind = "frozen copy" if is_frozen(name.split(".modules_to_save.")[0], recipe) else "copy"
+            kind = "frozen copy" if is_frozen(name, recipe) else "copy"
         found.setdefault(kind, []).append(parameter.numel())
     width: dict[str, float] = {"adapter": 4, "matrix": quantised_width(recipe)}
     trained = {"adapter", "copy"} if recipe.get("adapter") else set(found)
