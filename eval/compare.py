@@ -185,8 +185,6 @@ def main() -> None:
     if len(names) < 2:
         raise BadInput(f"only one run ({names[0]}) to compare: name two or more")
     reports = [report.load(args.reports / f"{name}.json") for name in names]
-    for name, each in zip(names, reports, strict=True):
-        each["run"] = name  # a renamed report has its file's name
     target = args.out or args.reports / "compare.html"
     write_text(target, html(reports))
     print("\n".join(filter(None, [tables.markdown(beside(reports)), warning(reports), f"page: {target}"])))

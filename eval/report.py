@@ -48,10 +48,10 @@ def check(report: Any, path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read and check a report. Raises BadInput when it is missing, torn or does not follow the schema."""
+    """Read and check a report; a copy's run is the copy's name. Raises BadInput when it is missing, torn or not of the schema."""
     report: dict[str, Any] = read_json(path, "eval/evaluation.py writes it")
     check(report, path)
-    return report
+    return report | {"run": path.stem}
 
 
 def about(report: dict[str, Any]) -> str:

@@ -497,6 +497,15 @@ def test_signs_in_a_sample_are_text_and_its_copy_is_marked(tmp_path):
     assert "\n> \\*Il\\* dit \\<b\\> & «" in page.read_text(encoding="utf-8")
 
 
+def test_the_pages_of_a_copy_are_beside_those_of_the_original(tmp_path, monkeypatch):
+    shutil.copy(DEMO, tmp_path / "my copy (2).json")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "my copy (2).json")])
+    report.main()
+    assert all(path.name.startswith("my copy (2).") for path in tmp_path.iterdir())
+    page = (tmp_path / "my copy (2).md").read_text(encoding="utf-8")
+    assert "# Evaluation: my copy (2)\n" in page
+
+
 def judged(**changes: Any) -> str:
     """The verdict on a stage in order, but for the changes."""
     span = {"spans": 10, "token_probability": 0.1, "best_span_probability": 1e-9, "extractable": 0.0}
