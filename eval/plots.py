@@ -67,6 +67,7 @@ def plot_losses(axis: Axes, series: dict[str, list[Point]]) -> None:
             if line:
                 style = look(index) if name or column == 1 else look(1) | {"marker": MARKS[index]}
                 label = ", ".join(part for part in (name, kind if both or not name else "") if part)
+                label = label.replace("$", r"\$")  # matplotlib sets what is between two of them as a formula
                 if column == 1:
                     style["marker"] = None
                 dashes = "--" if both and column == 2 else "-"

@@ -14,6 +14,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import jsonschema
@@ -207,7 +208,7 @@ def markdown(report: dict[str, Any], drawn: dict[str, str]) -> str:
     for section in shown(sections(report), drawn):
         parts += [f"## {section.title}", section.text]
         parts += [tables.markdown(section.table)] if section.table[1] else []
-        parts += [f"![{section.title}]({drawn[section.plot]})"] if section.plot in drawn else []
+        parts += [f"![{section.title}]({quote(drawn[section.plot])})"] if section.plot in drawn else []
     parts += ["## Samples", decoding(report)]
     for prompt, samples in samples_by_prompt(report):
         parts += [f"### {prompt['name']}", "The prompt:", quoted(prompt["text"])]

@@ -125,9 +125,10 @@ def test_what_does_not_compare_is_said_or_left_out(reports):
     reports[1]["tasks"]["novel_heldout"]["text_sha256"] = "b" * 64
     assert "novel_heldout" in compare.warning(reports)
     del reports[0]["stages"]["2b"]
+    reports[0]["run"] = "$^$"
     page = compare.html(reports)
     assert compare.warning(reports) in page
-    assert "<dt>2b: large</dt>" in page and "<dt>2a: small</dt>" in page and "2b: small" not in page
+    assert "<dt>2b: large</dt>" in page and "<dt>2a: $^$</dt>" in page and "2b: $^$" not in page
 
 
 def test_the_page_is_one_file_with_every_run(tmp_path, reports, capsys):

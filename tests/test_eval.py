@@ -503,7 +503,7 @@ def test_the_pages_of_a_copy_are_beside_those_of_the_original(tmp_path, monkeypa
     report.main()
     assert all(path.name.startswith("my copy (2).") for path in tmp_path.iterdir())
     page = (tmp_path / "my copy (2).md").read_text(encoding="utf-8")
-    assert "# Evaluation: my copy (2)\n" in page
+    assert "# Evaluation: my copy (2)\n" in page and "](my%20copy%20%282%29.bpb.svg)" in page
 
 
 def judged(**changes: Any) -> str:
