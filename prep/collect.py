@@ -456,6 +456,8 @@ def main() -> None:
             parser.error("--source is a local copy: --repo and --revision do not go with it")
         args.repo = args.repo or next(iter(args.pinned))
         args.revision = args.revision or args.pinned.get(args.repo, "main")
+    if not args.out.name or args.out.is_symlink():  # . or a folder of another disk: the download waits beside it
+        args.out = args.out.resolve()
     lock(args.out)
     args.collect(args)
 

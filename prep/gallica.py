@@ -254,7 +254,7 @@ def warn_if_short(repo: str | None, files: int, args: argparse.Namespace) -> Non
 
 def drop(record: Path) -> None:
     """Remove the files that collect.py recorded. The record says so first, or the next `make data` would bring them again."""
-    lock(record.parent)
+    lock(record.parent.resolve())  # as collect.py does
     told = json.loads(record.read_text(encoding="utf-8"))
     write_json(record, told | {"files": [file | {"dropped": True} for file in told["files"]]})
     for file in told["files"]:

@@ -397,7 +397,7 @@ def test_one_line_says_what_is_wrong(environment, cases, hub, books, start, tmp_
 # --- the book --------------------------------------------------------------------------------------------------------
 
 
-def test_a_book_from_an_address_and_from_a_file(hub, collect, tmp_path):
+def test_a_book_from_an_address_and_from_a_file(hub, collect, collect_here, tmp_path, monkeypatch):
     data, name = "Le voyageur arriva tard dans la soirée.\r\n".encode() * 500, "book.txt"
     hub.www["roman"] = data
     url, out = f"{hub.url}/www/roman", tmp_path / "data/raw/book"
@@ -417,6 +417,10 @@ def test_a_book_from_an_address_and_from_a_file(hub, collect, tmp_path):
     (tmp_path / "other" / name).write_bytes(data)
     collect("book", "--source", "mine", "--out", "other", **OFFLINE)
     assert held(tmp_path / "other") == {name: data}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    collect_here("book", "--source", "../mine", "--out", ".")
+    assert held(tmp_path / "here") == {name: data}
 
 
 # --- the base model --------------------------------------------------------------------------------------------------
@@ -507,6 +511,9 @@ def test_a_malicious_pickle_is_not_run_and_a_full_disk_leaves_nothing(checkpoint
 def test_a_kernel_of_the_hub_and_with_another_eos_the_chat_template_are_not_kept(checkpoint, collect_here, tmp_path):
     asks = dict.fromkeys(("_attn_implementation", "attn_implementation"), "flash_attention_2")
     altered(checkpoint, tmp_path / "given", lambda tensors: None, **asks)
+    for folder in ("models", "large disk"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "models/base").symlink_to(tmp_path / "large disk")
     collect_here("base", "--source", "given", "--eos-token", END)
     assert "flash_attention_2" not in (tmp_path / "models/base/config.json").read_text()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "models/base")
