@@ -21,7 +21,7 @@ from reportlab.lib.styles import ParagraphStyle
 from reportlab.pdfgen.canvas import Canvas
 from reportlab.platypus import Paragraph, SimpleDocTemplate
 
-from prep.common import BadInput, atomic_write
+from prep.common import atomic_write
 
 CORPUS = Path(__file__).with_name("corpus")
 LINE, PAGE = 58, 34  # characters a line and lines a page of an octavo volume
@@ -39,12 +39,10 @@ class Work(NamedTuple):
 
 
 def read_work(path: Path) -> Work:
-    """Parse `Titre : ...`, `Auteur : ...`, `Date : ...`, blank line, paragraphs. Raises BadInput."""
+    """Parse `Titre : ...`, `Auteur : ...`, `Date : ...`, blank line, paragraphs."""
     header, _, body = path.read_text(encoding="utf-8").partition("\n\n")
     fields = dict(line.split(" : ", 1) for line in header.splitlines() if " : " in line)
     paragraphs = [block.strip() for block in body.split("\n\n") if block.strip()]
-    if set(fields) != {"Titre", "Auteur", "Date"} or not paragraphs:
-        raise BadInput(f"{path} must begin with Titre, Auteur and Date, a blank line, then paragraphs")
     return Work(path.stem, fields["Titre"], fields["Auteur"], fields["Date"], paragraphs)
 
 
