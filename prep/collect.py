@@ -442,7 +442,7 @@ def main() -> None:
     gallica.set_defaults(collect=collect_gallica, out=Path("data/raw/gallica"), pinned=DATASETS)
 
     book = commands.add_parser("book", help="the novel of the last stage", description=collect_book.__doc__)
-    formats = "address or file: PDF with text, EPUB, DOCX, ODT, HTML, RTF, text"
+    formats = "address or file: PDF with text, EPUB, DOCX, ODT, HTML, RTF, FB2, TEI, text"
     book.add_argument("--source", required=True, help=formats)
     book.set_defaults(collect=collect_book, out=Path("data/raw/book"))
 

@@ -134,7 +134,7 @@ def utf8_file(text: str) -> Path:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--source", type=Path, required=True, help="folder of parquet, TSV archives, JSONL or text")
+    add("--source", type=Path, required=True, help="folder of parquet, page tables, JSONL or books (prep/readers.py)")
     add("--tokenizer", type=Path, required=True, help="folder of the base model")
     add("--sequence-len", type=int, required=True, help="tokens a window (the recipe's sequence_len)")
     add("--windows", type=count_or_all, required=True, help="how many windows to write, or: all")

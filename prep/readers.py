@@ -7,7 +7,7 @@
 | `*.parquet` | a row | the columns of PleIAs/French-PD-Books: `file_id`, `complete_text`; `title`, `author`, `date` where there are any |
 | `*.tsv`, alone, in `.gz`, or any number in a `.zip` or `.tar[.gz]` | pages in a row whose `main_id` is the same but for its end, `_p12` | biglam/gallica_literary_fictions: `main_id`, `titre`, `nom_auteur`, `prenom_auteur`, `date`, `page`, `texte` (`_p_` begins a paragraph, lines are joined by spaces) |
 | `*.jsonl`, `*.jsonl.gz` | a line | `id` (or `file_id`), `text` (or `complete_text`), `title`, `author`, `date` |
-| `*.txt`, `.epub`, `.docx`, `.odt`, `.html`, `.rtf`, `.pdf` | the file, or each in a `.zip` without tables | its name is identifier and title |
+| `*.txt`, `.epub`, `.docx`, `.odt`, `.html`, `.rtf`, `.fb2`, `.xml` (TEI), `.pdf` | the file, or each in a `.zip` without tables | its name is identifier and title |
 
 datatrove's own readers skip damaged lines, rows without text and what follows a bad byte, and hold up to 1,000 books at once.
 These hold a few books, raise BadInput for a damaged table (half a corpus would be a wrong one), leave an odd field empty, and
