@@ -19,7 +19,6 @@ cannot load an empty file, so that run has to leave out the recipe's `test_datas
 from prep.command import run, without_torch
 
 import argparse
-import hashlib
 import itertools
 import random
 import re
@@ -29,7 +28,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from prep.common import BadInput, source_files
+from prep.common import BadInput, digest, source_files
 from prep.filters import not_french
 from prep.formats import BookText, read_book
 from prep.page_layout import Cleaned, clean_pages, clean_paragraphs, without_notes_heading
@@ -205,7 +204,7 @@ def main() -> None:
             "paragraphs": len(paragraphs),
             "heldout_paragraphs": [start, end] if args.holdout else None,  # from, up to but without
             "cleaning": counts,
-            "text": {"path": text_path.name, "sha256": hashlib.sha256(text.encode()).hexdigest()},
+            "text": {"path": text_path.name, "sha256": digest(text)},
         },
         text=text,
         packages=["pypdfium2", "lxml", "striprtf", "rapidfuzz"],
