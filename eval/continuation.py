@@ -43,7 +43,18 @@ from eval import generation, metrics, models
 from eval.generation import DynamicCache, Tokenizer
 from eval.metrics import SENTENCE_END
 from eval.models import MAX_LENGTH
-from prep.common import BadInput, atomic_write, digest, lock, positive, read_json, sha256, write_json, write_text
+from prep.common import (
+    BadInput,
+    atomic_write,
+    digest,
+    lock,
+    positive,
+    read_json,
+    read_text,
+    sha256,
+    write_json,
+    write_text,
+)
 from prep.typography import to_convention
 from train.stages import load_chain
 
@@ -298,18 +309,19 @@ def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
 
     Raises BadInput when the file is missing, empty or no UTF-8 text.
     """
+    if re.search("[\ud800-\udfff]", source or ""):  # in place of each byte that is no UTF-8
+        raise BadInput("--from is not UTF-8: rename the file, or set the terminal to UTF-8")
     path = book if source is None else Path(source)
     is_file = os.path.isfile(path)  # false, too, of words that are too long for a name
     text, name = source or "", "words given"
     if is_file:
-        try:
-            text, name = path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        text, name = read_text(path), str(path)
     elif source is None:
         raise BadInput(f"{path} is missing: prepare the book (make prep-c), or name a text to continue: --from")
-    elif re.fullmatch(r"\S+\.\w{1,5}", source):
+    elif re.fullmatch(r"\S+\.\w{1,5}|.+\.[a-z]{2,5}", source):
         raise BadInput(f"{path} is missing (looked from {Path.cwd()}): name a text file")
+    elif os.path.isdir(path):
+        raise BadInput(f"{path} is a folder: name a text file")
     if not text.strip():
         raise BadInput(f"{path if is_file else '--from'} is empty: there is nothing to continue")
     return "\n\n".join(paragraphs(to_convention(text))), name
@@ -361,7 +373,7 @@ def main() -> None:
     last = [stage for stage in chain if not stage.config.get("rl")][-1]  # pairs are not the book
     book = last.datasets[0].with_suffix(".txt")  # beside its rows
     beginning, source = beginning_of(args.source, book)
-    trained_on = metrics.CopyFinder([book.read_text(encoding="utf-8")]) if book.is_file() else None
+    trained_on = metrics.CopyFinder([read_text(book)]) if book.is_file() else None
     if trained_on is None:
         print(f"{book} is missing: copies are not looked for", file=sys.stderr)
     settings = Settings(args.seed, args.candidates, args.chunk_tokens, args.window, args.keep, args.longest_copy)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from eval.models import MAX_LENGTH
-from prep.common import BadInput, read_yaml
+from prep.common import BadInput, read_text, read_yaml
 
 
 def load_prompts(path: Path) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
                 raise BadInput(
                     f"prompt {given.get('name')}: {source} is missing (looked from {Path.cwd()}); prepare it"
                 )
-            given["text"] = tail(source.read_text(encoding="utf-8"), given["words"])
+            given["text"] = tail(read_text(source), given["words"])
         wanted = ("name", "question", "answer") if "question" in given else ("name", "text")
         prompt = {key: given[key] for key in wanted if key in given}
         texts = [value for value in prompt.values() if isinstance(value, str) and value.strip()]

@@ -76,6 +76,14 @@ def write_text(path: str | Path, text: str) -> None:
         handle.write(text)
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 text. Raises BadInput when it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """`atomic_write` of a value as JSON, a key a line."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")

@@ -259,6 +259,9 @@ def test_from_a_sentence_a_file_and_without_the_book(place, capsys):
     assert write("--from", "K. ouvrit  la porte.", words=5)["beginning"]["source"] == "words given"
     Path("page.txt").write_text("L’homme vint.\n\nIl s’assit.", encoding="utf-8")
     assert continuation.beginning_of("page.txt", Path("none")) == ("L'homme vint.\n\nIl s'assit.", "page.txt")
+    for missing in ("a folder/page.txt", "data"):  # no words to continue
+        with pytest.raises(BadInput, match="name a text file"):
+            continuation.beginning_of(missing, Path("none"))
     Path("page.txt").write_text(tales()[0], encoding="utf-8")
     assert all(chunk["context_tokens"] <= 136 for chunk in write("--from", "page.txt", words=5)["chunks"])
     assert "136 fit: the model sees its last pages only" in capsys.readouterr().err
