@@ -327,15 +327,20 @@ def beginning_of(source: str | None, book: Path) -> tuple[str, str]:
     return "\n\n".join(paragraphs(to_convention(text))), name
 
 
-def read_chunks(path: Path, inputs: str) -> tuple[list[dict[str, Any]], float]:
+def read_chunks(path: Path, inputs: str) -> tuple[list[Chunk], float]:
     """The chunks of the same text begun before, and the seconds they took. Raises BadInput when they are damaged."""
+
+    def pick(record: dict[str, Any]) -> tuple[str, list[Chunk], float]:
+        chunks = [Chunk(**chunk | {"chosen": Drawn(**chunk["chosen"])}) for chunk in record["chunks"]]
+        return record["inputs"], chunks, record["seconds"]
+
     if not path.is_file():
         return [], 0.0
     again = "remove it, or begin again with --fresh"
-    record = read_json(path, again, lambda said: {key: said[key] for key in ("inputs", "chunks", "seconds")})
-    if record["inputs"] != inputs or not all(chunk["chosen"]["text"] for chunk in record["chunks"]):
+    known, chunks, seconds = read_json(path, again, pick)
+    if known != inputs:
         raise BadInput(f"{path} is not of this text; {again}")
-    return record["chunks"], record["seconds"]
+    return chunks, seconds
 
 
 def parse() -> argparse.Namespace:
@@ -398,7 +403,7 @@ def main() -> None:
     done, seconds = ([], 0.0) if args.fresh else read_chunks(target, inputs)
 
     def text() -> str:
-        return "".join(chunk["chosen"]["text"] for chunk in done)
+        return "".join(chunk.chosen.text for chunk in done)
 
     def words() -> int:
         return len(text().split())
@@ -412,9 +417,9 @@ def main() -> None:
             **about,
             "words": words(),
             "sha256": digest(content),
-            "chunks_with_faults": sum(bool(chunk["chosen"]["faults"]) for chunk in done),
+            "chunks_with_faults": sum(bool(chunk.chosen.faults) for chunk in done),
             "seconds": round(seconds + time.perf_counter() - started, 1),
-            "chunks": done,
+            "chunks": [asdict(chunk) for chunk in done],
         }
         write_json(target, record)
         return record
@@ -426,10 +431,10 @@ def main() -> None:
         if args.source and tokens > room:
             print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)
         bar = tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty())
-        written = [chunk["chosen"]["text"] for chunk in done]
+        written = [chunk.chosen.text for chunk in done]
         for chunk in chunks(model, tokenizer, beginning, settings, trained_on, written):
             print(chunk.chosen.text, end="", flush=True)
-            done.append(asdict(chunk))
+            done.append(chunk)
             write()  # after each, so that an interrupted run continues where it was
             bar.update(words() - bar.n)
             if words() >= args.words:
@@ -441,7 +446,7 @@ def main() -> None:
         f"{len(done)} chunks, each the best of {args.candidates} or more. Record: {target.name}."
     )
     write_epub(target.with_suffix(".epub"), "La suite", note, text().strip() + "\n")
-    drawn = sum(len(chunk["candidates"]) for chunk in done) * args.chunk_tokens
+    drawn = sum(len(chunk.candidates) for chunk in done) * args.chunk_tokens
     spent = seconds + time.perf_counter() - started
     print(
         f"\n\n{words()} words in {len(done)} chunks, {record['chunks_with_faults']} of which break a rule: "

@@ -248,11 +248,11 @@ def test_a_text_is_the_same_killed_and_resumed_or_begun_again(place):
     again = write("--fresh", words=150)
     assert (again["sha256"], again["chunks"]) == (done["sha256"], done["chunks"])
     # A record that cannot be read is named and kept.
-    torn = path.read_text()[:100]
-    path.write_text(torn)
-    with pytest.raises(BadInput, match="is damaged"):
-        write(words=5)
-    assert path.read_text() == torn
+    for damaged in (path.read_text()[:100], json.dumps(done | {"chunks": [{"chosen": 1}]})):
+        path.write_text(damaged)
+        with pytest.raises(BadInput, match="is damaged"):
+            write(words=5)
+        assert path.read_text() == damaged
 
 
 def test_from_a_sentence_a_file_and_without_the_book(place, capsys):
