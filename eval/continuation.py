@@ -62,6 +62,7 @@ TEXT_VERSION = 1  # raise it when the same seed gives another text: a text of an
 ATTEMPTS = 3  # batches of candidates for one chunk
 SHORT = 1 / 3  # of the tokens drawn: fewer left by the cut at a sentence, and their mean likelihood says little
 LEAST_CONTEXT = 64  # tokens of text that a window must have room for
+NOT_IN_XML = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # a token of one byte may be one of these
 CHAPTER = 2_000  # words, about: a chapter ends with the paragraph that reaches them
 
 
@@ -285,7 +286,7 @@ def write_epub(path: Path, title: str, note: str, text: str, words: int = CHAPTE
     book.set_stylesheet("p { margin: 0; text-indent: 1.2em; text-align: justify } h1 { text-align: center }")
 
     def page(name: str, parts: list[str], language: str) -> None:
-        body = "".join(f"<p>{html.escape(part)}</p>" for part in parts)
+        body = "".join(f"<p>{html.escape(NOT_IN_XML.sub('', part))}</p>" for part in parts)
         book.add_page(name, f'<section lang="{language}" xml:lang="{language}"><h1>{name}</h1>{body}</section>')
 
     for number, parts in enumerate(chapters(text, words), 1):
