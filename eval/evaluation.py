@@ -280,6 +280,8 @@ def main() -> None:
     where = environment(args.device, args.dtype)
     hashes = {row.name: {str(path): hashed(path) for path in files_of(row)} for row in chosen}
     gates = {row.name: gate(row, hashes[row.name]) for row in chosen}
+    trained = {row.name: row.stage for row in chosen if row.stage and not row.form}
+    training = {name: logs.training_log(stage.output_dir) for name, stage in trained.items()}
     same_for_all = [settings, described, prompts, where["versions"], SCORES_VERSION, *asked]
     inputs = {
         row.name: digest([same_for_all, row.form, row.quantization, sorted(hashes[row.name].values())])
@@ -314,18 +316,17 @@ def main() -> None:
         stages: dict[str, Any] = {r.name: others.get(r.name) for r in rows if r.name in known or not r.form}
         for row in chosen:
             if row.name in measured:
-                trained = None if row.form else row.stage
                 stages[row.name] = {
                     **measured[row.name],
                     "inputs": inputs[row.name],
                     "parent": row.parent,
                     "form": row.form,
-                    "recipe": trained.recipe.name if trained else None,
+                    "recipe": trained[row.name].recipe.name if row.name in trained else None,
                     "model": str(row.model),
                     "adapter": str(row.adapter) if row.adapter else None,
                     "weights": hashes[row.name],
                     "gate": gates[row.name],
-                    "training": logs.training_log(trained.output_dir) if trained else None,
+                    "training": training.get(row.name),
                 }
         result = {
             "format": 1,

@@ -618,6 +618,11 @@ def other_modules(place: Path) -> None:
     save_file({**tensors, key.replace("layers.0.", "layers.7."): tensors[key].clone()}, path)
 
 
+def torn_log(place: Path) -> None:
+    (place / "outputs/2a/checkpoint-4").mkdir()
+    (place / "outputs/2a/checkpoint-4/trainer_state.json").write_text('{"global_st')
+
+
 def no_bos(place: Path) -> None:
     path = place / "models/base/tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -641,6 +646,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (lambda p: (p / "data/2b.heldout.jsonl").write_text(""), [], "2b.heldout.jsonl is empty"),
         (lambda p: (p / "data/2b.heldout.jsonl").write_text('{"text": " "}\n'), [], "line 1: no text"),
         (lambda p: (p / "data/2c.txt").unlink(), [], "data/2c.txt is missing"),
+        (torn_log, [], "trainer_state.json is damaged; train the stage again"),
         (no_bos, [], "no BOS token"),
         (long_prompt, ["--prompts", "prompts.yml"], "more than the 2048"),
         (prompts("- K. ouvrit la porte."), ["--prompts", "prompts.yml"], "this one has not: K. ouvrit la porte."),
