@@ -240,10 +240,8 @@ def load_adapter(model: PreTrainedModel, row: Candidate, tokenizer: Tokenizer) -
     Raises BadInput when it was trained on another base or another vocabulary, or is not whole.
     """
     assert row.adapter
-    if has_tokenizer(row.adapter):
-        vocabulary = AutoTokenizer.from_pretrained(row.adapter, local_files_only=True).get_vocab()
-        if vocabulary != tokenizer.get_vocab():
-            raise BadInput(f"adapter {row.adapter} was trained with another vocabulary than {row.model} has")
+    if has_tokenizer(row.adapter) and load_tokenizer(row.adapter).get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"adapter {row.adapter} was trained with another vocabulary than {row.model} has")
     try:
         adapted = PeftModel.from_pretrained(model, row.adapter)
     except Exception as error:  # PEFT, safetensors and json each raise their own on a torn file

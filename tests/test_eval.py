@@ -656,6 +656,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
         (other_modules, ["--stages", "2b"], "2b does not fit outputs/2a: 1 of its tensors"),
         (lambda p: save_gpt2_like(p / "outputs/2b"), ["--stages", "2b"], "another vocabulary"),
+        (lambda p: (p / "outputs/2b/tokenizer.json").write_text("{"), ["--stages", "2b"], "tokenizer of outputs/2b"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(place, monkeypatch, spoil, arguments, message):
