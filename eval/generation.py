@@ -19,14 +19,15 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
 
     A question is {name, question}, and `answer` where there is one (eval/questions.py).
 
-    Raises BadInput when the file, or one it names, is missing or empty, or when an entry says something else.
+    Raises BadInput when the file, or one it names, is missing, empty or no UTF-8 text, when an entry says something else, or
+    when two have one name.
     """
     if not path.is_file():
         raise BadInput(f"no prompt file {path} (looked from {Path.cwd()})")
     entries = read_yaml(path)
     if not entries or not isinstance(entries, list):
         raise BadInput(f"{path} holds no prompts: a list of {{name, text}} is expected")
-    prompts = []
+    prompts: list[dict[str, str]] = []
     for entry in entries:
         given = dict(entry) if isinstance(entry, dict) else {}
         if isinstance(given.get("words"), int) and "tail_of" in given:
@@ -44,6 +45,8 @@ def load_prompts(path: Path) -> list[dict[str, str]]:
                 f"{path}: a prompt has a name and a text, a question (and an answer), or tail_of and words, numbers in quotes; "
                 f"this one has not: {entry}"
             )
+        if prompt["name"] in {other["name"] for other in prompts}:  # a sample has no more than the name of its prompt
+            raise BadInput(f"{path}: two prompts have the name {prompt['name']}")
         prompts.append(prompt)
     return prompts
 

@@ -652,6 +652,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (prompts("- K. ouvrit la porte."), ["--prompts", "prompts.yml"], "this one has not: K. ouvrit la porte."),
         (prompts("- {name: s, tail_of: data/2c.txt}"), ["--prompts", "prompts.yml"], "tail_of and words"),
         (prompts("- {name: a, question: 'Combien ?', answer: 9}"), ["--prompts", "prompts.yml"], "numbers in quotes"),
+        (prompts("- {name: a, text: Il}\n- {name: a, text: Un}"), ["--prompts", "prompts.yml"], "have the name a"),
         (prompts("- {name: a, question: 'Combien ?'}"), ["--prompts", "prompts.yml"], "has no chat template"),
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
         (other_modules, ["--stages", "2b"], "2b does not fit outputs/2a: 1 of its tensors"),
