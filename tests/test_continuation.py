@@ -51,33 +51,9 @@ def write(*arguments: str, words: int = 60) -> dict[str, Any]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        (" Il vint. Puis il", " Il vint."),
-        (" Il vit K. et M. Klamm sans", ""),
-        (" Il dit : « Venez ! » et", " Il dit : « Venez ! »"),
-        ("\n\n— Oui ?\n\n— Non, fit", "\n\n— Oui ?"),
-        (" 3.14 fois MM. Durand...", " 3.14 fois MM. Durand..."),
-    ],
-)
-def test_a_chunk_ends_at_a_sentence(text, kept):
-    assert continuation.cut(text) == kept
-
-
 def test_chunks_join_as_prose():
     assert continuation.tidy(" Il vint. \n — Oui.\n\n\n— Non. ", "Fin.") == " Il vint.\n\n— Oui.\n\n— Non."
     assert continuation.tidy("Il vint.", "Fin.") == " Il vint." and continuation.tidy("ment.", "lente") == "ment."
-
-
-def test_chapters_end_at_paragraphs_and_lose_nothing():
-    text = "\n\n".join(f"mot {'x ' * 48}fin{i}." for i in range(11))  # 50 words each
-    parts = continuation.chapters(text, words=120)
-    assert [len(part) for part in parts] == [3, 3, 3, 2]
-    assert list(itertools.chain(*parts)) == text.split("\n\n")
-    assert [len(part) for part in continuation.chapters(text, words=500)] == [11]  # 50 words are no chapter
-    ten = text.rpartition("\n\n")[0]
-    assert [len(part) for part in continuation.chapters(ten, words=120)] == [3, 3, 3, 1]  # a quarter of one is
 
 
 # --- the window -------------------------------------------------------------------------------------------------------
@@ -183,9 +159,9 @@ def test_rules_are_seen_broken(tokenizer, text, more, faults):
 
 
 def test_the_mean_is_over_the_tokens_kept(tokenizer):
-    drawn = judge(tokenizer, " Le vent tomba. Puis il")
-    kept = len(tokenizer.encode("Il neigeait. Le vent tomba.")) - len(tokenizer.encode("Il neigeait."))
-    assert drawn.text == " Le vent tomba." and drawn.tokens == kept
+    drawn = judge(tokenizer, " Le vent tomba. « Oui ! » Puis il")
+    kept = len(tokenizer.encode("Il neigeait. Le vent tomba. « Oui ! »")) - len(tokenizer.encode("Il neigeait."))
+    assert drawn.text == " Le vent tomba. « Oui ! »" and drawn.tokens == kept
     assert drawn.log_probability == pytest.approx(-(kept - 1) / 2)
 
 
@@ -279,18 +255,23 @@ def test_another_seed_stage_or_weight_writes_another_text(place):
 
 
 def test_the_epub_holds_the_text_in_chapters(tmp_path):
-    text = "\n\n".join(f"— Un & deux <{i}> {'mot ' * 45}." for i in range(3))
-    given = text.replace(">", ">\x0b\0")  # XML has no place for these
-    continuation.write_epub(tmp_path / "book.epub", "La suite", "A note.", given, words=40)
-    with zipfile.ZipFile(tmp_path / "book.epub") as archive:
-        assert archive.namelist()[0] == "mimetype" and archive.read("mimetype") == b"application/epub+zip"
-        package = archive.read("EPUB/package.opf").decode()
-        ElementTree.fromstring(package)
-        pages = sorted(name for name in archive.namelist() if name.startswith("EPUB/page"))
-        trees = [ElementTree.fromstring(archive.read(name)) for name in pages]
-    assert "<dc:language>fr</dc:language>" in package
-    read = [[p.text for p in tree.iter("{http://www.w3.org/1999/xhtml}p")] for tree in trees]
-    assert read == [*([part] for part in continuation.paragraphs(text)), ["A note."]]
+    """They end at paragraphs, of 50 words each here; a last one of less than a quarter of a chapter joins the one before."""
+    path = tmp_path / "book.epub"
+    for count, words, sizes in ((10, 120, [3, 3, 3, 1]), (11, 500, [11]), (11, 120, [3, 3, 3, 2])):
+        text = "\n\n".join(f"— Un & deux <{i}> {'mot ' * 44}." for i in range(count))
+        given = text.replace(">", ">\x0b\0")  # XML has no place for these
+        continuation.write_epub(path, "La suite", "A note.", given, words)
+        with zipfile.ZipFile(path) as archive:
+            assert archive.namelist()[0] == "mimetype" and archive.read("mimetype") == b"application/epub+zip"
+            package = archive.read("EPUB/package.opf").decode()
+            ElementTree.fromstring(package)
+            pages = sorted(name for name in archive.namelist() if name.startswith("EPUB/page"))
+            trees = [ElementTree.fromstring(archive.read(name)) for name in pages]
+        assert "<dc:language>fr</dc:language>" in package
+        read = [[p.text for p in tree.iter("{http://www.w3.org/1999/xhtml}p")] for tree in trees]
+        assert [len(parts) for parts in read] == [*sizes, 1]
+        assert list(itertools.chain(*read)) == [*continuation.paragraphs(text), "A note."]
+    made = path.read_bytes()
     time.sleep(1.1)  # zip files hold times: the same text gives the same bytes
-    continuation.write_epub(tmp_path / "again.epub", "La suite", "A note.", given, words=40)
-    assert (tmp_path / "again.epub").read_bytes() == (tmp_path / "book.epub").read_bytes()
+    continuation.write_epub(path, "La suite", "A note.", given, words)
+    assert path.read_bytes() == made

@@ -68,6 +68,7 @@ def test_dialogue_is_a_share_of_words(text, share):
         ("K. vit M. Klamm. Il dit : « Venez ! » Puis rien\n\n— Oui. Non... Et puis il", [4, 3, 2, 1, 1]),
         ("Il dit : « Non. » MM. Durand et Klamm vinrent… Oui. Et", [3, 5, 1]),
         ("Il vint.\n\n...\n\nNon. Et", [2, 1]),  # dots alone are no sentence
+        ("Vint-il 3.14 fois ? Et", [3]),
     ],
 )
 def test_sentences_are_whole(text, lengths):
