@@ -497,10 +497,9 @@ def test_signs_in_a_sample_are_text_and_its_copy_is_marked(tmp_path):
     assert "\n> \\*Il\\* dit \\<b\\> & «" in page.read_text(encoding="utf-8")
 
 
-def test_the_pages_of_a_copy_are_beside_those_of_the_original(tmp_path, monkeypatch):
+def test_the_pages_of_a_copy_are_beside_those_of_the_original(tmp_path):
     shutil.copy(DEMO, tmp_path / "my copy (2).json")
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "my copy (2).json")])
-    report.main()
+    call_main(report, tmp_path / "my copy (2).json")
     assert all(path.name.startswith("my copy (2).") for path in tmp_path.iterdir())
     page = (tmp_path / "my copy (2).md").read_text(encoding="utf-8")
     assert "# Evaluation: my copy (2)\n" in page and "](my%20copy%20%282%29.bpb.svg)" in page
