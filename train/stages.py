@@ -71,9 +71,14 @@ def load_recipe(path: Path) -> dict[str, Any]:
     missing = [key for key in ("base_model", "output_dir", "datasets") if not config.get(key)]
     if missing:
         raise BadInput(f"{path} has no {', '.join(missing)}")
+    for key in ("base_model", "lora_model_dir", "output_dir"):
+        if not isinstance(config.get(key) or "", str):
+            raise BadInput(f"{path}: {key} must be the path of a folder")
     for key in ("datasets", "test_datasets"):
         entries = config.get(key) or []
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "path" in entry for entry in entries):
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in entries
+        ):
             raise BadInput(f"{path}: {key} must be a list of mappings, each with a path")
     return config
 
@@ -83,7 +88,8 @@ def load_chain(recipes: Path, curriculum: str = "") -> list[Stage]:
 
     Raises BadInput if there are none, two recipes with one output, or recipes that build on each other in a circle.
     """
-    configs = {path: load_recipe(path) for path in sorted(recipes.glob(f"{curriculum}*.yml"))}
+    files = sorted(path for path in recipes.glob("*.yml") if path.name.startswith(curriculum))
+    configs = {path: load_recipe(path) for path in files}
     if not configs:
         raise BadInput(f"no recipe ({curriculum}*.yml) in {recipes.absolute()}")
     made_by: dict[Path, str] = {}
