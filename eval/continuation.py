@@ -364,8 +364,8 @@ def parse() -> argparse.Namespace:
     option("--out", type=Path, default=Path("outputs/continuation"), help="folder of what is written")
     option("--fresh", action="store_true", help="begin again, whatever has been written")
     args = models.parse(parser)
-    if args.keep < 0 or args.seed < 0:
-        parser.error("--keep and --seed must not be below 0")
+    if args.keep < 0:
+        parser.error("--keep must not be below 0")
     return args
 
 

@@ -174,6 +174,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     option("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     args = parser.parse_args()
+    if not 0 <= args.seed < 2**63:
+        parser.error("--seed must be from 0 to 2**63 - 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch finds no CUDA device here; use --device cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")

@@ -149,6 +149,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     (f"{EVALUATE} --recipes nowhere", nothing, "no recipe"),
     (f"{EVALUATE} --stages 9z", nothing, "no stage 9z"),
     (f"{EVALUATE} --device cuda", nothing, "finds no CUDA device"),
+    (f"{EVALUATE} --seed {2**64}", nothing, "--seed must be"),
     (f"{EVALUATE} --prompts nowhere.yml", nothing, "nowhere.yml"),
     (f"{EVALUATE} --prompts given.yml", write("given.yml", "text: Il neigeait."), "given.yml"),
     (f"{EVALUATE} --prompts given.yml", write("given.yml", b"\xff\xfe"), "given.yml"),
