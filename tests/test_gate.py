@@ -311,10 +311,14 @@ def test_a_verdict_does_not_hold_for_other_files(trained: None, change: Callable
 
 def test_the_tokenizer_of_the_rows_must_be_the_models(trained: None) -> None:
     gate.check_ready(CHAIN["2c"], STAGES)
+    tokenizer = Path("models/base/tokenizer.json")
     Path("models/base/config.json").write_text('{"vocab_size": 49}')
-    with pytest.raises(BadInput, match="a token 49, but the model's vocabulary is 49"):
-        gate.check_ready(CHAIN["2c"], STAGES)
-    Path("models/base/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    unigram = {"model": {"vocab": [["", 0.0]] * 50}}
+    for settings in (json.loads(tokenizer.read_text()), unigram):
+        tokenizer.write_text(json.dumps(settings))
+        with pytest.raises(BadInput, match="a token 49, but the model's vocabulary is 49"):
+            gate.check_ready(CHAIN["2c"], STAGES)
+    tokenizer.write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
     with pytest.raises(BadInput, match=r"another tokenizer .*`make prep-c`"):
         gate.check_ready(CHAIN["2c"], STAGES)
 

@@ -196,12 +196,14 @@ def check_tokenizer(stage: Stage, chain: list[Stage]) -> None:
     """The tokenizer that the rows were cut with is the base model's, and fits its vocabulary. Raises BadInput."""
     base = line_of(stage.name, chain)[0].base_model
     tokenizer, remedy = base / "tokenizer.json", "`make data` collects the base model"
-    # added_tokens has the added tokens of tokenizer_config.json too.
-    highest = read_json(
-        tokenizer,
-        remedy,
-        lambda said: max([*said["model"]["vocab"].values(), *(token["id"] for token in said.get("added_tokens", []))]),
-    )
+
+    def highest_id(said: dict[str, Any]) -> int:
+        vocab = said["model"]["vocab"]
+        ids = range(len(vocab)) if isinstance(vocab, list) else vocab.values()  # a list is Unigram's
+        # added_tokens has the added tokens of tokenizer_config.json too.
+        return max([*ids, *(token["id"] for token in said.get("added_tokens", []))])
+
+    highest = read_json(tokenizer, remedy, highest_id)
     vocabulary = read_json(base / "config.json", remedy, lambda config: config["vocab_size"])
     if highest >= vocabulary:
         raise BadInput(f"{base}: the tokenizer has a token {highest}, but the model's vocabulary is {vocabulary}")
