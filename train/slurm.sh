@@ -4,7 +4,7 @@
 set -euo pipefail
 export AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-program='import sys; from train.stage import *; print(*as_arguments(load_profile(*sys.argv[1:])[1]), sep="\n")'
+program='import sys; from train.stage import *; run(lambda: print(*as_arguments(load_profile(*sys.argv[1:])[1]), sep="\n"))'
 overrides=$(.venv/bin/python -c "$program" "$2" "$1") # a profile that does not exist ends the job
 mapfile -t overrides < <(printf %s "$overrides")
 srun .venv/bin/torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --rdzv-id "$SLURM_JOB_ID" \
