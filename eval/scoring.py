@@ -83,7 +83,13 @@ class TokenScorer(HFLM):
             for first in range(0, len(order), self.batch_size):
                 batch = order[first : first + self.batch_size]
                 inputs, targets = map(list, zip(*(windows[key] for key in batch), strict=True))
-                scored |= zip(batch, self.batch_logprobs(inputs, targets), strict=True)
+                logprobs = self.batch_logprobs(inputs, targets)
+                if not np.isfinite(np.concatenate(logprobs)).all():
+                    raise BadInput(
+                        f"{self.label} predicts NaN: its training diverged, or float16 overflows; train it again, take another "
+                        "--dtype, or leave it out with --stages"
+                    )
+                scored |= zip(batch, logprobs, strict=True)
                 bar.update(sum(map(len, targets)))
         return scored
 

@@ -634,6 +634,12 @@ def long_prompt(place: Path) -> None:
     (place / "prompts.yml").write_text("- {name: long, tail_of: data/2c.txt, words: 4000}\n")
 
 
+def diverged(place: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(place / "models/base")
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    model.save_pretrained(place / "outputs/2a")
+
+
 def prompts(text: str) -> Callable[[Path], Any]:
     return lambda place: (place / "prompts.yml").write_text(text)
 
@@ -653,6 +659,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (prompts("- {name: a, question: 'Combien ?', answer: 9}"), ["--prompts", "prompts.yml"], "numbers in quotes"),
         (prompts("- {name: a, text: Il}\n- {name: a, text: Un}"), ["--prompts", "prompts.yml"], "have the name a"),
         (prompts("- {name: a, question: 'Combien ?'}"), ["--prompts", "prompts.yml"], "has no chat template"),
+        (diverged, ["--stages", "2a"], "2a predicts NaN"),
         (other_shape, ["--stages", "2b"], "does not fit outputs/2a"),
         (other_modules, ["--stages", "2b"], "2b does not fit outputs/2a: 1 of its tensors"),
         (lambda p: save_gpt2_like(p / "outputs/2b"), ["--stages", "2b"], "another vocabulary"),
