@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_curriculum import call_main
 
 from eval import generation
 from eval.tasks.texts import once
@@ -28,8 +28,7 @@ def novel(place: Path) -> Path:
 def draw(*arguments: str) -> list[dict[str, str]]:
     """Run prep/pairs.py as from the command line; the pairs."""
     sizes = ["--pairs", "6", "--prompt-words", "12", "--words", "8", "--device", "cpu"]
-    sys.argv = ["pairs.py", *sizes, *arguments]
-    pairs.main()
+    call_main(pairs, *sizes, *arguments)
     return [json.loads(line) for line in OUT.read_text(encoding="utf-8").splitlines()]
 
 
