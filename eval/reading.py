@@ -137,7 +137,7 @@ def draw(evidence: dict[str, Any], args: argparse.Namespace) -> Reading:
         if ELSEWHERE in pair:
             texts[number][ELSEWHERE] = [found.pop()[1]]
 
-    rows = [row for row in models.candidates(load_chain(args.recipes, args.curriculum)) if row.name in stages]
+    rows = models.present(models.candidates(load_chain(args.recipes, args.curriculum)), stages)
     for row in rows:
         if wrong := changed(Path(), evidence["stages"][row.name]["weights"]):
             raise BadInput(f"{wrong[0]} is not what report {evidence['run']} measured: run the evaluation again")
@@ -295,6 +295,8 @@ def main() -> None:
     option("--pairs", type=positive, default=40, help="fewer where the held-out block is short (default %(default)s)")
     option("--words", type=positive, default=100, help="of a passage; the lines are half as long (default %(default)s)")
     args = models.parse(parser)
+    if args.pairs < FEWEST:
+        parser.error(f"--pairs must be at least {FEWEST}")
     target = args.out / f"{args.run}.json"
     lock(target)
     evidence = report.load(target)

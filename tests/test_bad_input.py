@@ -176,6 +176,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     ("eval/report.py nowhere.json", nothing, "nowhere.json"),
     ("eval/report.py given.json", write("given.json", "{"), "given.json"),
     ("eval/report.py given.json", write("given.json", '{"format": 1}'), "given.json"),
+    ("eval/reading.py --run x --pairs 5", nothing, "--pairs must be at least 10"),
     ("eval/compare.py full other", nothing, "full.json is missing"),
     # continuing and exporting
     (f"{CONTINUE} --stage 9z", nothing, "9z"),

@@ -206,6 +206,9 @@ def test_bad_input_is_one_line(drawn: dict[str, Any]) -> None:
     seen = {"novel_heldout": heldout, "novel_train": heldout}  # a model that was trained on what is held out
     refused(whole | {"tasks": seen}, "too short for 10 pairs: 0 passages of 50 words", "--words", "50")
     refused(whole | {"tasks": {"novel_heldout": heldout}}, "report tiny has no task novel_train")
+    Path("one").mkdir()
+    shutil.copy("recipes/2a.yml", "one")
+    refused(whole, "no stage 2b, 2c in the recipes; there are: base, 2a", "--recipes", "one")
     Path("outputs/2a/model.safetensors").write_bytes(b"")
     refused(whole, r"2a/model\.safetensors is not what report tiny measured")
     Path("data/2c.heldout.jsonl").write_text('{"text": "Il neigeait."}\n')
