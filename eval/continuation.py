@@ -426,21 +426,26 @@ def main() -> None:
         return record
 
     print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}{text()}", end="", flush=True)
-    if words() < args.words:
-        _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
-        tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.chunk_tokens
-        if args.source and tokens > room:
-            print(f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)
-        bar = tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty())
-        written = [chunk.chosen.text for chunk in done]
-        for chunk in chunks(model, tokenizer, beginning, settings, trained_on, written):
-            print(chunk.chosen.text, end="", flush=True)
-            done.append(chunk)
-            write()  # after each, so that an interrupted run continues where it was
-            bar.update(words() - bar.n)
-            if words() >= args.words:
-                break
-        bar.close()
+    try:
+        if words() < args.words:
+            _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
+            tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.chunk_tokens
+            if args.source and tokens > room:
+                print(
+                    f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr
+                )
+            bar = tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty())
+            written = [chunk.chosen.text for chunk in done]
+            for chunk in chunks(model, tokenizer, beginning, settings, trained_on, written):
+                print(chunk.chosen.text, end="", flush=True)
+                done.append(chunk)
+                write()  # after each, so that an interrupted run continues where it was
+                bar.update(words() - bar.n)
+                if words() >= args.words:
+                    break
+            bar.close()
+    finally:
+        print()  # so that an error has a line of its own
     record = write()
     note = (
         f"Written by a language model, stage {row.name} of a chain of recipes, seed {args.seed}, going on from {source}. "
@@ -450,7 +455,7 @@ def main() -> None:
     drawn = sum(len(chunk.candidates) for chunk in done) * args.chunk_tokens
     spent = seconds + time.perf_counter() - started
     print(
-        f"\n\n{words()} words in {len(done)} chunks, {record['chunks_with_faults']} of which break a rule: "
+        f"\n{words()} words in {len(done)} chunks, {record['chunks_with_faults']} of which break a rule: "
         f"{target.with_suffix('')}.txt, .epub, .json\n{spent:.0f} s, {drawn / spent:.0f} tokens/s drawn, "
         f"{words() / spent:.1f} words/s kept"
     )
