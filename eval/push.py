@@ -34,7 +34,7 @@ def load(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"steps": {}, "rights": "", "license": "other", "memorised": None}
     try:
         return record | json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return record
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         raise BadInput(f"{args.repo!r} is no repository: give OWNER/NAME")
     folder, again = EXPORTS / args.stage, f"export {args.stage} again (make export)"
     record = load(folder)
-    if not (folder / SUMS).is_file() or (folder / SUMS).read_text(encoding="utf-8") != sums(record):
+    if not (folder / SUMS).is_file() or (folder / SUMS).read_bytes() != sums(record).encode():
         raise BadInput(f"{folder} is no finished export; {again}")
     lock(folder)
     files = {**files_of(record), SUMS: hashed(folder / SUMS)}

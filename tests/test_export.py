@@ -254,5 +254,8 @@ def test_what_is_not_pushed(push: Callable, hub: Hub, tmp_path: Path) -> None:
     assert "nothing was sent" in push("you/name", "--despite-memorisation")
     (folder.path / "2c-F16.gguf").write_text("changed")
     assert "not what was exported" in push(refused=True)
+    for name, damaged in ((SUMS, b"\xff"), ("export.json", b"[]")):
+        (folder.path / name).write_bytes(damaged)
+        assert "no finished export" in push(refused=True)
     (folder.path / SUMS).unlink()
     assert "no finished export" in push(refused=True)
