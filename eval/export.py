@@ -77,7 +77,7 @@ class Folder:
 
         Nothing is done when the same inputs made the files that are here. Raises BadInput when the disk is too small.
         """
-        done = self.record["steps"].get(name, {"inputs": None})
+        done = self.record["steps"].get(name, {"inputs": None, "files": {}})
         if done["inputs"] == digest(inputs) and not changed(self.path, done["files"]):
             print(f"{name}: unchanged")
             return
@@ -96,6 +96,8 @@ class Folder:
                 path.chmod(0o644)  # safetensors makes it 0600
                 (self.path / file).parent.mkdir(exist_ok=True)
                 path.replace(self.path / file)
+            for file in done["files"].keys() - files.keys():  # a chat template, say, that the stage has no more
+                (self.path / file).unlink(missing_ok=True)
         finally:
             shutil.rmtree(part, ignore_errors=True)
         self.save()

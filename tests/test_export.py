@@ -139,6 +139,8 @@ def test_a_step_is_made_once_whole_and_again_when_its_inputs_or_files_change(tmp
     def step(inputs: Any, text: str) -> None:
         def write(target: Path) -> None:
             (target / "a").write_text(text)
+            if text == "one":
+                (target / "b").write_text(text)
             made.append(text)
             if text == "broken":
                 raise BadInput("the second file fails")
@@ -150,6 +152,7 @@ def test_a_step_is_made_once_whole_and_again_when_its_inputs_or_files_change(tmp
     (tmp_path / "x" / SUMS).write_text("whole")
     step(2, "two")
     assert made == ["one", "two"] and (tmp_path / "x" / SUMS).exists()
+    assert not (tmp_path / "x/b").exists()  # which it makes no more
     with pytest.raises(BadInput):
         step(3, "broken")
     assert (tmp_path / "x/a").read_text() == "two" and not (tmp_path / "x/.part").exists()
