@@ -650,6 +650,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (lambda p: (p / "eval").write_text(""), [], "File exists|Not a directory"),
         (lambda p: (p / "data/2b.heldout.jsonl").write_text(""), [], "2b.heldout.jsonl is empty"),
         (lambda p: (p / "data/2b.heldout.jsonl").write_text('{"text": " "}\n'), [], "line 1: no text"),
+        (lambda p: (p / "data/2b.heldout.jsonl").write_text('{"text": "\\ud83d"}'), [], "line 1: not whole JSON"),
         (lambda p: (p / "data/2c.txt").unlink(), [], "data/2c.txt is missing"),
         (torn_log, [], "trainer_state.json is damaged; train the stage again"),
         (no_bos, [], "no BOS token"),

@@ -7,11 +7,11 @@ one row a document, with `text`, `source` (the work it comes from) and `part` (w
 import heapq
 import importlib
 import inspect
-import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import orjson
 from datasets import Dataset
 
 from prep.common import BadInput
@@ -80,8 +80,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
-        except ValueError as error:  # no JSON, or no UTF-8
+            row = orjson.loads(line)
+        except ValueError as error:  # no JSON, no UTF-8, or half a pair of surrogates
             raise BadInput(f"{path}, line {number}: not whole JSON ({error}); prepare it again") from error
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
