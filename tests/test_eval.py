@@ -482,6 +482,8 @@ def test_a_damaged_report_and_one_of_another_version_are_refused():
     demo = report.load(DEMO)
     with pytest.raises(BadInput, match="format"):
         report.check(demo | {"format": 2}, DEMO)
+    with pytest.raises(BadInput, match="arguments: 'decoding' is a required"):
+        report.check(demo | {"arguments": {}}, DEMO)
     del demo["stages"]["2a"]["scores"]["code"]["bits_per_byte"]
     with pytest.raises(BadInput, match=r"stages\.2a"):
         report.check(demo, DEMO)
