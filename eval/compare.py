@@ -38,7 +38,7 @@ def curve(report: dict[str, Any]) -> list[Point]:
 
 
 def draw_losses(reports: Sequence[dict[str, Any]]) -> Figure | None:
-    """Every run's losses on one axis, a colour a run; None when no run logged a loss with its tokens."""
+    """Every run's losses on one axis, a colour a run; None when no run logged a loss."""
     series = {each["run"]: points for each in reports if (points := curve(each))}
     if not series:
         return None
