@@ -1,9 +1,8 @@
 """Models -> reports."""
 
-import logging
+import prep.command  # noqa: F401 (silences libraries in the notebook too)
+
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Where a processor has avx512_bf16, bitsandbytes warns that it found no kernel on the hub; train/dequantise.py does without.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

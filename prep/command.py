@@ -5,14 +5,17 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from prep.common import ROOT, BadInput
 
-# torchao names each CUDA kernel that a CPU cannot load, and torch a deprecation in torchao: neither is the user's.
-for _name in ("torchao", "torch.utils._pytree"):
+# torchao names each CUDA kernel that a CPU cannot load, torch a deprecation in torchao, and where a processor has avx512_bf16
+# bitsandbytes a kernel that it does not find on the hub (train/dequantise.py does without): none is the user's.
+for _name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
     logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "Skipping publisher trust check")  # of that kernel
 
 # Until `run` reports it, Ctrl-C ends one of our scripts as the shell expects; Python would print where its imports were.
 # Not where it is ignored (nohup), nor in pytest, Axolotl and the workers of a script, which import this as well.

@@ -21,11 +21,14 @@ from prep.command import run
 import argparse
 import functools
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything read is a local file
 
 import torch
 from peft import LoraConfig, get_peft_model
