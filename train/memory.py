@@ -424,7 +424,7 @@ def main() -> None:
                 planned[base][name] = recipe, plan(load_config(base), recipe)
             except KeyError as error:
                 raise BadInput(f"{name} has no {error}, which the plan needs") from error
-            except BadInput as error:
+            except (BadInput, ValueError) as error:  # PEFT's of what no adapter can be made of
                 raise BadInput(f"{name}: {error}") from error
     print(f"A card keeps {RESERVED / GIB:.0f} GiB for its driver and a desktop. Planned, not measured.")
     for base, plans in planned.items():
