@@ -28,7 +28,7 @@ from typing import Any
 
 from eval import generation, intervals, logs, metrics, models, questions, reading, report, scoring
 from eval.models import environment, files_of
-from eval.tasks.texts import read_rows
+from eval.tasks.texts import once, read_rows
 from prep.common import BadInput, changed, digest, hashed, lock, positive, read_json, run_name, write_json
 from train.stages import load_chain
 
@@ -147,14 +147,14 @@ def rows_of(path: str | None) -> list[dict[str, str]]:
 
 def styles(stages: dict[str, Any], paths: dict[str, str | None]) -> dict[str, Any] | None:
     """The manner of each stage's samples beside the books'; None when the novel's training text is not among the tasks."""
-    if "novel_train" not in paths:
+    if not (novel := paths.get("novel_train")):
         return None
     works: dict[str, list[str]] = {}
     for row in rows_of(paths.get("gallica_heldout")):
         works.setdefault(row["source"], []).append(row["text"])
     return metrics.style(
         {name: [s["text"] for s in stage["samples"]] for name, stage in stages.items() if stage and stage["samples"]},
-        "\n\n".join(row["text"] for row in rows_of(paths["novel_train"])),
+        "\n\n".join(once(Path(novel))),
         "\n\n".join(row["text"] for row in rows_of(paths.get("novel_heldout"))) or None,
         {source: "\n\n".join(texts) for source, texts in works.items()},
         models.BASE,

@@ -443,6 +443,8 @@ def test_a_report_holds_every_stage_gives_its_pages_and_is_continued(place, caps
         assert list(stage["scores"]) == ["gallica_heldout", "novel_heldout", "novel_train", "english", "code"]
         assert len(stage["samples"]) == (0 if stage["form"] else 2 * len(evaluated["prompts"]))
         assert f"{stage['scores']['code']['bits_per_byte']:.3f}" in page and f"**{name}**" in page
+    # The rows overlap, as those of the novel's four phases do.
+    assert evaluated["style"]["the novel"]["words"] == sum(len(metrics.words(tale)) for tale in tales()[3:5])
     alone.mkdir()
     shutil.copy("eval/reports/tiny.json", alone)
     with contextlib.chdir(alone):
