@@ -77,8 +77,8 @@ def paired(reports: Sequence[dict[str, Any]]) -> Table:
     for name, before in measured(first).items():
         for each in reports[1:]:
             after = measured(each).get(name)
-            texts = each["tasks"]
-            same = [task for task in first["tasks"] if after and first["tasks"][task] == texts.get(task)]
+            texts = {task: told["text_sha256"] for task, told in each["tasks"].items()}
+            same = [task for task, told in first["tasks"].items() if after and told["text_sha256"] == texts.get(task)]
             sides = [{task: stage["scores"][task]["documents"] for task in same} for stage in (before, after) if stage]
             cells = [changed(intervals.difference(*(side[t] for side in sides)) if t in same else None) for t in tasks]
             if asked:

@@ -57,6 +57,7 @@ def test_runs_are_paired_and_so_are_answers(reports):
     [(prompt, written)] = compare.answers(reports)  # side by side
     assert prompt == {"name": "q", "text": "?"} and len(written) == 24 and written[12]["text"] == "Réponse 0"
     assert [each["label"].split(",")[0] for each in written[11:13]] == ["small: base", "large: base"]
+    large["tasks"]["novel_heldout"]["path"] = "elsewhere/2c.heldout.jsonl"  # of the same text
     cells = cells_of(compare.paired(reports), "base: large - small")
     bits = small["stages"]["base"]["scores"]["novel_heldout"]["bits_per_byte"]
     assert cells["novel_heldout"].startswith(f"{0.1 * bits:+.3f} [+") and cells["novel_heldout"].endswith("] *")
