@@ -443,7 +443,8 @@ def main() -> None:
 
     book = commands.add_parser("book", help="the novel of the last stage", description=collect_book.__doc__)
     formats = "address or file: PDF with text, EPUB, DOCX, ODT, HTML, RTF, FB2, TEI, text"
-    book.add_argument("--source", required=True, help=formats)
+    # zsh and sh leave the ~ of `make data BOOK=~/novel.pdf`.
+    book.add_argument("--source", required=True, type=os.path.expanduser, help=formats)
     book.set_defaults(collect=collect_book, out=Path("data/raw/book"))
 
     for command in (base, gallica):

@@ -415,7 +415,7 @@ def test_a_book_from_an_address_and_from_a_file(hub, collect, collect_here, tmp_
     (tmp_path / "other" / name).write_bytes(b"an older one")
     collect("book", "--source", "mine", "--out", "other", refused="is another file")
     (tmp_path / "other" / name).write_bytes(data)
-    collect("book", "--source", "mine", "--out", "other", **OFFLINE)
+    collect("book", "--source", "~/mine", "--out", "other", HOME=str(tmp_path), **OFFLINE)
     assert held(tmp_path / "other") == {name: data}
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
