@@ -427,6 +427,15 @@ def test_what_cannot_be_trained_is_refused(plugin: None) -> None:
     assert "lora_r cannot be changed" in launch("2b", lora_r=32)
 
 
+def test_a_folder_that_axolotl_reads_no_rows_in_is_refused(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Path("a[1]")
+    place.mkdir()
+    for name in ("models", "data"):
+        Path(name).rename(place / name)
+    monkeypatch.chdir(place)
+    assert "a[1]/data/2a.jsonl: `datasets` takes a path with" in launch("2a")
+
+
 def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plugin: None) -> None:
     args, model = SimpleNamespace(world_size=4), torch.nn.Linear(10, 10)
     trainer = SimpleNamespace(model=model, train_dataset=[{}] * 4, args=args, get_eval_dataloader=None)

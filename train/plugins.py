@@ -138,6 +138,11 @@ class Gate(BasePlugin):
         for key in READ_LATER:
             if self.settings.get(key) != stage.config.get(key):
                 raise BadInput(f"{key} cannot be changed on the command line: it is read again from {stage.recipe}")
+        for path in map(Path.absolute, stage.datasets + stage.heldout):
+            if re.search(r"[*?[]|::", str(path)):
+                raise BadInput(
+                    f"{path}: `datasets` takes a path with *, ?, [ or :: for a pattern; train in another folder"
+                )
         ready = check_ready(stage, self.chain)
         if stage.verdict.exists():
             print(f"{describe(recall(stage, self.chain))}. Remove {stage.output_dir} to train it again.")
