@@ -488,7 +488,7 @@ def keep_sources(sources: Iterable[Path], out: Path) -> None:
     written = {path.resolve() for path in (out, heldout_path(out), manifest_path(out), out.with_suffix(".txt"))}
     for path in sources:
         if path.resolve() in written:
-            raise BadInput(f"{path} would be overwritten: give another --out than {out}")
+            raise BadInput(f"{path} would be overwritten: copy it elsewhere, or give another --out than {out}")
 
 
 def write_prepared(
