@@ -4,9 +4,9 @@
     python bench/score_cleaning.py --parquet data/raw/gallica --truth truth/ --show 20
     python bench/score_cleaning.py --scan scans/ --truth truth/ --show 20
 
---parquet cleans and scores every document that has a truth/<file_id>.txt. A truth has one paragraph a block, between
-blank lines. Both sides are brought to the typographic convention. A boundary is found if it is before the same word of
-the truth (words aligned by the fewest edits).
+--parquet cleans and scores every book of a folder of sources, also page tables, that has a truth/<its identifier>.txt. A
+truth has one paragraph a block, between blank lines. Both sides are brought to the typographic convention. A boundary is
+found if it is before the same word of the truth (words aligned by the fewest edits).
 
 --scan cleans and scores real scans (a *.txt or a folder of them, form feeds between pages) against another edition's text
 of the same name. Recognition errors do not count: only cut words wrongly joined or kept (of those that the truth has;
@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
@@ -34,6 +33,7 @@ from prep.debris import SHORT_WORDS
 from prep.filters import lexicon
 from prep.front_matter import letters_of
 from prep.page_layout import clean_pages, without_marks
+from prep.readers import read_books, source_paths
 from prep.typography import to_convention
 
 Score = Counter[str]  # sums, so that the scores of several books add up
@@ -268,12 +268,10 @@ def _figure(word: str) -> int:
 
 
 def documents(folder: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
-    """(file_id, complete_text, truth) of every document in a folder of parquet files that has a truth."""
-    for file in sorted(folder.glob("*.parquet")):
-        for batch in pq.ParquetFile(file).iter_batches(16, columns=["file_id", "complete_text"]):
-            for row in batch.to_pylist():
-                if (path := truth / f"{row['file_id']}.txt").is_file():
-                    yield row["file_id"], row["complete_text"], path.read_text(encoding="utf-8")
+    """(identifier, text, truth) of every book in a folder of sources that has a truth."""
+    for book in itertools.chain.from_iterable(map(read_books, source_paths(folder))):
+        if (path := truth / f"{book.id}.txt").is_file():
+            yield book.id, book.text, path.read_text(encoding="utf-8")
 
 
 def texts(path: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
@@ -288,7 +286,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, help="a prepared text, paragraphs separated by blank lines")
     source.add_argument("--scan", type=Path, help="a real scan's text, or a folder of them, to clean and score")
-    source.add_argument("--parquet", type=Path, help="a folder of raw parquet files to clean and score")
+    source.add_argument("--parquet", type=Path, help="a folder of sources, as of prep/gallica.py, to clean and score")
     parser.add_argument("--truth", type=Path, required=True, help="a file, or a folder of them")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N differences of each text")
     args = parser.parse_args()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import adapter_start, faults, gpu, prep_speed, rehearsal
+from bench import adapter_start, faults, gpu, prep_speed, rehearsal, score_cleaning
 from bench import calibrate_verdicts as calibration
 from bench import compare_with_lm_eval as lm_eval
 from prep.dedup import fingerprint, shared
@@ -72,6 +72,19 @@ def test_what_recovers_is_told_from_what_does_not(tmp_path: Path, monkeypatch: p
     report.write_text(json.dumps({"cases": results}))
     faults.main()
     assert json.loads(report.read_text())["cases"]["refuses, whole: cut made/* #1"]["done"] == ["kept"]
+
+
+# --- cleaned text beside clean truth ----------------------------------------------------------------------------------
+
+
+def test_page_tables_are_scored_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """As `make gallica` collects by default."""
+    (tmp_path / "pages.tsv").write_text("main_id\ttexte\nb1_p1\t_p_ Bonjour le monde.\n")
+    (tmp_path / "truth").mkdir()
+    (tmp_path / "truth/b1.txt").write_text("Bonjour le mode.")
+    monkeypatch.setattr(sys, "argv", ["score_cleaning.py", f"--parquet={tmp_path}", f"--truth={tmp_path}/truth"])
+    score_cleaning.main()
+    assert "b1  CER 6.250%" in capsys.readouterr().out
 
 
 # --- false alarms of the verdicts, on texts made by hand --------------------------------------------------------------
