@@ -19,11 +19,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
+from bench.common import resumed
 from bench.sweep_plugin import Diagonal, Start, Unweighted
 from eval import intervals, models, scoring
 from eval.tables import changed, markdown, number
 from eval.tasks.texts import read_rows
-from prep.common import BadInput, commit, cpu_name, git_state, progress, sha256, versions, write_text
+from prep.common import commit, cpu_name, git_state, progress, sha256, versions, write_text
 from train.adapter_start import calibration_rows, correct, unquantised
 
 REPORT = Path(__file__).with_name("reports") / "adapter_start.json"
@@ -102,13 +103,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("outputs/2a"), help="a full model (default: outputs/2a)")
     parser.add_argument("--rows", type=Path, default=Path("data/2b.jsonl"), help="training rows (data/2b.jsonl)")
     args = parser.parse_args()
-    model = sha256(args.model / "model.safetensors")
-    report = json.loads(REPORT.read_text(encoding="utf-8")) if REPORT.exists() else {}
-    if report.setdefault("model", model) != model:
-        raise BadInput(f"{REPORT} is of another model ({report['path']}): move it away")
-    report.setdefault("variants", {})
     packages = versions("torch", "transformers", "peft", "bitsandbytes")
-    report |= {"path": str(args.model), "cpu": cpu_name(), "git": git_state(), "versions": packages}
+    facts = {"model": sha256(args.model / "model.safetensors"), "cpu": cpu_name(), "versions": packages}
+    report = resumed(REPORT, {**facts, "variants": {}}, facts) | {"path": str(args.model), "git": git_state()}
     for name in progress([name for name in VARIANTS if name not in report["variants"]], unit="variant"):
         report["variants"][name] = measure(VARIANTS[name], args.model, args.rows)
         write_text(REPORT, json.dumps(report, ensure_ascii=False) + "\n")

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from bench.common import write_report
 from bench.sweep import apart
 from eval import models, scoring
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, digest, write_json, write_text
+from prep.common import ROOT, BadInput, digest
 from train.stages import load_chain
 
 REPORT = ROOT / "bench/reports/eval.json"
@@ -112,8 +113,7 @@ def main() -> None:
         "lm_eval": lm_eval,
         "compared": took | {"differences": differences},
     }
-    write_json(REPORT, result)
-    write_text(REPORT.with_suffix(".md"), page(result))
+    write_report(REPORT, result, page(result))
     print(page(result))
     if max(differences.values()) > AGREE:
         raise BadInput(f"ours and lm-eval's differ by {max(differences.values()):.4f} bits per byte: one is wrong")

@@ -30,8 +30,9 @@ from typing import Any
 
 import yaml
 
+from bench.common import resumed, write_report
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, commit, cpu_name, git_state, progress, sha256, versions, write_json, write_text
+from prep.common import ROOT, BadInput, commit, cpu_name, git_state, progress, sha256, versions
 
 PLAN = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
 COMMANDS = {name: (command.format(root=ROOT), makes) for name, (command, makes) in PLAN["commands"].items()}
@@ -290,7 +291,8 @@ def main() -> None:
     option("--work", type=Path, default=ROOT / "bench/run/faults", help="folder (default: %(default)s)")
     option("--out", type=Path, default=ROOT / "bench/reports/faults.json", help="the report (default: %(default)s)")
     args = parser.parse_args()
-    report = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"cases": {}}
+    facts = {"versions": versions("torch", "transformers", "axolotl", "datatrove")}
+    report = resumed(args.out, {**facts, "cases": {}}, {} if args.list else facts)
     results, work = report["cases"], args.work.resolve()
     chosen = {name: case for name, case in cases().items() if args.only in name}
     if args.list:
@@ -302,15 +304,13 @@ def main() -> None:
     if full and os.geteuid() != 0:
         raise BadInput(f"only root can mount the small disk that `{full[0]}` fills: choose others with --only")
     work.mkdir(parents=True, exist_ok=True)
-    report["versions"] = versions("torch", "transformers", "axolotl", "datatrove")
     states = undisturbed(work, max(list(COMMANDS).index(name) for name, *_ in chosen.values()))
     waiting = [name for name in chosen if results.get(name, {}).get("outcome", FAULT) == FAULT]
     machine = {"commit": commit(git_state()), "cpu": cpu_name()}
     for case in progress(waiting, unit="case"):
         name, setup, deeds = chosen[case]
         results[case] = try_case(name, setup, deeds, states[name], work, random.Random(case)) | machine
-        write_json(args.out, report)
-        write_text(args.out.with_suffix(".md"), page(report))
+        write_report(args.out, report, page(report))
 
 
 if __name__ == "__main__":

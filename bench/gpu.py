@@ -35,21 +35,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
+from bench.common import resumed, write_report
 from eval.tables import markdown
-from prep.common import (
-    ROOT,
-    BadInput,
-    commit,
-    cpu_name,
-    digest,
-    git_state,
-    lock,
-    progress,
-    read_json,
-    versions,
-    write_json,
-    write_text,
-)
+from prep.common import ROOT, BadInput, commit, cpu_name, digest, git_state, lock, progress, versions, write_text
 from train import memory as planner
 from train.stage import command, launch_and_wait, load_profile
 from train.stages import Stage, load_chain
@@ -366,10 +354,10 @@ def main() -> None:
     chosen = [item for item in everything if any(fnmatch.fnmatchcase(item.id, pattern) for pattern in args.only)]
     if not chosen:
         raise BadInput(f"no run matches {' or '.join(args.only)}; --list prints every run")
-    report = read_json(out, "move it away to start again") if out.exists() else None
     if args.list:
+        found = resumed(out, {"runs": {}}, {})["runs"]
         for item in chosen:
-            print(f"{item.id:60} {report['runs'].get(item.id, {}).get('status', '') if report else ''}")
+            print(f"{item.id:60} {found.get(item.id, {}).get('status', '')}")
         return
 
     base = LlamaConfig(**TINY) if args.tiny else planner.load_config(ROOT / "train/tinyllama.json")
@@ -381,9 +369,7 @@ def main() -> None:
         "parameters": planner.build(base, {}).num_parameters(),
         "settings": settings,
     }
-    report = report or {"facts": facts, "commit": None, "runs": {}}
-    if differing := [key for key in facts if report["facts"].get(key) != facts[key]]:  # not to be compared
-        raise BadInput(f"{out} was made with another {', '.join(differing)}; name another file with --out")
+    report = resumed(out, {"facts": facts, "commit": None, "runs": {}}, facts)
     # What a run's figures depend on: recipe with overrides, environment, model.
     marks = {item.id: digest([item.trained(args.tiny), item.environment, facts["model"]])[:16] for item in chosen}
     todo = [item for item in chosen if report["runs"].get(item.id, {}).get("fingerprint") != marks[item.id]]
@@ -393,8 +379,7 @@ def main() -> None:
         result = measure(item, base, inputs, args.tiny, settings)
         report["commit"] = git_state()
         report["runs"][item.id] = {"fingerprint": marks[item.id], **result}
-        write_json(out, report)
-        write_text(out.with_suffix(".md"), page(report))
+        write_report(out, report, page(report))
         said = f"{result['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in result else result["reason"]
         tqdm.write(f"{item.id}: {result['status']} {said}")
     print(f"{out.with_suffix('.md')}: all of {len(chosen)} runs are there")

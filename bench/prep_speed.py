@@ -37,7 +37,8 @@ from datatrove.data import Document
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from prep.common import ROOT, BadInput, cpu_name, progress, versions, write_json, write_text
+from bench.common import write_report
+from prep.common import ROOT, BadInput, cpu_name, progress, versions
 from prep.readers import read_books, source_paths
 
 LENGTH = 512
@@ -263,8 +264,7 @@ def main() -> None:
     if len(args.books) < 2:
         raise BadInput("--books needs two sizes: what a further megabyte costs is their difference")
     report = measured(args)
-    write_json(args.out, report)
-    write_text(args.out.with_suffix(".md"), page(report))
+    write_report(args.out, report, page(report))
     print(page(report))
 
 

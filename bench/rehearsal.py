@@ -28,9 +28,10 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.common import resumed, write_report
 from bench.gpu import machine, made_by
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, git_state, progress, read_json, versions, write_json, write_text
+from prep.common import ROOT, BadInput, git_state, progress, versions
 from train import memory as planner
 from train.stage import as_arguments, load_profile
 
@@ -160,19 +161,14 @@ def main() -> None:
     work, card = args.work.absolute(), args.profile == "gpu"
     out = (args.out or ROOT / f"bench/reports/rehearsal{'-gpu' if card else ''}.json").absolute()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    texts = f"{BOOKS:,} books made from novels" if args.library else "the demo's texts"
     facts = {
         "machine": machine(card),
         "versions": versions(*PACKAGES),
         "profile": args.profile,
         "steps": 2,
-        "texts": texts,
+        "texts": f"{BOOKS:,} books made from novels" if args.library else "the demo's texts",
     }
-    report = read_json(out, "move it away to start again") if out.exists() else {"facts": facts, "rows": {}}
-    if report["facts"] != facts:
-        raise BadInput(
-            f"{out} is of another machine, other versions or texts: move it away, or name another with --out"
-        )
+    report = resumed(out, {"facts": facts, "rows": {}}, facts)
     (work / "logs").mkdir(parents=True, exist_ok=True)
     if not (work / "base").exists():
         save_base(args.tokenizer, work / "base")
@@ -186,8 +182,7 @@ def main() -> None:
         enough = first.exists if name.endswith("checkpoint") else lambda: False
         row = measure(left[name], work, work / "logs" / f"{name}.txt", enough, card)
         report |= {"commit": git_state(), "rows": report["rows"] | {name: row}}
-        write_json(out, report)
-        write_text(out.with_suffix(".md"), page(report))
+        write_report(out, report, page(report))
 
 
 if __name__ == "__main__":

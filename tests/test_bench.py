@@ -12,6 +12,7 @@ import pytest
 from bench import adapter_start, faults, gpu, prep_speed, rehearsal, score_cleaning
 from bench import calibrate_verdicts as calibration
 from bench import compare_with_lm_eval as lm_eval
+from prep.common import BadInput
 from prep.dedup import fingerprint, shared
 
 REPORTS = Path(__file__).parent.parent / "bench/reports"
@@ -25,6 +26,24 @@ PAGES = {
 def test_the_committed_page_follows_from_the_json(name: str) -> None:
     report: dict[str, Any] = json.loads((REPORTS / f"{name}.json").read_text())
     assert PAGES[name].page(report) == (REPORTS / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["adapter_start", "faults", "rehearsal"])
+def test_a_report_of_other_versions_or_a_damaged_one_is_not_continued(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(adapter_start, "REPORT", path)
+    option = f"--model={tmp_path}" if name == "adapter_start" else f"--out={path}"
+    monkeypatch.setattr(sys, "argv", [name, option])
+    report = json.loads((REPORTS / f"{name}.json").read_text())
+    report.get("facts", report)["versions"]["torch"] = "1.0"
+    for text, said in {json.dumps(report): "was made with another .*versions", "{": "damaged"}.items():
+        path.write_text(text)
+        with pytest.raises(BadInput, match=rf"report\.json .*{said}.*move it away"):
+            PAGES[name].main()
+        assert path.read_text() == text
 
 
 # --- bench/faults.py: small commands of every kind, through its door --------------------------------------------------
@@ -58,7 +77,8 @@ def test_what_recovers_is_told_from_what_does_not(tmp_path: Path, monkeypatch: p
     report = tmp_path / "faults.json"
     monkeypatch.setattr(sys, "argv", ["faults.py", "--work", str(tmp_path / "work"), "--out", str(report)])
     faults.main()
-    results = json.loads(report.read_text())["cases"]
+    made = json.loads(report.read_text())
+    results = made["cases"]
     found = {name.split(",")[0]: result["outcome"] for name, result in results.items() if ": cut" in name}
     assert found == OUTCOMES
     assert results["rewrites, whole: gone made/* #1"]["outcome"] == faults.BYTES
@@ -69,7 +89,7 @@ def test_what_recovers_is_told_from_what_does_not(tmp_path: Path, monkeypatch: p
     assert "6 kills and damages in 6 of 6 cases" in page
 
     results["refuses, whole: cut made/* #1"]["done"] = ["kept"]  # only what ended in a fault is tried again
-    report.write_text(json.dumps({"cases": results}))
+    report.write_text(json.dumps(made))
     faults.main()
     assert json.loads(report.read_text())["cases"]["refuses, whole: cut made/* #1"]["done"] == ["kept"]
 
