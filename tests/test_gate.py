@@ -234,10 +234,16 @@ NOT_TRAINED = [
         partial(rewrite, "2c", lambda old: old | {f"{MODULE}.lora_B.weight": torch.full((8, 4), 0.01)}),
         "trained nothing in .*q_proj: .*still that of outputs/2b",
     ),
+    (
+        "2c",  # of another rank
+        partial(rewrite, "2c", lambda old: {n: w[:2].contiguous() if "lora_A" in n else w for n, w in old.items()}),
+        "not the same model",
+    ),
     ("2c", partial(train_adapter, "2c", 0.02, r=8), r"r is 8, but .*2c\.yml says lora_r: 64"),
     ("2c", partial(train_adapter, "2c", 0.02, use_rslora=False), "use_rslora is False"),
     # full copies of embedding and head beside an adapter: 3a trains them, 3b freezes them
     ("3a", partial(train_adapter, "3a", 0.02, 1e-3, 0.0), r"hardly trained .*embed_tokens: 0\.00%"),
+    ("3a", partial(train_adapter, "3a", 0.02, 0.0, 1e-3), "hardly trained .*lm_head"),
     ("3b", partial(train_adapter, "3b", 0.02, 1e-3, 2e-3), "embed_tokens, which its `unfrozen_parameters` freezes"),
     (
         "3b",

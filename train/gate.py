@@ -45,6 +45,7 @@ FULL_WEIGHTS = {
 }
 
 COPIES = "lora_modules_to_save"  # the recipe's list of modules of which full copies are trained
+COPY = ".modules_to_save.default.weight"  # ends the name of such a copy in the model that is trained
 # A loaded adapter keeps its own settings, whatever the recipe says: {recipe's key: adapter_config.json's}.
 ADAPTER_SETTINGS = {"lora_r": "r", "lora_alpha": "lora_alpha", "peft_use_rslora": "use_rslora"}
 
@@ -312,7 +313,7 @@ def check_movement(stage: Stage) -> dict[str, dict[str, Any]]:
     for module, sides in moved.items():
         if "kind" in sides:
             least = FULL_WEIGHTS[sides["kind"]]
-            parameter = f"{module}.modules_to_save.default.weight" if stage.adapter else module
+            parameter = f"{module}{COPY}" if stage.adapter else module
             if is_frozen(parameter, stage.config):
                 if sides["changed"]:
                     raise BadInput(f"stage {stage.name} changed {module}, which its `unfrozen_parameters` freezes")

@@ -36,7 +36,7 @@ from tabulate import tabulate
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from prep.common import ROOT, BadInput
-from train.gate import COPIES, is_frozen
+from train.gate import COPIES, COPY, is_frozen
 from train.stage import load_profile
 from train.stages import load_recipe, share_step
 
@@ -141,7 +141,7 @@ def trains(recipe: dict[str, Any], module: str) -> bool:
     """Is the embedding (`model.embed_tokens`) or the head (`lm_head`) trained, itself or a full copy of it?"""
     if not recipe.get("adapter"):
         return True
-    name = f"base_model.model.{module}.modules_to_save.default.weight"
+    name = f"base_model.model.{module}{COPY}"
     return module.rsplit(".", 1)[-1] in (recipe.get(COPIES) or []) and not is_frozen(name, recipe)
 
 
