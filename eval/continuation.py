@@ -339,7 +339,7 @@ def read_chunks(path: Path, inputs: str) -> tuple[list[Chunk], float]:
         return [], 0.0
     again = "remove it, or begin again with --fresh"
     known, chunks, seconds = read_json(path, again, pick)
-    if known != inputs:
+    if known != inputs or not all(chunk.chosen.text for chunk in chunks):
         raise BadInput(f"{path} is not of this text; {again}")
     return chunks, seconds
 

@@ -229,6 +229,11 @@ def test_a_text_is_the_same_killed_and_resumed_or_begun_again(place):
         with pytest.raises(BadInput, match="is damaged"):
             write(words=5)
         assert path.read_text() == damaged
+    for chunk in done["chunks"]:
+        chunk["chosen"]["text"] = ""
+    path.write_text(json.dumps(done))
+    with pytest.raises(BadInput, match="is not of this text"):
+        write(words=5)
 
 
 def test_from_a_sentence_a_file_and_without_the_book(place, capsys):
