@@ -222,6 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.out}: rows from {len(files)} files of {args.source} (corpus: {corpus})", flush=True)
     try:
         cluster.run(stages, corpus)
+    except BadInput:
+        if not stages[-2].get_incomplete_ranks():  # refused by the draw: no other command reads these
+            shutil.rmtree(rows)
+        raise
     finally:
         tell(corpus / MESSAGES)
     if args.executor == "slurm":
