@@ -7,9 +7,9 @@
 
 A record with `title` and `text` is an article; its row is the template filled in. One with `conversations`, a list of
 {from, value}, is a conversation; its row keeps the list, for Axolotl, and has as `text` what the tokenizer's chat
-template makes of it. Records are held out by the hash of their title or first question, and near-duplicates of what is
-held out, or of an earlier record, are dropped. Writes what prep/castle.py writes, and counts what it rejects. Texts stay
-on the disk; a record takes one or two kilobytes of memory, for its MinHash signature.
+template makes of it. Records are held out by the hash of their title or first question, else of their id or text, and
+near-duplicates of what is held out, or of an earlier record, are dropped. Writes what prep/castle.py writes, and counts
+what it rejects. Texts stay on the disk; a record takes one or two kilobytes of memory, for its MinHash signature.
 """
 
 from prep.command import run
@@ -29,7 +29,7 @@ from datatrove.pipeline.dedup import MinhashConfig, MinhashDedupSignature
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from jinja2 import TemplateError
 
-from prep.common import BadInput, positive, progress, reason, source_files
+from prep.common import BadInput, digest, positive, progress, reason, source_files
 from prep.dedup import COPY, held_out
 from prep.rows import SPECIAL, Row, holdout_share, jsonl_path, keep_sources, load_tokenizer, read_row, write_prepared
 
@@ -82,7 +82,7 @@ class Preparation:
         if isinstance(made, str):
             return made
         title, text, tokens, turns = made
-        source = str(record.get("id", number))
+        source = str(number if record.get("id") is None else record["id"])
         return Row(text, source, title, "", "", part, *divmod(tokens, self.sequence_len), turns)
 
     def article(self, record: dict[str, Any]) -> tuple[str, str, int, tuple] | str:
@@ -141,9 +141,11 @@ def turns_of(record: dict[str, Any]) -> tuple[dict[str, str], ...]:
 
 
 def key(record: dict[str, Any]) -> str:
-    """What a record is about: its title, or its first question. The same on one side only."""
+    """What a record is about: its title, or its first question; else its id or its text. The same on one side only."""
     questions = [turn["value"] for turn in turns_of(record) if turn["from"] != "system"]
-    return str(record.get("title") or (questions or [""])[0] or record.get("id", "")).strip().casefold()
+    named = record.get("title") or (questions or [""])[0] or record.get("id")
+    about = "" if named is None else str(named).strip().casefold()
+    return about or digest(str(record.get("text")))
 
 
 def main() -> None:

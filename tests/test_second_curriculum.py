@@ -94,6 +94,17 @@ def test_held_out_by_title_and_by_first_question(place: Path) -> None:
     assert any(row["text"] == f"Titre : Le sel\nTexte : {article['text']}" for row in train + held)
 
 
+def test_records_without_title_question_and_id_are_each_their_own(place: Path) -> None:
+    """Also where others of the file have them: Datasets then gives null."""
+    texts = [f"La ville {n} a {n * n} habitants et {n + 7} ponts." for n in range(40)]
+    records: list[dict] = [{"title": " ", "text": texts[0], "id": "a"}, *({"text": text} for text in texts[1:])]
+    source = write(place / "bare.jsonl", records)
+    prepare(place, source, "bare/rows.jsonl", "--holdout", "0.3")
+    train, held = rows(place / "bare/rows.jsonl"), rows(place / "bare/rows.heldout.jsonl")
+    assert len(train) + len(held) == 40 and 5 < len(held) < 22
+    assert {row["source"] for row in train + held} == {"a", *map(str, range(2, 41))}
+
+
 @pytest.mark.slow
 def test_the_three_stages(place: Path) -> None:
     """The gate is asked after each; the copies of the embeddings move in 3a and not in 3b; 3c has none."""
