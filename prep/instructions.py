@@ -151,7 +151,7 @@ def key(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--source", required=True, help="a JSON, JSONL or parquet file, or a data set of the hub")
+    option("--source", required=True, help="a JSON, JSONL or parquet file, a folder of them, or a data set of the hub")
     option("--subset", help="of a data set of the hub, such as 20231101.ko")
     option("--revision", help="its commit")
     option("--tokenizer", type=Path, required=True, help="folder of the base model")
@@ -169,7 +169,9 @@ def main() -> None:
     option("--seed", type=int, default=42, help="of the shuffle")
     option("--out", type=jsonl_path, required=True, help="the rows, such as data/3a.jsonl")
     args = parser.parse_args()
-    keep_sources([Path(args.source)], args.out)
+    source = Path(args.source)
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    keep_sources(files, args.out)
     tokenizer = load_tokenizer(args.tokenizer)
     data = load(args.source, args.subset, args.revision)
     if "conversations" in data.column_names and not tokenizer.chat_template:
@@ -200,7 +202,6 @@ def main() -> None:
         if not train:
             raise BadInput(f"{args.source}: of {len(data):,} records none is left to train on; rejected: {why}")
         random.Random(args.seed).shuffle(train)
-        local = Path(args.source).is_file()
         manifest = write_prepared(
             args.out,
             (read_row(made, offset) for offset in train),
@@ -208,10 +209,10 @@ def main() -> None:
             tokenizer=args.tokenizer,
             sequence_len=args.sequence_len,
             source={
-                "path": args.source if local else None,
-                "repo": None if local else args.source,
+                "path": args.source if files else None,
+                "repo": None if files else args.source,
                 "revision": args.revision,
-                "files": source_files([Path(args.source)]) if local else [],
+                "files": source_files(files),
             },
             arguments={name: getattr(args, name) for name in ("subset", "template", "refusal", "holdout")},
             seed=args.seed,

@@ -105,6 +105,16 @@ def test_records_without_title_question_and_id_are_each_their_own(place: Path) -
     assert {row["source"] for row in train + held} == {"a", *map(str, range(2, 41))}
 
 
+def test_the_files_of_a_folder_are_recorded(place: Path) -> None:
+    (place / "folder").mkdir()
+    for name in ("a", "b"):
+        write(place / f"folder/{name}.jsonl", [{"title": f"{name}{n}", "text": f"{n} fois {name}"} for n in range(20)])
+    prepare(place, "folder", "of_folder/rows.jsonl")
+    source = json.loads((place / "of_folder/rows.manifest.json").read_text())["source"]
+    assert source["path"] == "folder" and source["repo"] is None
+    assert [file["name"] for file in source["files"]] == ["a.jsonl", "b.jsonl"]
+
+
 @pytest.mark.slow
 def test_the_three_stages(place: Path) -> None:
     """The gate is asked after each; the copies of the embeddings move in 3a and not in 3b; 3c has none."""
