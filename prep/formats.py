@@ -450,10 +450,11 @@ def _read_epub(data: bytes, name: str) -> BookText:
             if not re.search("xml|html", item.get("media-type", "")):
                 continue
             href = posixpath.normpath(unquote(item.get("href", "")))
+            part = posixpath.normpath(posixpath.join(folder, href))
             if href in aside or "nav" in item.get("properties", "").split() or entry.get("linear") == "no":
                 left_out += 1
-            else:
-                roots.append(_xml(archive, posixpath.normpath(posixpath.join(folder, href)), name))
+            elif _member(archive, part, name).strip():  # otherwise an empty chapter
+                roots.append(_xml(archive, part, name))
     book = _book_of(roots)
     return book._replace(counts=dict(Counter(edition_parts=left_out) + Counter(book.counts)), warnings=warnings)
 

@@ -137,6 +137,7 @@ def fb2(paragraphs: list[str]) -> str:
         ("rtf of a Mac", rtf_of_a_mac(LONG)),
         ("epub in cp1252", epub({"a": "<p>x</p>"}, ["a"], **{"OEBPS/a x.xhtml": xhtml(tagged(LONG)).encode("cp1252")})),
         ("epub with a class", epub({"a": f'<div class="index">{tagged(LONG)}</div>'}, ["a"])),
+        ("epub with an empty chapter", epub({"b": "", "a": tagged(LONG)}, ["b", "a"], **{"OEBPS/b x.xhtml": ""})),
         ("html of Word", f"<!DOCTYPE html><body>{tagged([f'{p}<o:p></o:p>' for p in LONG])}</body>".encode()),
         ("html with drawn initials", f"<html>{tagged(LONG).replace('<p>P', '<p><img src=p.png alt=P>')}".encode()),
         ("html of a site", with_site(tagged(LONG)).encode()),
@@ -239,6 +240,7 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         ("<html>" + "".join(f"<p><a href='{n}'>{p}</a></p>" for n, p in enumerate(LONG)), "a web page"),
         (epub({"a": tagged(LONG)}, ["a"], **DRM), "copy protection"),
         (epub({"a": "<img src='1.jpg'/>"}, ["a"]), "no text"),
+        (epub({"a": ""}, ["a"], **{"OEBPS/a x.xhtml": ""}), "no text"),
         (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
         (rtf(LONG).replace(b"\\u", b"\\u9999", 1), "damaged: it is no RTF"),
         (odt(LONG)[:500] + odt(LONG)[600:], "damaged: mimetype cannot be read"),  # lost on the way
