@@ -33,6 +33,8 @@ from prep.front_matter import drop_edition
 from prep.pdf import read_pdf
 
 BOOK_SUFFIXES = (".pdf", ".epub", ".docx", ".odt", ".html", ".htm", ".xhtml", ".rtf", ".fb2", ".xml", ".txt")
+# What zipfile raises of a damaged archive; NotImplementedError is of a version or a method of packing.
+DAMAGED = (zipfile.BadZipFile, NotImplementedError, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
 class BookText(NamedTuple):
@@ -467,7 +469,7 @@ def _read_epub(data: bytes, name: str) -> BookText:
 def _opened(data: bytes, name: str) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(io.BytesIO(data))
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+    except (*DAMAGED, ValueError) as error:
         raise BadInput(f"{name} is a damaged zip, EPUB or DOCX ({error}): fetch it again") from error
 
 
@@ -476,7 +478,7 @@ def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
         return archive.read(member)
     except RuntimeError as error:  # a password; NotImplementedError, which is one: a method of packing
         raise BadInput(f"{name} has a password, or is packed as Python cannot unpack it: unpack it first") from error
-    except (KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+    except (*DAMAGED, KeyError, ValueError) as error:
         raise BadInput(f"{name} is damaged: {member} cannot be read from it; fetch it again") from error
 
 

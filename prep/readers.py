@@ -18,12 +18,10 @@ import csv
 import gzip
 import io
 import itertools
-import lzma
 import re
 import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -36,16 +34,14 @@ from datatrove.pipeline.base import PipelineStep
 
 from prep.common import BadInput, collected, reason
 from prep.encodings import repaired
-from prep.formats import BOOK_SUFFIXES, BookText, attempt, read_book, read_members
+from prep.formats import BOOK_SUFFIXES, DAMAGED, BookText, attempt, read_book, read_members
 
 FICTION_REPO, LIBRARY_REPO = "biglam/gallica_literary_fictions", "PleIAs/French-PD-Books"
 # Of prose fiction in a file of the second: 2,000 books, 6.7 % of them by the library's shelfmark, 63,000 words, 1.8 tokens each.
 LIBRARY_TOKENS = 15e6
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
 SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", *BOOK_SUFFIXES)
-_DAMAGED = (  # RuntimeError: zipfile's, of a password or a method of packing
-    pa.ArrowException, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError
-)  # fmt: skip
+_DAMAGED = (pa.ArrowException, tarfile.TarError, RuntimeError, *DAMAGED)  # RuntimeError: zipfile's, of a password
 
 
 def is_source(name: str) -> bool:
