@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import unquote
 
 import lxml.html
@@ -473,11 +473,18 @@ def _opened(data: bytes, name: str) -> zipfile.ZipFile:
         raise BadInput(f"{name} is a damaged zip, EPUB or DOCX ({error}): fetch it again") from error
 
 
-def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
+def open_member(archive: zipfile.ZipFile, member: str, name: str) -> IO[bytes]:
+    """A file in a zip, to read. Raises BadInput where it has a password."""
     try:
-        return archive.read(member)
+        return archive.open(member)
     except RuntimeError as error:  # a password; NotImplementedError, which is one: a method of packing
         raise BadInput(f"{name} has a password, or is packed as Python cannot unpack it: unpack it first") from error
+
+
+def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
+    try:
+        with open_member(archive, member, name) as file:
+            return file.read()
     except (*DAMAGED, KeyError, ValueError) as error:
         raise BadInput(f"{name} is damaged: {member} cannot be read from it; fetch it again") from error
 

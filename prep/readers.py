@@ -34,14 +34,14 @@ from datatrove.pipeline.base import PipelineStep
 
 from prep.common import BadInput, collected, reason
 from prep.encodings import repaired
-from prep.formats import BOOK_SUFFIXES, DAMAGED, BookText, attempt, read_book, read_members
+from prep.formats import BOOK_SUFFIXES, DAMAGED, BookText, attempt, open_member, read_book, read_members
 
 FICTION_REPO, LIBRARY_REPO = "biglam/gallica_literary_fictions", "PleIAs/French-PD-Books"
 # Of prose fiction in a file of the second: 2,000 books, 6.7 % of them by the library's shelfmark, 63,000 words, 1.8 tokens each.
 LIBRARY_TOKENS = 15e6
 BOOKS_A_BATCH = 8  # read at once; a book has up to 13 M characters
 SUFFIXES = (".parquet", ".tsv", ".tsv.gz", ".zip", ".tar", ".tar.gz", ".tgz", ".jsonl", ".jsonl.gz", *BOOK_SUFFIXES)
-_DAMAGED = (pa.ArrowException, tarfile.TarError, RuntimeError, *DAMAGED)  # RuntimeError: zipfile's, of a password
+_DAMAGED = (pa.ArrowException, tarfile.TarError, *DAMAGED)
 
 
 def is_source(name: str) -> bool:
@@ -204,7 +204,7 @@ def _page_tables(path: Path) -> Iterator[IO[bytes]]:
     if path.name.lower().endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             for member in sorted(n for n in archive.namelist() if n.endswith(".tsv")):
-                yield archive.open(member)
+                yield open_member(archive, member, str(path))
     elif path.name.lower().endswith((".tar", ".tar.gz", ".tgz")):
         with tarfile.open(path) as tar:
             for entry in tar:
