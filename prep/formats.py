@@ -173,7 +173,7 @@ def _zip_kind(data: bytes, name: str) -> str:
     with _opened(data, name) as archive:
         names = archive.namelist()
         mimetype = _member(archive, "mimetype", name) if "mimetype" in names else b""
-    if "META-INF/container.xml" in names or mimetype.startswith(b"application/epub"):
+    if "META-INF/container.xml" in names:
         return "epub"
     if "word/document.xml" in names:
         return "docx"
@@ -229,6 +229,7 @@ _SPACES = "{urn:oasis:names:tc:opendocument:xmlns:text:1.0}s"
 _UNSEEN = _words(
     "head title script style nav button select noscript template svg figcaption rt rp del moveFrom Fallback"  # HTML, DOCX
     " note annotation tracked-changes table-of-content forms sequence-decls page-number"  # ODT
+    " fw ref rdg figDesc"  # TEI
 )
 _NOTE_BLOCKS = {"p", "li", "dd", "div", "aside", "tr"}
 _KINDS = {  # what an edition marks by epub:type, role or class; the first that fits counts
@@ -375,27 +376,18 @@ def _read_rtf(data: bytes, name: str) -> BookText:
 
 
 def _read_html(data: bytes, name: str) -> BookText:
-    declared = re.search(rb"(?:charset|encoding) *= *[\"']? *([\w-]+)", data[:4096])
-    encoding = declared[1].decode().lower() if declared else ""
-    encoding = "" if encoding.startswith(("utf-16", "utf-32")) else encoding  # it was found in single bytes
-    try:
-        text = data.decode("cp1252" if encoding in ("iso-8859-1", "latin1", "us-ascii") else encoding or "utf-8-sig")
-    except (UnicodeError, LookupError):
-        text = decode(data, name)
-    text = re.sub(r"^\s*<\?xml[^>]*>", "", text) + "<p></p>"  # never empty
+    text = re.sub(r"^\s*<\?xml[^>]*>", "", decode(data, name)) + "<p></p>"  # never empty
     root = lxml.html.document_fromstring(text, parser=lxml.html.HTMLParser(huge_tree=True))
     book = _book_of([root])
     sites = root.xpath("//main | //article | //*[@role='main'] | //*[contains(@class, 'mw-parser-output')]")
     for part in map(_book_of, ([element] for element in sorted(sites, key=_size, reverse=True))):
         if len(part.whole()) > 0.7 * len(book.whole()):
             book = part  # without what the site has around it
-    words = len(book.whole().split())
-    if "table_of_contents" in book.counts or words < 100 or root.find(".//input[@type='password']") is not None:
+    if (words := len(book.whole().split())) < 100:
         raise BadInput(f"{name} is a web page, not a book ({words} words beside links): give the book's own address")
     return book
 
 
-_UNREAD = ("note", "fw", "ref", "binary", "rdg", "figDesc")
 _LINES = _words("head title subtitle l v speaker ab text-author stage signed dateline")
 
 
@@ -406,7 +398,6 @@ def _read_xml(data: bytes, name: str) -> BookText:
     for body in bodies:
         for choice in body.iter("{*}choice"):  # else both spellings
             etree.strip_elements(choice, "{*}orig", "{*}sic", "{*}abbr", with_tail=False)
-        etree.strip_elements(body, *(f"{{*}}{name}" for name in _UNREAD), with_tail=False)
         for element in body.iter("{*}*"):
             name = _name(element)
             if name in _LINES:

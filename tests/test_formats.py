@@ -109,7 +109,8 @@ def rtf(paragraphs: list[str]) -> bytes:
 
 
 def tei(paragraphs: list[str]) -> str:
-    text = f"<head>{paragraphs[0]}</head>" + tagged([f'<pb n="3"/>{p}<note>Une note</note>' for p in paragraphs[1:]])
+    noise = "<note>Une note</note><fw>Un titre</fw>"
+    text = f"<head>{paragraphs[0]}</head>" + tagged([f'<pb n="3"/>{p}{noise}' for p in paragraphs[1:]])
     text = text.replace("crue", "<choice><orig>crüe</orig><reg>crue</reg></choice>")
     header = "<teiHeader><title>Un titre</title></teiHeader>"
     body = f"<text><front><p>Avis</p></front><body><div>{text}</div></body></text>"
@@ -171,10 +172,12 @@ def test_a_character_in_two_halves_is_one():
 
 def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
     chapter = (
-        '<nav epub:type="toc"><a href="b%20x.xhtml">I</a></nav><h2>I<br/>La maison</h2>'
+        '<nav epub:type="toc"><a href="b%20x.xhtml">I</a></nav><p><a href="#k1">1</a> <a href="#k2">2</a></p>'
+        '<h2><a href="#toc">I<br/>La maison</a></h2>'
         '<p>Il s&eacute;journa<a href="c%20x.xhtml#n1"><sup>1</sup></a> l&agrave;<a href="c%20x.xhtml#n2">2</a>, R&amp;D,'
         ' 3<sup>e</sup> étage<span class="pagenum">[12]</span>, le 4.<a epub:type="noteref" href="#x">*</a></p>'
-        "<div>Un bloc <!-- rien --> nu.<p>Un autre.</p> Sa queue.</div>"
+        "<div>Un bloc <!-- rien --> nu.<br/>et<p>Un autre<a href='#lost'>[3]</a>.</p> Sa queue.</div>"
+        '<div id="k1">1. Voir le <a href="#k2">2</a> et le <a href="#k1">1</a>.</div><p id="k2">Le second.</p>'
     )
     notes = (
         '<p id="n1">1. La note <a href="a.xhtml#r1">↩</a></p><ol><li id="n2">La deuxième.</li></ol>'
@@ -183,10 +186,19 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
     chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>"}
     book = read_bytes(epub(chapters, ["cover", "a", "c"]), "livre")
     assert book.paragraphs == [
-        *("I", "La maison", "Il séjourna là, R&D, 3e étage, le 4.", "Un bloc nu.", "Un autre.", "Sa queue."),
-        "2. Ce qui n’est pas une note.",
+        *(
+            "1 2",
+            "I",
+            "La maison",
+            "Il séjourna là, R&D, 3e étage, le 4.",
+            "Un bloc nu.",
+            "et",
+            "Un autre.",
+            "Sa queue.",
+        ),
+        *("1. Voir le 2 et le 1.", "Le second.", "2. Ce qui n’est pas une note."),
     ]
-    assert book.counts == {"note_calls": 3, "notes": 3, "edition_parts": 3}
+    assert book.counts == {"note_calls": 4, "notes": 3, "edition_parts": 3}
 
 
 def test_project_gutenbergs_header_and_licence_in_an_epub_stay_out():
@@ -233,6 +245,8 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (b"AT&TFORM" + bytes(99), "DjVu"),
         (b"From: x\nMIME-Version: 1.0\n\n<html>", "a saved web page"),
         (b"1\n00:00:01,000 --> 00:00:02,000\nBonjour\n", "subtitles"),
+        (b"\\documentclass{book}\n", "a TeX source"),
+        (packed({"mimetype": "application/vnd.oasis.opendocument.spreadsheet"}), "OpenDocument table"),
         (b"12 13 14 15\n16 17 18 20\n" * 20, "figures"),
         (b"[" * 9999, "figures"),
         (b"<!---->" * 99, "figures"),
@@ -266,7 +280,10 @@ def test_texts_that_begin_like_something_else_are_books():
     for charset in ("undefined", "utf-16"):  # no codec, and not what the tag itself is in
         page = f"<html><head><meta charset={charset}></head><body>{tagged(LONG * 3)}</body></html>"
         assert read_bytes(page.encode(), "livre").paragraphs == LONG * 3
-    for text in ("[Illustration]\nLe bac.", "<< Oui >>, dit-il.", "Il vint, vit, et partit.\n" * 9, "MMe B..."):
+    for text in (
+        *("[Illustration]\nLe bac.", "<< Oui >>, dit-il.", "<Prologue>\nLe bac.", "1914\nLe bac partit.", "MMe B..."),
+        *("Il vint, vit, et partit.\n" * 9, "Oui;non;oui\n" * 3, "Oui;non;oui\nOui\n" * 9, "Oui;non\n" * 9),
+    ):
         assert read_bytes(text.encode(), "livre") == BookText(text, None, {}, [])
 
 
