@@ -182,7 +182,7 @@ def _zip_kind(data: bytes, name: str) -> str:
             raise BadInput(f"{name} is an OpenDocument table or drawing, not a book: give the book's text")
         return "odt"
     for folder, what in _OFFICE.items():
-        if any(n.startswith(folder) for n in names) and ("[Content_Types].xml" in names or folder == "Index/"):
+        if any(n.startswith(folder) for n in names):
             raise BadInput(f"{name} is {what}, not a book: save its text as .docx or .txt")
     return "zip"
 
@@ -269,7 +269,7 @@ def _left_out(roots: list[Any]) -> dict[Any, str]:
                 mark = min(marks & _KINDS[kind])
                 sizes[mark] += _size(element) if kind == "edition_parts" else 0
                 marked.append((element, kind, mark))
-            elif element is not root and _name(element) in _BLOCKS and _is_contents(element, 3):
+            elif element is not root and _name(element) in _BLOCKS and _is_contents(element):
                 marked.append((element, "edition_parts", "links"))
             elif _name(element) in ("docPartGallery", "pStyle") and re.match(
                 "Table of C|(TOC|TM)\\d", "".join(element.attrib.values())
@@ -324,7 +324,7 @@ def _pieces(root: Any, counts: Counter[str], left_out: dict[Any, str], only: str
     walker = etree.iterwalk(root, events=("start", "end", "comment", "pi"))
     for event, element in walker:
         name = _name(element)
-        if event in ("start", "end") and name in _BLOCKS:
+        if name in _BLOCKS:
             yield "\n"
         if event != "start":
             preformatted -= event == "end" and name == "pre" and preformatted > 0
@@ -341,19 +341,18 @@ def _pieces(root: Any, counts: Counter[str], left_out: dict[Any, str], only: str
                 yield spaced(element.text)
 
 
-def _is_contents(element: Any, least: int = 5) -> bool:
+def _is_contents(element: Any) -> bool:
     """Whether most of a text is links, as in a table of contents or a site's navigation; calls of notes are none."""
     texts = ["".join(link.itertext()) for link in element.iter("{*}a") if link.get("href")]
     links = [text.split() for text in texts if re.search(r"[^\W_]{3}|[IVXLC]", text)]
-    return len(links) >= least and 2 * sum(map(len, links)) > len("".join(element.itertext()).split())
+    return len(links) >= 3 and 2 * sum(map(len, links)) > len("".join(element.itertext()).split())
 
 
 def _book_of(roots: list[Any], only: str = "") -> BookText:
     """The paragraphs of parsed documents; lines, where `<br>` or `<pre>` holds wrapped lines."""
-    contents = [root for root in roots if _is_contents(root)]
-    counts: Counter[str] = Counter({"table_of_contents": len(contents)} if contents else {})
+    counts: Counter[str] = Counter()
     left_out = _left_out(roots)
-    kept = [[*_pieces(root, counts, left_out, only), "\n"] for root in roots if root not in contents]
+    kept = [[*_pieces(root, counts, left_out, only), "\n"] for root in roots]
     text = "".join(piece for pieces in kept for piece in pieces)
     lines = re.findall(r"\v\s*(\w)", text)
     if len(lines) > 5 and sum(map(str.islower, lines)) > 0.3 * len(lines):

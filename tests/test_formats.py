@@ -139,7 +139,10 @@ def fb2(paragraphs: list[str]) -> str:
         ("epub in cp1252", epub({"a": "<p>x</p>"}, ["a"], **{"OEBPS/a x.xhtml": xhtml(tagged(LONG)).encode("cp1252")})),
         ("epub with a class", epub({"a": f'<div class="index">{tagged(LONG)}</div>'}, ["a"])),
         ("epub with an empty chapter", epub({"b": "", "a": tagged(LONG)}, ["b", "a"], **{"OEBPS/b x.xhtml": ""})),
-        ("html of Word", f"<!DOCTYPE html><body>{tagged([f'{p}<o:p></o:p>' for p in LONG])}</body>".encode()),
+        (
+            "html of Word",
+            f"<!DOCTYPE html><body>{tagged([f'<a name=x>{p}</a><o:p></o:p>' for p in LONG])}</body>".encode(),
+        ),
         ("html with drawn initials", f"<html>{tagged(LONG).replace('<p>P', '<p><img src=p.png alt=P>')}".encode()),
         ("html of a site", with_site(tagged(LONG)).encode()),
         ("html of a site with an article", with_site(f"<p>Publicité</p><article>{tagged(LONG)}</article>").encode()),
@@ -177,14 +180,16 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
         '<p>Il s&eacute;journa<a href="c%20x.xhtml#n1"><sup>1</sup></a> l&agrave;<a href="c%20x.xhtml#n2">2</a>, R&amp;D,'
         ' 3<sup>e</sup> étage<span class="pagenum">[12]</span>, le 4.<a epub:type="noteref" href="#x">*</a></p>'
         "<div>Un bloc <!-- rien --> nu.<br/>et<p>Un autre<a href='#lost'>[3]</a>.</p> Sa queue.</div>"
+        '<p>Oui<a href="#">[4]</a>. Non<a href="#">[5]</a>. Si<a href="#">[6]</a>.</p>'
         '<div id="k1">1. Voir le <a href="#k2">2</a> et le <a href="#k1">1</a>.</div><p id="k2">Le second.</p>'
     )
     notes = (
         '<p id="n1">1. La note <a href="a.xhtml#r1">↩</a></p><ol><li id="n2">La deuxième.</li></ol>'
         '<aside epub:type="footnote" id="x">Une autre.</aside><p>2. Ce qui n’est pas une note.</p>'
     )
-    chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>"}
-    book = read_bytes(epub(chapters, ["cover", "a", "c"]), "livre")
+    parts = "".join(f'<p><a href="a%20x.xhtml#{n}">Partie {n}</a></p>' for n in "abc")
+    chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>", "t": parts}
+    book = read_bytes(epub(chapters, ["cover", "t", "a", "c"]), "livre")
     assert book.paragraphs == [
         *(
             "1 2",
@@ -196,9 +201,9 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
             "Un autre.",
             "Sa queue.",
         ),
-        *("1. Voir le 2 et le 1.", "Le second.", "2. Ce qui n’est pas une note."),
+        *("Oui. Non. Si.", "1. Voir le 2 et le 1.", "Le second.", "2. Ce qui n’est pas une note."),
     ]
-    assert book.counts == {"note_calls": 4, "notes": 3, "edition_parts": 3}
+    assert book.counts == {"note_calls": 7, "notes": 3, "edition_parts": 4}
 
 
 def test_project_gutenbergs_header_and_licence_in_an_epub_stay_out():
@@ -210,10 +215,12 @@ def test_project_gutenbergs_header_and_licence_in_an_epub_stay_out():
     assert book.paragraphs == LONG and book.counts == {"edition_notes": 5}
 
 
-def test_html_of_wrapped_lines_is_left_to_the_page_rules():
+@pytest.mark.parametrize(("tag", "end"), [("p", "<br>"), ("pre", "\n")])
+def test_html_of_wrapped_lines_is_left_to_the_page_rules(tag, end):
     lines = ["Le passeur avait loué la chambre", "quinze, au-dessus de la grande", "écurie, et n’en sortait plus."] * 8
-    book = read_bytes(f"<html><body><p>{'<br>'.join(lines)}</p></body></html>".encode(), "livre")
-    assert book.paragraphs is None and book.text.strip() == "\n".join(lines)
+    page = f"<html><body><{tag}>{end.join(lines)}</{tag}><p>Une\nfin.</p></body></html>"
+    book = read_bytes(page.encode(), "livre")
+    assert book.paragraphs is None and book.text.strip() == "\n".join([*lines, "", "Une fin."])
 
 
 def test_a_zip_of_texts_is_one_book_in_natural_order():
