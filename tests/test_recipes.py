@@ -147,15 +147,16 @@ def test_slurm_starts_the_recipe_with_its_profile_on_every_node(tmp_path: Path) 
     job = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "7"}
     environment = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
-    def start(profile: str) -> subprocess.CompletedProcess[str]:
-        command = ["train/slurm.sh", "2a", profile, "--wandb_project=a b"]
+    def start(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["train/slurm.sh", "2a", *words]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
     for profile, count in {"fsdp": 2, "ddp": 0}.items():
-        words = start(profile).stdout.splitlines()
+        words = start(profile, "--wandb_project=a b").stdout.splitlines()
         assert "n1:29500" in words and words[words.index("--nproc-per-node") + 1] == "4"
         overrides = as_arguments(load_profile(profile, "2a")[1])
         assert len(overrides) == count
         assert words[words.index("recipes/2a.yml") + 1 :] == [*overrides, "--wandb_project=a b"]
-    refused = start("fdsp")
-    assert refused.returncode and not refused.stdout and refused.stderr.startswith("-c: no profile fdsp in ")
+    for words, message in ((["fdsp"], "-c: no profile fdsp in "), ([], "usage: sbatch ")):
+        refused = start(*words)
+        assert refused.returncode and not refused.stdout and message in refused.stderr

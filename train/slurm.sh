@@ -2,6 +2,8 @@
 # A stage on several nodes that share this folder:  sbatch --nodes 2 --gpus-per-node 4 train/slurm.sh 2a fsdp [--key=value ...]
 #SBATCH --ntasks-per-node=1
 set -euo pipefail
+usage='usage: sbatch --nodes 2 --gpus-per-node 4 train/slurm.sh RECIPE PROFILE [--key=value ...]'
+: "${2:?$usage}" "${SLURM_JOB_NODELIST:?$usage}"
 export AXOLOTL_DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 program='import sys; from train.stage import *; run(lambda: print(*as_arguments(load_profile(*sys.argv[1:])[1]), sep="\n"))'
