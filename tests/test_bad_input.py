@@ -24,7 +24,7 @@ EVALUATE = "eval/evaluation.py --run x --samples 1 --max-new-tokens 4 --limit 1 
 GALLICA = "prep/gallica.py --tokenizer models/base --sequence-len 64 --windows all --out data/new.jsonl --source"
 CASTLE = "prep/castle.py --tokenizer models/base --sequence-len 64 --stride 16 --out data/new.jsonl --book"
 GATE, START = "train.plugins.Gate", "train.adapter_start.StartAdapter"
-ADAPTER = {"bf16": True, "lora_r": 4, "lora_alpha": 4, "lora_target_modules": ["up"]}
+ADAPTER = {"bf16": True, "lora_r": 4, "lora_alpha": 4, "lora_target_modules": ["up"], "sequence_len": None}  # blank
 INSTRUCTIONS = "prep/instructions.py --tokenizer models/base --out data/new.jsonl --source given.jsonl"
 OTHER_BOOK = '{"files": [{"name": "2c.txt", "bytes": 1, "sha256": "0"}]}'
 LATIN = "caf\udce9.txt"  # as Python reads the Latin-1 name of a file
@@ -87,6 +87,7 @@ CASES: list[tuple[str, Callable[[], object], str]] = [
     # the planner
     ("train/memory.py recipes/9z.yml", nothing, "9z.yml"),
     ("train/memory.py recipes/2b.yml", setting("recipes/2b.yml", **ADAPTER), "2b.yml: Target modules {'up'} not found"),
+    ("train/memory.py recipes/2a.yml", setting("recipes/2a.yml", lora_r="8"), "2a.yml: lora_r must be a whole number"),
     ("train/memory.py --base nowhere", nothing, "nowhere"),
     ("train/memory.py --base models/base", write("models/base/config.json", "{"), "config.json"),
     ("train/memory.py --base models/base", setting("models/base/config.json", model_type="gpt2"), "knows Llama's kind"),

@@ -283,6 +283,9 @@ def loss_memory(config: PretrainedConfig, recipe: dict[str, Any], tokens: int) -
 
 def check_planned(recipe: dict[str, Any]) -> None:
     """Raises BadInput on what the arithmetic here does not cover."""
+    for key in ("micro_batch_size", "gradient_accumulation_steps", "sequence_len", "lora_r", "lora_alpha"):
+        if not isinstance(recipe.get(key, 0), int):
+            raise BadInput(f"{key} must be a whole number, not {recipe[key]!r}")
     if recipe.get("bf16") not in (True, "auto"):
         raise BadInput(f"the planner counts a training in bf16; the recipe says `bf16: {recipe.get('bf16')}`")
     uncounted = ("activation_offloading", "layer_offloading", "selective_checkpointing", "torch_compile")
@@ -417,7 +420,7 @@ def main() -> None:
     planned: dict[Path, dict[str, tuple[dict[str, Any], Plan]]] = defaultdict(dict)
     for path in args.recipes or sorted((ROOT / "recipes").glob("*.yml")):
         name = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-        recipe = load_recipe(path)
+        recipe = {key: value for key, value in load_recipe(path).items() if value is not None}
         sizes = sorted(tinyllama.parent.glob(f"{Path(recipe['base_model']).name}-*.json"))
         for base in [args.base] if args.base else sizes or [tinyllama]:
             try:
