@@ -30,6 +30,7 @@ from eval import generation, intervals, logs, metrics, models, questions, readin
 from eval.models import environment, files_of
 from eval.tasks.texts import once, read_rows
 from prep.common import BadInput, changed, digest, hashed, lock, positive, read_json, run_name, write_json
+from train.gate import check_window
 from train.stages import load_chain
 
 SCORES_VERSION = 2  # raise it when the same weights give other figures: rows of an older version are measured again
@@ -251,6 +252,7 @@ def main() -> None:
     prompts = [entry for entry in entries if "question" not in entry]
     for folder in {row.model for row in chosen if not row.form}:
         tokenizer = models.load_tokenizer(folder)
+        check_window(folder, models.MAX_LENGTH)
         if asked:
             questions.need_template(tokenizer, folder)
         for prompt in prompts:

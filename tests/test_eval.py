@@ -639,6 +639,11 @@ def no_bos(place: Path) -> None:
     path.write_text(json.dumps(settings))
 
 
+def few_positions(place: Path) -> None:
+    path = place / "models/base/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_positions": 1024}))
+
+
 def long_prompt(place: Path) -> None:
     (place / "data/2c.txt").write_text("mot " * 5_000)
     (place / "prompts.yml").write_text("- {name: long, tail_of: data/2c.txt, words: 4000}\n")
@@ -664,6 +669,7 @@ def prompts(text: str) -> Callable[[Path], Any]:
         (lambda p: (p / "data/2c.txt").unlink(), [], "data/2c.txt is missing"),
         (torn_log, [], "trainer_state.json is damaged; train the stage again"),
         (no_bos, [], "no BOS token"),
+        (few_positions, [], "models/base has 1024 positions, too few for a window of 2048 tokens"),
         (long_prompt, ["--prompts", "prompts.yml"], "more than the 2048"),
         (prompts("- K. ouvrit la porte."), ["--prompts", "prompts.yml"], "this one has not: K. ouvrit la porte."),
         (prompts("- {name: s, tail_of: data/2c.txt}"), ["--prompts", "prompts.yml"], "tail_of and words"),

@@ -329,6 +329,13 @@ def test_the_tokenizer_of_the_rows_must_be_the_models(trained: None) -> None:
         gate.check_ready(CHAIN["2c"], STAGES)
 
 
+def test_a_window_must_fit_the_positions_of_the_base(trained: None) -> None:
+    Path("models/base/config.json").write_text('{"vocab_size": 50, "n_positions": 1024}')
+    gate.check_ready(CHAIN["2a"], STAGES)
+    with pytest.raises(BadInput, match="models/base has 1024 positions, too few for a window of 2048 tokens"):
+        gate.check_ready(CHAIN["2b"], STAGES)
+
+
 def test_a_continued_adapter_of_another_vocabulary(trained: None) -> None:
     gate.check_ready(CHAIN["3b"], STAGES)
     base = Path("models/instruct")  # collected again, larger

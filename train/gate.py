@@ -214,6 +214,14 @@ def check_tokenizer(stage: Stage, chain: list[Stage]) -> None:
             raise BadInput(f"{rows} was cut into windows with another tokenizer than {tokenizer}; {again}")
 
 
+def check_window(model: Path, tokens: int) -> None:
+    """Raises BadInput where a model that learned its positions, as GPT-2's kind does, has fewer than a window has tokens."""
+    again = "collect or train it again"
+    positions = read_json(model / "config.json", again, lambda said: said.get("n_positions", tokens))
+    if positions < tokens:
+        raise BadInput(f"{model} has {positions} positions, too few for a window of {tokens} tokens: take another base")
+
+
 def check_adapter_settings(stage: Stage, folder: Path) -> None:
     """The adapter in `folder` has the rank, alpha and scaling that the recipe states. Raises BadInput."""
     path = folder / "adapter_config.json"
@@ -251,6 +259,7 @@ def check_ready(stage: Stage, chain: list[Stage]) -> dict[str, Any]:
         check(line_of(stage.name, chain)[-2], chain)
     ready = {"data": check_data(stage), "inputs": check_inputs(stage, chain)}
     check_tokenizer(stage, chain)
+    check_window(line_of(stage.name, chain)[0].base_model, stage.config.get("sequence_len", 0))
     check_tying(stage)
     if stage.adapter_from:
         check_adapter_settings(stage, stage.adapter_from)
