@@ -63,6 +63,7 @@ PROOF_TEXT = 6_000  # characters of held-out text, a window: the same for each f
 PROMPTS = ("Le soir tombait quand", "— Je ne vous ai pas vu hier, dit-elle.", "Au bout du couloir, il y avait")
 LIBRARIES = ("torch", "transformers", "cyllama", "bitsandbytes", "peft")
 CARD = Path(__file__).parent / "card.md.jinja"
+REPORT = Path("eval/reports/full.json")
 
 
 class Folder:
@@ -254,8 +255,8 @@ def proof_page(proof: dict[str, Any]) -> str:
 
 
 def measured(path: Path, row: models.Candidate) -> dict[str, Any] | None:
-    """The report that has this stage; None when there is none. Raises BadInput when it is about other weights."""
-    found = report.load(path) if path.is_file() else {"stages": {}}
+    """The report that has this stage, or None. Raises BadInput when it is about other weights, or --report names no file."""
+    found = report.load(path) if path != REPORT or path.is_file() else {"stages": {}}
     if not (stage := found["stages"].get(row.name)):
         return None
     if changed(Path(), stage["weights"]):
@@ -295,7 +296,7 @@ def main() -> None:
     parser.add_argument("stage", help="name of the recipe: 2b, 2c ...")
     parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="their folder (default: recipes)")
     parser.add_argument("--forms", choices=("all", "model"), default="all", help="model: no GGUF (default: all)")
-    parser.add_argument("--report", type=Path, default=Path("eval/reports/full.json"), help="evaluation, for the card")
+    parser.add_argument("--report", type=Path, default=REPORT, help="evaluation, for the card (default: %(default)s)")
     parser.add_argument(
         "--rights", help="what you know of the rights in the texts, for the card (default: as said before)"
     )
