@@ -425,27 +425,22 @@ def main() -> None:
         write_json(target, record)
         return record
 
-    print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}{text()}", end="", flush=True)
-    try:
-        if words() < args.words:
-            _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
-            tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.chunk_tokens
-            if args.source and tokens > room:
-                print(
-                    f"\n{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr
-                )
-            bar = tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=not sys.stderr.isatty())
-            written = [chunk.chosen.text for chunk in done]
+    print(f"[{source}] ... {beginning[-300:].partition(' ')[2] or beginning}{text()}", flush=True)
+    if words() < args.words:
+        _, model, tokenizer = next(models.loaded([row], args.device, models.DTYPES[args.dtype]))
+        tokens, room = len(generation.encode(tokenizer, beginning)), args.window - args.chunk_tokens
+        if args.source and tokens > room:
+            print(f"{source} has {tokens} tokens, {room} fit: the model sees its last pages only", file=sys.stderr)
+        written = [chunk.chosen.text for chunk in done]
+        with tqdm(total=args.words, initial=words(), unit="word", desc=row.name, disable=None) as bar:
             for chunk in chunks(model, tokenizer, beginning, settings, trained_on, written):
-                print(chunk.chosen.text, end="", flush=True)
+                bar.clear()
+                print(chunk.chosen.text.lstrip(" "), flush=True)
                 done.append(chunk)
                 write()  # after each, so that an interrupted run continues where it was
                 bar.update(words() - bar.n)
                 if words() >= args.words:
                     break
-            bar.close()
-    finally:
-        print()  # so that an error has a line of its own
     record = write()
     note = (
         f"Written by a language model, stage {row.name} of a chain of recipes, seed {args.seed}, going on from {source}. "

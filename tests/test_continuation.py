@@ -244,11 +244,14 @@ def test_from_a_sentence_a_file_and_without_the_book(place, capsys):
         with pytest.raises(BadInput, match="name a text file"):
             continuation.beginning_of(missing, Path("none"))
     Path("page.txt").write_text(tales()[0], encoding="utf-8")
-    assert all(chunk["context_tokens"] <= 136 for chunk in write("--from", "page.txt", words=5)["chunks"])
-    assert "136 fit: the model sees its last pages only" in capsys.readouterr().err
+    chunks = write("--from", "page.txt", words=20)["chunks"]
+    assert all(chunk["context_tokens"] <= 136 for chunk in chunks)
+    said = capsys.readouterr()
+    assert "136 fit: the model sees its last pages only" in said.err
+    assert f"\n{chunks[0]['chosen']['text'].lstrip(' ')}\n" in said.out  # a line of its own, as an error has
     with pytest.raises(BadInput, match="8192 positions"):
         write("--window", "9000")
-    assert capsys.readouterr().out.endswith("\n")  # the error has a line of its own
+    assert capsys.readouterr().out.endswith("\n")
     Path("data/2c.txt").unlink()  # copies are not looked for
     record = write("--from", "Il vint.", words=5)
     assert record["not_copied_from"] is None and record["chunks"][0]["chosen"]["copied"] is None
