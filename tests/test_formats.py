@@ -69,7 +69,9 @@ def tagged(paragraphs: list[str]) -> str:
 def with_site(article: str) -> str:
     """A page as a site serves it: menu, cookie banner, advertisement, footer."""
     menu = "".join(f"<li><a href='/{n}'>Rubrique {n}</a></li>" for n in range(5))
-    banner = "<div id='cookie-banner'>Nous utilisons des témoins.</div><p hidden>Caché</p>"
+    banner = (
+        "<div id='cookie-banner'>Nous utilisons des témoins.</div><p hidden>Caché</p><p style='display: none'>Caché</p>"
+    )
     return f"<html><body><ul>{menu}</ul>{banner}{article}<div id='footer'>Contact</div></body></html>"
 
 
