@@ -390,10 +390,10 @@ def remedy(config: PretrainedConfig, recipe: dict[str, Any], card_gib: float) ->
     if not recipe.get("adapter"):
         other = f"train an adapter (as 2b), or {other}"
         if cards := on_cards(config, recipe, card_gib):
-            other = f"{cards} such cards with PROFILE=fsdp are, as planned; or {other}"
+            other = f"take {cards} such cards (PROFILE=fsdp), or {other}"
     elif large := [card for card in CARDS if fits(planned, card)]:
-        other = f"more cards neither, each would hold it all: take one of {large[0]} GB, or {other}"
-    return f"nothing here is enough: {planned.card / GIB:.1f} GiB with all of it; {other}"
+        other = f"{other}, or a card of {large[0]} GB: each of several cards would hold the whole base"
+    return f"does not fit: {planned.card / GIB:.1f} GiB with all settings that save memory; {other}"
 
 
 def table(plans: dict[str, Plan]) -> str:
