@@ -23,7 +23,7 @@ PROSE = [
     "Le passeur avait loué la chambre 15, au-dessus de l’écurie, et depuis le 3 juillet il n’en descendait plus.",
     "— Que faites-vous là ? dit-elle en entrant avec la lampe, qu’elle posa sur la table.",
     "— Oui.",
-    "Personne au village n’avait vu le maire depuis la crue, et l’on disait qu’il jouait aux cartes du matin au soir.",
+    "Personne au village n’avait vu le maire depuis la crue, et l’on disait même qu’il jouait très tard, où ça lui plaisait.",
     "— Oui.",
 ]
 LONG = PROSE * 5
@@ -44,9 +44,10 @@ def xhtml(body: str) -> str:
 
 def epub(chapters: dict[str, str], spine: list[str], **more: str | bytes) -> bytes:
     """An EPUB whose spine is in another order than its manifest."""
-    items = "".join(f'<item id="{n}" href="{n}%20x.xhtml" media-type="application/xhtml+xml"/>' for n in chapters)
+    kinds = {n: "image/png" if n == "image" else "application/xhtml+xml" for n in chapters}
+    items = "".join(f'<item id="{n}" href="{n}%20x.xhtml" media-type="{kind}"/>' for n, kind in kinds.items())
     order = "".join(f'<itemref idref="{n}"/>' for n in spine)
-    guide = "".join(f'<reference type="cover" href="./{n}%20x.xhtml"/>' for n in chapters if n == "cover")
+    guide = "".join(f'<reference type="{n if n == "cover" else "text"}" href="./{n}%20x.xhtml"/>' for n in chapters)
     package = (
         f'<package xmlns="http://www.idpf.org/2007/opf"><manifest>{items}</manifest><spine>{order}</spine>'
         f"<guide>{guide}</guide></package>"
@@ -77,7 +78,7 @@ def with_site(article: str) -> str:
 
 def docx(paragraphs: list[str]) -> bytes:
     runs = "".join(
-        f"<w:p><w:pPr/><w:r><w:t>{p[:9]}</w:t></w:r><w:ins><w:r><w:t>{p[9:]}</w:t></w:r></w:ins></w:p>"
+        f"<w:p><w:pPr/><w:r><w:t>{p[:9]}</w:t></w:r>\n<w:ins><w:r><w:instrText>PAGE</w:instrText><w:t>{p[9:]}</w:t></w:r></w:ins></w:p>"
         for p in paragraphs
     )
     deleted = (
@@ -98,11 +99,9 @@ def odt(paragraphs: list[str]) -> bytes:
     return packed({"mimetype": "application/vnd.oasis.opendocument.text", "content.xml": content})
 
 
-def rtf_of_a_mac(paragraphs: list[str]) -> bytes:
-    text = "\\par ".join(
-        "".join(c if c < "\x80" else f"\\'{c.encode('mac_roman').hex()}" for c in p) for p in paragraphs
-    )
-    return f"{{\\rtf1\\mac\\ansicpg10000 {text}}}".encode()
+def rtf_in(codec: str, head: str, paragraphs: list[str]) -> bytes:
+    text = "\\par ".join("".join(c if c < "\x80" else f"\\'{c.encode(codec).hex()}" for c in p) for p in paragraphs)
+    return f"{{\\rtf1{head} {text}}}".encode()
 
 
 def rtf(paragraphs: list[str]) -> bytes:
@@ -137,7 +136,8 @@ def fb2(paragraphs: list[str]) -> str:
         ("docx", docx(LONG)),
         ("odt", odt(LONG)),
         ("rtf", rtf(LONG)),
-        ("rtf of a Mac", rtf_of_a_mac(LONG)),
+        ("rtf of a Mac", rtf_in("mac_roman", "\\mac\\ansicpg10000", LONG)),
+        ("rtf of Windows", rtf_in("cp1252", "", LONG)),
         ("epub in cp1252", epub({"a": "<p>x</p>"}, ["a"], **{"OEBPS/a x.xhtml": xhtml(tagged(LONG)).encode("cp1252")})),
         ("epub with a class", epub({"a": f'<div class="index">{tagged(LONG)}</div>'}, ["a"])),
         ("epub with an empty chapter", epub({"b": "", "a": tagged(LONG)}, ["b", "a"], **{"OEBPS/b x.xhtml": ""})),
@@ -147,7 +147,10 @@ def fb2(paragraphs: list[str]) -> str:
         ),
         ("html with drawn initials", f"<html>{tagged(LONG).replace('<p>P', '<p><img src=p.png alt=P>')}".encode()),
         ("html of a site", with_site(tagged(LONG)).encode()),
-        ("html of a site with an article", with_site(f"<p>Publicité</p><article>{tagged(LONG)}</article>").encode()),
+        (
+            "html of a site with an article",
+            with_site(f"<p>Publicité</p><article>{tagged(LONG)}</article>Pied").encode(),
+        ),
         ("html in latin-1", f"<meta charset='iso-8859-1'>{tagged(LONG)}".encode("cp1252")),
         ("html with line ends", ("<html><body>" + "<br><br>".join(LONG)).encode()),
         ("tei", tei(LONG).encode()),
@@ -190,8 +193,8 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
         '<aside epub:type="footnote" id="x">Une autre.</aside><p>2. Ce qui n’est pas une note.</p>'
     )
     parts = "".join(f'<p><a href="a%20x.xhtml#{n}">Partie {n}</a></p>' for n in "abc")
-    chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>", "t": parts}
-    book = read_bytes(epub(chapters, ["cover", "t", "a", "c"]), "livre")
+    chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>", "t": parts, "image": "<p>Image</p>"}
+    book = read_bytes(epub(chapters, ["cover", "image", "t", "a", "c"]), "livre")
     assert book.paragraphs == [
         *(
             "1 2",
