@@ -106,6 +106,11 @@ def test_a_short_last_page_loses_its_header_and_number_too(novel, number):
     assert " ".join(clean_pages(text).paragraphs) == " ".join(itertools.chain.from_iterable(sheets))
 
 
+def test_blank_lines_between_all_lines_are_not_between_paragraphs(novel):
+    found = clean_pages("\n\n".join(itertools.chain.from_iterable(pages(novel))))
+    assert " ".join(found.paragraphs) == " ".join(novel) and f1(score(found.paragraphs, novel)) > 0.8
+
+
 def test_what_only_looks_like_a_page_number_or_a_header_stays(novel):
     """Chapter numerals, a year alone in its line, a reply that often comes first on its page, figures in sentences."""
     chapters = []
