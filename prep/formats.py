@@ -269,7 +269,7 @@ def _left_out(roots: list[Any]) -> dict[Any, str]:
                 mark = min(marks & _KINDS[kind])
                 sizes[mark] += _size(element) if kind == "edition_parts" else 0
                 marked.append((element, kind, mark))
-            elif element is not root and _name(element) in _BLOCKS and _is_contents(element):
+            elif _name(element) in _BLOCKS and _is_contents(element):
                 marked.append((element, "edition_parts", "links"))
             elif _name(element) in ("docPartGallery", "pStyle") and re.match(
                 "Table of C|(TOC|TM)\\d", "".join(element.attrib.values())

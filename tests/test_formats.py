@@ -140,6 +140,7 @@ def fb2(paragraphs: list[str]) -> str:
         ("rtf of Windows", rtf_in("cp1252", "", LONG)),
         ("epub in cp1252", epub({"a": "<p>x</p>"}, ["a"], **{"OEBPS/a x.xhtml": xhtml(tagged(LONG)).encode("cp1252")})),
         ("epub with a class", epub({"a": f'<div class="index">{tagged(LONG)}</div>'}, ["a"])),
+        ("epub with notes", epub({"a": f'{tagged(LONG)}<div class="footnotes">{tagged(PROSE * 2)}</div>'}, ["a"])),
         ("epub with an empty chapter", epub({"b": "", "a": tagged(LONG)}, ["b", "a"], **{"OEBPS/b x.xhtml": ""})),
         (
             "html of Word",
