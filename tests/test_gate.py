@@ -462,6 +462,9 @@ def test_a_disk_too_small_for_the_checkpoints_or_too_few_windows_are_refused(plu
     trainer.model = torch.nn.Linear(10**8, 10**7, bias=False, device="meta", dtype=torch.bfloat16)
     with pytest.raises(SystemExit, match=r"GB free, 14000000\.00 GB are needed"):  # 3 x (2 bytes + 2 moments) + 2
         gate_plugin.add_callbacks_post_trainer(cfg, trainer)
+    cfg["deepspeed"] = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(SystemExit, match=r"GB free, 32000000\.00 GB are needed"):  # 3 x (2 x 2 + 4 + 2) + 2
+        gate_plugin.add_callbacks_post_trainer(cfg, trainer)
 
 
 def test_only_the_same_run_is_resumed(plugin: None) -> None:
@@ -475,6 +478,18 @@ def test_only_the_same_run_is_resumed(plugin: None) -> None:
     assert "a run with other data/2a.jsonl, data/2a.heldout.jsonl;" in launch("2a", max_steps=40)
     Path("outputs/2a/started.json").unlink()
     assert "nothing says which run" in launch("2a", max_steps=40)
+
+
+def test_deepspeed_resumes_on_as_many_processes(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses a checkpoint of another number, when the model is loaded."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    zero = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    assert launch("2a", **zero) == ""
+    write_weights(Path("outputs/2a"), base_tensors())
+    write_checkpoint("2a", 10, 20)
+    assert launch("2a", **zero) == ""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "a run with other num_processes;" in launch("2a", **zero)
 
 
 def test_tokenised_rows_that_were_not_written_to_their_end_are_made_again(plugin: None) -> None:

@@ -148,6 +148,8 @@ class Gate(BasePlugin):
             print(f"{describe(recall(stage, self.chain))}. Remove {stage.output_dir} to train it again.")
             return
         run = {key: value for key, value in self.settings.items() if not NOT_THE_RUN.match(key)}
+        if run.get("deepspeed"):  # it cannot share out the moments of a checkpoint again
+            run["num_processes"] = os.environ.get("WORLD_SIZE", "1")
         prepare_output(stage, {"settings": run, **ready})
         shutil.rmtree(self.cache, ignore_errors=True)  # of a killed run
         drop_torn_rows(self.rows)
@@ -176,7 +178,8 @@ class Gate(BasePlugin):
                     f"{rows} windows cannot be shared by {trainer.args.world_size} processes: take fewer "
                     "(accelerate launch --num_processes), or prepare more windows"
                 )
-            need_room(self.stage.output_dir, checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit))
+            size = checkpoints_size(trainer.model, cfg.optimizer, cfg.save_total_limit, bool(cfg.deepspeed))
+            need_room(self.stage.output_dir, size)
         validation = trainer.get_eval_dataloader
 
         def every_row(*arguments: Any) -> Any:
@@ -216,12 +219,14 @@ def keep_16_bits(cfg: Any, model: Any) -> None:
                 base.to(torch.bfloat16)
 
 
-def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None) -> int:
+def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None, deepspeed: bool) -> int:
     """Bytes of the checkpoints that are kept (all: two at least), one that is being written, and the final weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = sum(parameter.nbytes for parameter in trained)
-    moments = 2 * sum(parameter.numel() if "8bit" in optimizer else parameter.nbytes for parameter in trained)
-    return ((kept or 2) + 1) * (weights + moments) + weights
+    weights, numbers = sum(p.nbytes for p in trained), sum(p.numel() for p in trained)
+    fp32 = 4 * numbers if deepspeed else 0
+    moments = 2 * (numbers if "8bit" in optimizer else fp32 or weights)
+    saved = weights + moments + (weights + fp32 if deepspeed else 0)  # DeepSpeed saves the weights twice, and in fp32
+    return ((kept or 2) + 1) * saved + weights
 
 
 class Progress(TrainerCallback):
