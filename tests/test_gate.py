@@ -19,7 +19,7 @@ from bench.faults import left_in
 from prep.common import BadInput, is_whole, seal, sha256
 from train import gate
 from train.resume import take_weights
-from train.stage import check_compiler
+from train.stage import check_compiler, follow
 from train.stages import load_chain
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -478,6 +478,14 @@ def test_only_the_same_run_is_resumed(plugin: None) -> None:
     assert "a run with other data/2a.jsonl, data/2a.heldout.jsonl;" in launch("2a", max_steps=40)
     Path("outputs/2a/started.json").unlink()
     assert "nothing says which run" in launch("2a", max_steps=40)
+
+
+def test_the_error_of_one_of_several_processes_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch puts the process before each line of its traceback."""
+    said = "[rank1]:     raise\n[rank1]: deepspeed.zero.ZeRORuntimeException: DP world size\ntorch.ChildFailedError: \n"
+    monkeypatch.setattr("train.stage.launch_and_wait", lambda arguments, log, show: bool(log.write(said)))
+    with pytest.raises(BadInput, match=r"2a failed: deepspeed\.zero\.ZeRORuntimeException: DP world size \(log"):
+        follow(CHAIN["2a"], ["train"])
 
 
 def test_deepspeed_resumes_on_as_many_processes(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,8 @@ def follow(stage: Stage, arguments: list[str]) -> None:
         if refusals := re.findall(r"^gate: (.+)$", printed, re.M):
             raise BadInput(refusals[-1])
         killed = re.findall(r"Signal \d+ \((?!SIGTERM)\w+\) received by PID \d+", printed)  # one of several processes
-        errors = re.findall(r"^(?:\w+\.)*\w*(?<!CalledProcess)Error: .+$", printed, re.M)
+        error = r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?<!CalledProcess)(?:Error|Exception): .+)$"
+        errors = re.findall(error, printed, re.M)
         reason = (killed or errors or [f"status {status}"])[-1]
         raise BadInput(f"{stage.name} failed: {reason} (log: {log}); the same command resumes it")
 
