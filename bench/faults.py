@@ -35,7 +35,7 @@ from eval.tables import markdown
 from prep.common import ROOT, BadInput, commit, cpu_name, git_state, progress, sha256, versions
 
 PLAN = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
-COMMANDS = {name: (command.format(root=ROOT), makes) for name, (command, makes) in PLAN["commands"].items()}
+COMMANDS = PLAN["commands"]
 BYTES, FIGURES, REFUSAL, FAULT = OUTCOMES = ("same bytes", "same figures", "one clear refusal", "FAULT")
 ENDED = " (it had ended)"
 WORDS = {"cut": "a file cut", "flip": "a bit flipped", "gone": "a file removed", "full": "the disk full"}
@@ -70,7 +70,7 @@ def hear_signals() -> None:
 
 def give(name: str, place: Path, disturb: Callable[[Any], object] = lambda process: None) -> tuple[int, str]:
     """Run a command in `place`: its exit status, and what it printed."""
-    script, *arguments = shlex.split(COMMANDS[name][0])
+    script, *arguments = [part.format(root=ROOT) for part in shlex.split(COMMANDS[name][0])]
     command = [sys.executable, str(ROOT / script), *arguments]
     alone: dict[str, Any] = {"cwd": place, "env": ENVIRONMENT, "start_new_session": True, "preexec_fn": hear_signals}
     with (place.parent / "printed").open("w+b") as said:
@@ -204,7 +204,7 @@ def trouble(said: str, status: int, name: str) -> str | None:
     lines = said.strip().splitlines() or [""]
     if "Traceback (most recent call last)" in said:
         return f"traceback: {lines[-1]}"
-    script = Path(shlex.split(COMMANDS[name][0])[0]).name if name else ""
+    script = Path(COMMANDS[name][0].split()[0]).name if name else ""
     own = not name or any(line.startswith(f"{script}: ") for line in lines[-3:])
     return None if own else f"{status}: {lines[-1]}"
 

@@ -69,11 +69,13 @@ OUTCOMES = {"refuses": faults.REFUSAL, "crashes": faults.FAULT, "rewrites": faul
 
 
 def test_what_recovers_is_told_from_what_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "my books").mkdir()  # a checkout's name may have spaces
+    (tmp_path / "my books/command.py").write_text(COMMAND)
     (tmp_path / "work/before").mkdir(parents=True)
     rows = [{"to": list(OUTCOMES), "do": ["cut made/*"]}, {"to": ["rewrites"], "do": ["gone made/*", "kill KILL"]}]
     monkeypatch.setattr(faults, "PLAN", {"cases": rows, "states": {"whole": []}})
-    monkeypatch.setattr(faults, "COMMANDS", {how: (f"{tmp_path}/command.py {how}", "made/*") for how in OUTCOMES})
+    monkeypatch.setattr(faults, "ROOT", tmp_path / "my books")
+    monkeypatch.setattr(faults, "COMMANDS", {how: (f"{{root}}/command.py {how}", "made/*") for how in OUTCOMES})
     report = tmp_path / "faults.json"
     monkeypatch.setattr(sys, "argv", ["faults.py", "--work", str(tmp_path / "work"), "--out", str(report)])
     faults.main()
