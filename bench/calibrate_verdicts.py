@@ -21,6 +21,7 @@ import pandas as pd
 from eval import metrics, verdict
 from eval.tables import markdown
 from prep.common import BadInput, progress
+from prep.formats import read_book
 from prep.typography import to_convention
 
 HELDOUT = 0.1  # of a novel, from its middle
@@ -99,7 +100,7 @@ def main() -> None:
     paths = sorted(args.texts.glob("*.txt"))
     if not paths:
         raise BadInput(f"no .txt in {args.texts} (relative to {Path.cwd()})")
-    novels = {path.stem: to_convention(path.read_text(encoding="utf-8")) for path in paths}
+    novels = {path.stem: to_convention(read_book(path).whole()) for path in paths}
     authors = pd.read_csv(args.works, index_col="file_id")["author"].dropna().to_dict() if args.works else {}
     print(tables(measured(novels, authors, args.words, args.seed), len(novels), args.words))
 

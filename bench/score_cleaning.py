@@ -31,6 +31,7 @@ from rapidfuzz.distance import Levenshtein
 from prep.common import BadInput
 from prep.debris import SHORT_WORDS
 from prep.filters import lexicon
+from prep.formats import read_book
 from prep.front_matter import letters_of
 from prep.page_layout import clean_pages, without_marks
 from prep.readers import read_books, source_paths
@@ -271,14 +272,14 @@ def documents(folder: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
     """(identifier, text, truth) of every book in a folder of sources that has a truth."""
     for book in itertools.chain.from_iterable(map(read_books, source_paths(folder))):
         if (path := truth / f"{book.id}.txt").is_file():
-            yield book.id, book.text, path.read_text(encoding="utf-8")
+            yield book.id, book.text, read_book(path).whole()
 
 
 def texts(path: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
     """(name, text, truth) of a file, or of every *.txt of a folder."""
     for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
         clean = truth / file.name if path.is_dir() else truth
-        yield file.stem, file.read_text(encoding="utf-8"), clean.read_text(encoding="utf-8")
+        yield file.stem, read_book(file).whole(), read_book(clean).whole()
 
 
 def main() -> None:

@@ -109,6 +109,19 @@ def test_page_tables_are_scored_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "b1  CER 6.250%" in capsys.readouterr().out
 
 
+def test_texts_of_another_encoding_are_read_as_the_preparation_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    text = "Décidément, cet été-là, le père cherchait des fougères près de la forêt."
+    for folder, encoding in {"found": "cp1252", "truth": "mac_roman"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "b1.txt").write_text(text, encoding)
+    for option in ("text", "scan"):
+        monkeypatch.setattr(sys, "argv", ["", f"--{option}={tmp_path}/found", f"--truth={tmp_path}/truth"])
+        score_cleaning.main()
+    assert re.search("b1  CER 0.000%.*words before 0 after 0", capsys.readouterr().out, re.S)
+
+
 # --- false alarms of the verdicts, on texts made by hand --------------------------------------------------------------
 
 FRENCH = "maison neige porte lampe table homme femme enfant village route matin soir main voix pain chien"
