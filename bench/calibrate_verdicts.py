@@ -101,7 +101,7 @@ def main() -> None:
     if not paths:
         raise BadInput(f"no .txt in {args.texts} (relative to {Path.cwd()})")
     novels = {path.stem: to_convention(read_book(path).whole()) for path in paths}
-    authors = pd.read_csv(args.works, index_col="file_id")["author"].dropna().to_dict() if args.works else {}
+    authors = pd.read_csv(args.works, dtype=str).set_index("file_id")["author"].dropna().to_dict() if args.works else {}
     print(tables(measured(novels, authors, args.words, args.seed), len(novels), args.words))
 
 

@@ -158,6 +158,15 @@ def test_each_alarm_is_counted() -> None:
     assert "| copies " in calibration.tables(found, 1, 10)
 
 
+def test_novels_are_matched_with_their_authors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for seed, name in enumerate(("007", "008")):
+        (tmp_path / f"{name}.txt").write_text(novel(seed).replace("soir", "été"), "cp1252")
+    (tmp_path / "works.csv").write_text("file_id,author\n007,X\n008,X\n")
+    monkeypatch.setattr(sys, "argv", ["", f"--texts={tmp_path}", f"--works={tmp_path}/works.csv", "--words=10"])
+    calibration.main()
+    assert calibration.OUTSIDE in capsys.readouterr().out
+
+
 # --- books made of others ---------------------------------------------------------------------------------------------
 
 
