@@ -84,9 +84,10 @@ def load_plan(path: Path) -> dict[str, Any]:
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:
         others = {variant.get("parent"), variant.get("start"), *variant.get("against", [])} - {None, *known}
-        for what, found in {"unknown keys": set(variant) - KEYS, "variants not listed before it": others}.items():
+        keys = {"missing keys": {"name", "recipe"} - set(variant), "unknown keys": set(variant) - KEYS}
+        for what, found in (keys | {"variants not listed before it": others}).items():
             if found:
-                raise BadInput(f"{path}, variant {variant.get('name')}: {what}: {', '.join(map(str, found))}")
+                raise BadInput(f"{path}, variant {variant.get('name', variant)}: {what}: {', '.join(map(str, found))}")
         known[variant["name"]] = variant
     return plan | {"variants": known}
 

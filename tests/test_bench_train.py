@@ -47,6 +47,8 @@ def runs_of(folder: Path, *variants: dict[str, Any], data: dict[str, str] = DATA
     ("variants", "said"),
     [
         ([OURS | {"override": {}}], "unknown keys: override"),
+        ([{"recipe": "recipes/2a.yml"}], "missing keys: name"),
+        ([{"name": "ours"}], "missing keys: recipe"),
         ([ADAPTER, OURS], "not listed before it: ours"),
         ([OURS | {"against": ["theirs"]}], "not listed before it: theirs"),
     ],
