@@ -28,13 +28,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
+import psutil
 
 from bench.common import resumed, write_report
 from eval.tables import markdown
-from prep.common import ROOT, BadInput, commit, cpu_name, git_state, progress, sha256, versions
+from prep.common import ROOT, BadInput, commit, cpu_name, git_state, progress, read_yaml, sha256, versions
 
-PLAN = yaml.safe_load(Path(__file__).with_suffix(".yml").read_text(encoding="utf-8"))
+PLAN = read_yaml(Path(__file__).with_suffix(".yml"))
 COMMANDS = PLAN["commands"]
 BYTES, FIGURES, REFUSAL, FAULT = OUTCOMES = ("same bytes", "same figures", "one clear refusal", "FAULT")
 ENDED = " (it had ended)"
@@ -85,16 +85,11 @@ def give(name: str, place: Path, disturb: Callable[[Any], object] = lambda proce
         return process.returncode, said.read().decode(errors="replace")
 
 
-def left_in(place: Path) -> list[str]:
+def left_in(place: Path) -> list[int]:
     """Processes that still work in a folder after ten seconds in which they may end."""
     for _ in range(100):
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if (process / "cwd").resolve().is_relative_to(place) and (process / "cmdline").read_bytes():
-                    found.append(process.name)
-            except OSError:
-                pass
+        running = psutil.process_iter(["cwd"])
+        found = [each.pid for each in running if Path(each.info["cwd"] or "").is_relative_to(place)]
         if not found:
             break
         time.sleep(0.1)
