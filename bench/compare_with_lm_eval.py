@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.common import write_report
-from bench.sweep import apart
+from bench.common import apart, write_report
 from eval import models, scoring
 from eval.tables import markdown
 from prep.common import ROOT, BadInput, digest

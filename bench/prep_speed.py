@@ -17,7 +17,6 @@ from prep.command import run
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -37,7 +36,7 @@ from datatrove.data import Document
 from tabulate import tabulate
 from tokenizers import Tokenizer
 
-from bench.common import write_report
+from bench.common import apart, write_report
 from prep.common import ROOT, BadInput, cpu_name, progress, versions
 from prep.readers import read_books, source_paths
 
@@ -225,8 +224,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             size, words = write_corpus(args.source, corpus, count)
             baselines, made = [], []
             for number in range(REPEATS):
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                    baselines.append(alone.submit(naive, corpus, args.tokenizer).result())
+                baselines.append(apart(naive, corpus, args.tokenizer))
                 made.append(ours(corpus, args.tokenizer, Path(scratch) / f"rows{number}", size))
         rates = [(a["windows_a_second"], b["windows_a_second"]) for a, b in zip(baselines, made, strict=True)]
         result = {

@@ -17,7 +17,6 @@ from prep.command import run
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -25,9 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +35,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from bench import sweep_report
+from bench.common import apart
 from bench.sweep_report import BASE
 from eval import generation, intervals, logs, metrics, models, scoring
 from eval.export import write_model
@@ -245,15 +243,6 @@ def save_merged(row: models.Candidate, target: Path) -> None:
     shutil.rmtree(making, ignore_errors=True)
     write_model(row, models.load_tokenizer(row.model), making)
     making.rename(target)
-
-
-def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it in a process of its own: on a CPU malloc keeps much of what forward passes used, 5 GB after three rows."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(work, *arguments).result()
-        except BrokenProcessPool as error:
-            raise BadInput("a process that loads a model was killed (out of memory?); run again to resume") from error
 
 
 def finish(this: Run, plan: dict[str, Any]) -> None:
