@@ -8,7 +8,7 @@
 truth has one paragraph a block, between blank lines. Both sides are brought to the typographic convention. A boundary is
 found if it is before the same word of the truth (words aligned by the fewest edits).
 
---scan cleans and scores real scans (a *.txt or a folder of them, form feeds between pages) against another edition's text
+--scan cleans and scores real scans (a file or a folder of them, form feeds between pages) against another edition's text
 of the same name. Recognition errors do not count: only cut words wrongly joined or kept (of those that the truth has;
 compounds apart), page numbers and headers left within the work, words left before and after it, noise (figures, capitals
 that are no words, other lines without a word, blots inside paragraphs, words split in two), and the truth's words lost by the
@@ -268,18 +268,14 @@ def _figure(word: str) -> int:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def documents(folder: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
-    """(identifier, text, truth) of every book in a folder of sources that has a truth."""
-    for book in itertools.chain.from_iterable(map(read_books, source_paths(folder))):
-        if (path := truth / f"{book.id}.txt").is_file():
-            yield book.id, book.text, read_book(path).whole()
-
-
-def texts(path: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
-    """(name, text, truth) of a file, or of every *.txt of a folder."""
-    for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-        clean = truth / file.name if path.is_dir() else truth
-        yield file.stem, read_book(file).whole(), read_book(clean).whole()
+def documents(path: Path, truth: Path) -> Iterator[tuple[str, str, str]]:
+    """(identifier, text, truth) of a book, or of every book in a folder of sources that has a truth."""
+    for book in itertools.chain.from_iterable(map(read_books, source_paths(path) if path.is_dir() else [path])):
+        clean = truth / f"{book.id}.txt" if truth.is_dir() else truth
+        if clean.is_file():
+            if said := book.metadata.get("not read"):
+                raise BadInput(said)
+            yield book.id, book.text, read_book(clean).whole()
 
 
 def main() -> None:
@@ -291,10 +287,10 @@ def main() -> None:
     parser.add_argument("--truth", type=Path, required=True, help="a file, or a folder of them")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N differences of each text")
     args = parser.parse_args()
-    given = documents(args.parquet, args.truth) if args.parquet else texts(args.scan or args.text, args.truth)
+    given = args.parquet or args.scan or args.text
     show = described_scan if args.scan else described
     total = Score()
-    for name, raw, truth in given:
+    for name, raw, truth in documents(given, args.truth):
         differences: list[str] = []
         found = paragraphs_of(raw) if args.text else clean_pages(raw).paragraphs
         if args.scan:
@@ -304,7 +300,7 @@ def main() -> None:
         print(f"{name}  {show(result)}", *(f"    {line}" for line in differences[: args.show]), sep="\n", flush=True)
         total += result
     if not total:
-        raise BadInput(f"no text of {args.parquet or args.scan} has a truth in {args.truth}")
+        raise BadInput(f"no text of {given} has a truth in {args.truth}")
     print(f"all  {show(total)}")
 
 
