@@ -135,10 +135,8 @@ def pages(parts: Parts, draw: random.Random) -> str:
             if len(line) > width - 8 and len(word) > 6 and word.isalpha() and word.islower() and draw.random() < 0.25:
                 cut = draw.randint(2, len(word) - 3)
                 lines[i], lines[i + 1] = f"{line} {word[:cut]}-", after[cut:]
-        heads = {
-            i: f"{title if draw.random() < 0.7 else ''} {i // height + 1}".strip() for i in range(0, len(lines), height)
-        }
-        lines = [line for i, text in enumerate(lines) for line in ([heads[i], text] if i in heads else [text])]
+        for number, at in enumerate(range(0, len(lines), height)):
+            lines.insert(at + number, f"{title if draw.random() < 0.7 else ''} {number + 1}".strip())
     errors = 10 ** draw.uniform(-3.3, -1.4)  # a letter in 2,000 to one in 25
     return "".join(
         draw.choice(_CONFUSED[c]) if c in _CONFUSED and draw.random() < errors else c for c in "\n".join(lines)

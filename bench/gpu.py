@@ -100,14 +100,12 @@ def load_ablations(path: Path, ours: list[Stage]) -> list[Run]:
 def schedule(ours: list[Stage], kafka: list[Stage], ablations: list[Run], repetitions: int) -> list[Run]:
     """Every run, the most interesting first: ours and kafka in turn, within 11 GiB and on the whole card; all of that
     again, in the same order, so that what drifts drifts for both; then the ablations."""
-    sides = sorted(
-        [*((s.name, "ours", s) for s in ours), *((s.name, "kafka", s) for s in kafka)], key=lambda side: side[0]
-    )
+    sides = sorted([*(("ours", s) for s in ours), *(("kafka", s) for s in kafka)], key=lambda side: side[1].name)
     return [
-        Run(name, side, free, repetition, stage.config)
+        Run(stage.name, side, free, repetition, stage.config)
         for repetition in range(1, repetitions + 1)
         for free in (CARD, None)
-        for name, side, stage in sides
+        for side, stage in sides
     ] + ablations
 
 

@@ -35,7 +35,6 @@ from prep.common import ROOT, BadInput, git_state, progress, versions
 from train import memory as planner
 from train.stage import as_arguments, load_profile
 
-GIB = 2**30
 BOOKS = 9_600  # half a megabyte each
 STEPS = ["--max_steps=2", "--save_steps=1", "--eval_steps=2", "--logging_steps=1"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes")
@@ -139,7 +138,7 @@ def page(report: dict[str, Any]) -> str:
     names = {key: name for key, name in names.items() if any(row.get(key) for row in rows)}  # no card: no column
     head = ["command", "seconds", *names.values()]
     table = [
-        [name, f"{row['seconds']:,.0f}", *(f"{row[key] / GIB:.2f}" if key in row else "–" for key in names)]
+        [name, f"{row['seconds']:,.0f}", *(f"{row[key] / planner.GIB:.2f}" if key in row else "–" for key in names)]
         for name, row in report["rows"].items()
     ]
     return (

@@ -293,10 +293,8 @@ def main() -> None:
     for name, raw, truth in documents(given, args.truth):
         differences: list[str] = []
         found = paragraphs_of(raw) if args.text else clean_pages(raw).paragraphs
-        if args.scan:
-            result = score_scan(name, raw, found, paragraphs_of(truth), differences)
-        else:
-            result = score(found, paragraphs_of(truth), differences)
+        clean = paragraphs_of(truth)
+        result = score_scan(name, raw, found, clean, differences) if args.scan else score(found, clean, differences)
         print(f"{name}  {show(result)}", *(f"    {line}" for line in differences[: args.show]), sep="\n", flush=True)
         total += result
     if not total:
