@@ -120,6 +120,9 @@ def test_texts_of_another_encoding_are_read_as_the_preparation_reads_them(
         monkeypatch.setattr(sys, "argv", ["", f"--{option}={tmp_path}/found", f"--truth={tmp_path}/truth"])
         score_cleaning.main()
     assert re.search("b1  CER 0.000%.*words before 0 after 0", capsys.readouterr().out, re.S)
+    (tmp_path / "found/b1.txt").write_bytes(bytes(9))
+    with pytest.raises(BadInput, match=r"b1\.txt is neither a PDF nor a text"):
+        score_cleaning.main()
 
 
 # --- false alarms of the verdicts, on texts made by hand --------------------------------------------------------------
