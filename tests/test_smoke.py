@@ -236,10 +236,13 @@ def test_four_processes_train_as_one(trained: dict[str, str], workdir: Path) -> 
     assert one == two and one["tokens"] == 4 * 4 * 512
 
 
-def test_two_processes_share_a_model(trained: dict[str, str], workdir: Path) -> None:
-    """By FSDP2. The optimizer's 8-bit moments are quantised in blocks, which are other ones in half a tensor."""
-    cwd, sharded = workdir / "fsdp", load_profile("fsdp", "2a")[1]
-    process = distributed(2, cwd, plugins=["fsdp_on_cpu.FsdpOnCpu", "train.plugins.Gate"], **sharded)
+@pytest.mark.parametrize(("profile", "plugin"), [("fsdp", "FsdpOnCpu"), ("zero2", "DeepSpeedOnCpu")])
+def test_two_processes_share_a_model(trained: dict[str, str], workdir: Path, profile: str, plugin: str) -> None:
+    """The optimizer's 8-bit moments are quantised in blocks, which are other ones in half a tensor."""
+    if profile == "zero2":
+        pytest.importorskip("deepspeed", reason="`make setup-gpu` installs DeepSpeed")
+    cwd, sharded = workdir / profile, load_profile(profile, "2a")[1]
+    process = distributed(2, cwd, plugins=[f"sharded_on_cpu.{plugin}", "train.plugins.Gate"], **sharded)
     assert process.wait(300) == 0, (cwd / "printed").read_text()[-3000:]
     assert (cwd / "outputs/2a/trained.json").exists() and 0 < apart(workdir, cwd) < 0.05
 
