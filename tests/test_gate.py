@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -334,6 +335,12 @@ def test_a_window_must_fit_the_positions_of_the_base(trained: None) -> None:
     gate.check_ready(CHAIN["2a"], STAGES)
     with pytest.raises(BadInput, match="models/base has 1024 positions, too few for a window of 2048 tokens"):
         gate.check_ready(CHAIN["2b"], STAGES)
+
+
+def test_an_adapter_of_another_rank_is_not_continued(trained: None) -> None:
+    stage = replace(CHAIN["2c"], config=CHAIN["2c"].config | {"lora_r": 8})
+    with pytest.raises(BadInput, match=r"outputs/2b/adapter_config\.json: r is 64, but .*2c\.yml says lora_r: 8"):
+        gate.check_ready(stage, STAGES)
 
 
 def test_a_continued_adapter_of_another_vocabulary(trained: None) -> None:
