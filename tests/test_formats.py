@@ -460,8 +460,16 @@ def test_a_pdf_that_does_not_say_its_letters_is_refused():
     text = "Nous croyons devoir prevenir le public que malgre le titre * "
     assert read_bytes(pdf_with_glyphs(text, ""), "livre").text.split() == text.split()
     assert read_bytes(pdf_with_glyphs(text, "*"), "livre").text.split() == text.split()[:-1]  # an ornament
+    book = read_bytes(pdf_with_glyphs(f"{text}azur", "z"), "livre")
+    assert book.warnings == ["livre: 1 letters without a Unicode value left out, on page 1"]
     with pytest.raises(BadInput, match=r"does not say what its letters are: 8 letters on 1 of 1 pages"):
         read_bytes(pdf_with_glyphs(text, "e"), "livre")
+
+
+def test_a_pdf_of_blank_pages_is_refused(pdf):
+    pdf.canvas.showPage()
+    with pytest.raises(BadInput, match="has no text layer"):
+        pdf.read()
 
 
 def test_a_pdf_of_which_a_page_cannot_be_read_is_refused():
