@@ -269,8 +269,9 @@ FONTS = {"META-INF/encryption.xml": METHOD.format("http://www.idpf.org/2008/embe
         (epub({"a": "<img src='1.jpg'/>"}, ["a"]), "no text"),
         (epub({"a": ""}, ["a"], **{"OEBPS/a x.xhtml": ""}), "no text"),
         (epub({"a": tagged(LONG)}, ["a"])[:-300], "damaged"),
-        (rtf(LONG).replace(b"\\u", b"\\u9999", 1), "damaged: it is no RTF"),
-        (b"{\\rtf1 " + b'{\\field{\\*\\fldinst{HYPERLINK "x"' * 99, "damaged: it is no RTF"),
+        (rtf(LONG).replace(b"\\u", b"\\u9999", 1), "damaged: it is no whole RTF"),
+        (b"{\\rtf1 " + b'{\\field{\\*\\fldinst{HYPERLINK "x"' * 99, "damaged: it is no whole RTF"),
+        (rtf(LONG)[:-300], "damaged: it is no whole RTF"),  # cut off
         (odt(LONG)[:500] + odt(LONG)[600:], "damaged: mimetype cannot be read"),  # lost on the way
         (odt(LONG).replace(b"\x14\x03\x14\0", b"\x14\x03\xff\0"), "a damaged zip"),  # a version of the future
         (odt(LONG).replace(b"\x14\0\0\0\0\0", b"\x14\0\0\0\x09\0"), "or is packed as Python"),  # Deflate64
