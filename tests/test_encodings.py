@@ -56,6 +56,7 @@ def test_the_oe_that_latin1_has_not_comes_back_in_words_that_are_french_only_so(
     for sign in "?½":
         raw = f"Son c{sign}ur, les m{sign}urs, l'{sign}uvre, une man{sign}uvre. Vraiment?Il vint ?il vit qu?il part"
         assert read(raw.encode()) == "Son cœur, les mœurs, l'œuvre, une manœuvre. Vraiment?Il vint ?il vit qu?il part"
+    assert read("L'¼uvre, l'½il, LES M?URS".encode()) == "L'Œuvre, l'œil, LES MŒURS"
 
 
 ASCII = TALE.encode("ascii", "replace")
@@ -69,6 +70,7 @@ LOST = {
     "HTML": (TALE.replace("é", "&eacute").encode(), "codes such as"),
     "without accents": (unicodedata.normalize("NFD", TALE).encode("ascii", "ignore"), "without accents"),
     "UTF-32 without a mark": (TALE.encode("utf-32-le"), "neither a PDF nor a text"),
+    "UTF-16 that is none": (b"\xff\xfe" + b"\0\xd8" * 99, "neither a PDF nor a text"),
     "EBCDIC": (TALE.encode("cp037", "ignore"), "(encoding|UTF-8)"),
     "Cyrillic": ("К. открыл дверь, и никто не ответил ему.".encode("cp1251"), "in no other encoding is it French"),
 }
