@@ -81,9 +81,14 @@ def load_plan(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} has no {', '.join(missing)}")
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:
-        others = {variant.get("parent"), variant.get("start"), *variant.get("against", [])} - {None, *known}
-        keys = {"missing keys": {"name", "recipe"} - set(variant), "unknown keys": set(variant) - KEYS}
-        for what, found in (keys | {"variants not listed before it": others}).items():
+        faults = {
+            "missing keys": {"name", "recipe"} - set(variant),
+            "unknown keys": set(variant) - KEYS,
+            "variants not listed before it": {variant.get("parent"), variant.get("start"), *variant.get("against", [])}
+            - {None, *known},
+            "the name of another": {variant.get("name")} & set(known),
+        }
+        for what, found in faults.items():
             if found:
                 raise BadInput(f"{path}, variant {variant.get('name', variant)}: {what}: {', '.join(map(str, found))}")
         known[variant["name"]] = variant

@@ -49,6 +49,7 @@ def runs_of(folder: Path, *variants: dict[str, Any], data: dict[str, str] = DATA
         ([OURS | {"override": {}}], "unknown keys: override"),
         ([{"recipe": "recipes/2a.yml"}], "missing keys: name"),
         ([{"name": "ours"}], "missing keys: recipe"),
+        ([OURS, OURS], "the name of another: ours"),
         ([ADAPTER, OURS], "not listed before it: ours"),
         ([OURS | {"against": ["theirs"]}], "not listed before it: theirs"),
     ],
