@@ -251,6 +251,7 @@ NOT_TRAINED = [
         partial(train_adapter, "3b", 0.02, 1e-3, 1e-3, modules_to_save=None),
         r"has full copies of \[\], but .*3b\.yml says lora_modules_to_save",
     ),
+    ("3b", partial(train_adapter, "3b", 0.02, 1e-3, 1e-3, modules_to_save=["norm"]), r"full copies of \['norm'\], but"),
     # steps, and the weights under the final name
     ("2a", partial(write_checkpoint, "2a", 20, 30), "stopped at step 20 of 30"),
     ("2a", partial(write_checkpoint, "2a", 21, 20), "stopped at step 21 of 20"),
@@ -268,6 +269,7 @@ NOT_TRAINED = [
     ("2a", partial(write_rows, "2a", "Il pleuvait."), "data of stage 2a changed since .*started.json was written"),
     ("2a", partial(Path("data/2a.jsonl").write_text, "{}"), "is not the file that .*`make prep-a`"),
     ("2a", Path("data/2a.jsonl").unlink, "2a.jsonl is missing; `make prep-a`"),
+    ("3a", Path("data/3a.jsonl").unlink, r"3a\.jsonl is missing; the command in .*3a\.yml's head makes it"),
     ("2a", Path("data/2a.heldout.jsonl").unlink, "2a.heldout.jsonl is missing; `make prep-a`"),
     ("2a", partial(Path("data/2a.manifest.json").write_text, "{"), "2a.manifest.json is damaged; `make prep-a`"),
     ("2a", partial(Path("models/base/source.json").write_text, "{"), "source.json is damaged; `make data`"),

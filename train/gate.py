@@ -181,8 +181,6 @@ def check_inputs(stage: Stage, chain: list[Stage]) -> dict[str, dict[str, str]]:
         maker = made_by.get(folder)
         record = maker.verdict if maker else folder / "source.json"
         remedy = f"{make('stage', maker) if maker else '`make data`'} makes it"
-        if not folder.exists():
-            raise BadInput(f"stage {stage.name} needs {folder}, which is missing; {remedy}")
         if maker and not record.exists():
             raise BadInput(f"stage {stage.name} needs {folder}, which has not passed its gate; `make check` says why")
         expected = read_json(record, remedy, lambda said: {file["name"]: file["sha256"] for file in said["files"]})
