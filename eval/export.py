@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -258,6 +259,7 @@ def measured(path: Path, row: models.Candidate) -> dict[str, Any] | None:
     """The report that has this stage, or None. Raises BadInput when it is about other weights, or --report names no file."""
     found = report.load(path) if path != REPORT or path.is_file() else {"stages": {}}
     if not (stage := found["stages"].get(row.name)):
+        print(f"{row.name} is not in {path}: the card has no scores (make eval)", file=sys.stderr)
         return None
     if changed(Path(), stage["weights"]):
         raise BadInput(f"{path} is about other weights than {row.name} has now: evaluate again (make eval)")

@@ -183,10 +183,13 @@ def test_near_ties_are_no_difference() -> None:
     assert [export.agreed([(same, logits)], [(found, logits)]) for found in (same, other, tie)] == [32, 1, 32]
 
 
-def test_a_report_that_is_named_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_is_named_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     row = models.Candidate("2c", tmp_path, None, None, None)
     assert export.measured(export.REPORT, row) is None  # an export need not be evaluated
+    assert capsys.readouterr().err == "2c is not in eval/reports/full.json: the card has no scores (make eval)\n"
     with pytest.raises(BadInput, match=r"eval/reports/ful\.json is missing; eval/evaluation.py writes it"):
         export.measured(Path("eval/reports/ful.json"), row)
 
