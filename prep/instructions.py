@@ -170,7 +170,7 @@ def main() -> None:
     option("--out", type=jsonl_path, required=True, help="the rows, such as data/3a.jsonl")
     args = parser.parse_args()
     source = Path(args.source)
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     keep_sources(files, args.out)
     tokenizer = load_tokenizer(args.tokenizer)
     data = load(args.source, args.subset, args.revision)
@@ -202,6 +202,7 @@ def main() -> None:
         if not train:
             raise BadInput(f"{args.source}: of {len(data):,} records none is left to train on; rejected: {why}")
         random.Random(args.seed).shuffle(train)
+        local = source.exists()
         manifest = write_prepared(
             args.out,
             (read_row(made, offset) for offset in train),
@@ -209,10 +210,10 @@ def main() -> None:
             tokenizer=args.tokenizer,
             sequence_len=args.sequence_len,
             source={
-                "path": args.source if files else None,
-                "repo": None if files else args.source,
+                "path": args.source if local else None,
+                "repo": None if local else args.source,
                 "revision": args.revision,
-                "files": source_files(files),
+                "files": source_files(files) if local else [],
             },
             arguments={name: getattr(args, name) for name in ("subset", "template", "refusal", "holdout")},
             seed=args.seed,
