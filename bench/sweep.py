@@ -81,11 +81,11 @@ def load_plan(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path} has no {', '.join(missing)}")
     known: dict[str, dict[str, Any]] = {}
     for variant in plan["variants"]:
+        others = {variant.get("parent"), variant.get("start"), *variant.get("against", [])}
         faults = {
             "missing keys": {"name", "recipe"} - set(variant),
             "unknown keys": set(variant) - KEYS,
-            "variants not listed before it": {variant.get("parent"), variant.get("start"), *variant.get("against", [])}
-            - {None, *known},
+            "variants not listed before it": others - {None, *known},
             "the name of another": {variant.get("name")} & set(known),
         }
         for what, found in faults.items():

@@ -447,8 +447,8 @@ def _read_epub(data: bytes, name: str) -> BookText:
             part = posixpath.normpath(posixpath.join(folder, href))
             if href in aside or "nav" in item.get("properties", "").split() or entry.get("linear") == "no":
                 left_out += 1
-            elif _member(archive, part, name).strip():  # otherwise an empty chapter
-                roots.append(_xml(archive, part, name))
+            elif (content := _member(archive, part, name)).strip():  # otherwise an empty chapter
+                roots.append(_markup(content, f"{name}: {part}"))
     book = _book_of(roots)
     return book._replace(counts=dict(Counter(edition_parts=left_out) + Counter(book.counts)), warnings=warnings)
 
@@ -480,17 +480,20 @@ def _member(archive: zipfile.ZipFile, member: str, name: str) -> bytes:
 
 
 def _xml(archive: zipfile.ZipFile, member: str, name: str) -> Any:
+    return _markup(_member(archive, member, name), f"{name}: {member}")
+
+
+def _markup(data: bytes, name: str) -> Any:
     """A parsed member. XHTML's named letters (`&eacute;`) are resolved first, since no DTD is loaded."""
-    data = _member(archive, member, name)
     if not data.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, which lxml knows
         if not re.search(rb"encoding *= *.(?!utf-8)", data[:200], re.I):
-            data = decode(data, f"{name}: {member}").encode()
+            data = decode(data, name).encode()
         data = re.sub(
             rb"&(?!(?:amp|lt|gt|quot|apos);)[a-zA-Z]\w*;",
             lambda m: "".join(f"&#{ord(c)};" for c in html.unescape(m[0].decode())).encode(),
             data,
         )
-    return _parsed(data, f"{name}: {member}")
+    return _parsed(data, name)
 
 
 def _parsed(data: bytes, name: str) -> Any:

@@ -197,17 +197,8 @@ def test_what_an_edition_adds_stays_out_and_what_only_looks_like_it_stays():
     chapters = {"a": chapter, "c": notes, "cover": "<p>Couverture</p>", "t": parts, "image": "<p>Image</p>"}
     book = read_bytes(epub(chapters, ["cover", "image", "t", "a", "c"]), "livre")
     assert book.paragraphs == [
-        *(
-            "1 2",
-            "I",
-            "La maison",
-            "Il séjourna là, R&D, 3e étage, le 4.",
-            "Un bloc nu.",
-            "et",
-            "Un autre.",
-            "Sa queue.",
-        ),
-        *("Oui. Non. Si.", "1. Voir le 2 et le 1.", "Le second.", "2. Ce qui n’est pas une note."),
+        *("1 2", "I", "La maison", "Il séjourna là, R&D, 3e étage, le 4.", "Un bloc nu.", "et", "Un autre."),
+        *("Sa queue.", "Oui. Non. Si.", "1. Voir le 2 et le 1.", "Le second.", "2. Ce qui n’est pas une note."),
     ]
     assert book.counts == {"note_calls": 7, "notes": 3, "edition_parts": 4}
 

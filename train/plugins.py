@@ -223,9 +223,10 @@ def checkpoints_size(model: torch.nn.Module, optimizer: str, kept: int | None, d
     """Bytes of the checkpoints that are kept (all: two at least), one that is being written, and the final weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights, numbers = sum(p.nbytes for p in trained), sum(p.numel() for p in trained)
-    fp32 = 4 * numbers if deepspeed else 0
-    moments = 2 * (numbers if "8bit" in optimizer else fp32 or weights)
-    saved = weights + moments + (weights + fp32 if deepspeed else 0)  # DeepSpeed saves the weights twice, and in fp32
+    saved, wide = weights, weights  # a moment is as wide as the weights it is of
+    if deepspeed:  # which saves the weights twice, and in fp32
+        saved, wide = 2 * weights + 4 * numbers, 4 * numbers
+    saved += 2 * (numbers if "8bit" in optimizer else wide)
     return ((kept or 2) + 1) * saved + weights
 
 
